@@ -1,0 +1,78 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a picture's reward is compared with. No baseline here looks at the picture's own noise, so none adds bias."""
+
+from collections import defaultdict
+
+
+class RunningReward:
+    """Running mean of the batch means of a reward, and the largest batch standard deviation so far."""
+
+    def __init__(self, decay=0.9):
+        self.decay = decay
+        self.mean = None
+        self.largest_std = 0.0
+
+    def update(self, rewards):
+        """Take in the rewards (N,) of a batch, after they have been used."""
+        mean = rewards.mean().item()
+        self.mean = mean if self.mean is None else self.decay * self.mean + (1 - self.decay) * mean
+        if len(rewards) > 1:
+            self.largest_std = max(self.largest_std, rewards.std().item())
+
+    def state_dict(self):
+        return {"mean": self.mean, "largest_std": self.largest_std}
+
+    def load_state_dict(self, state):
+        self.mean, self.largest_std = state["mean"], state["largest_std"]
+
+
+def leave_one_out(rewards, running_mean=None):
+    """A_i = R_i - mean of R_j over j != i (huggingface.co/papers/2402.14740), for rewards (N,).
+
+    A single picture has no others: it is compared with `running_mean`, the mean of earlier batches, or with 0 before
+    there is one.
+    """
+    count = len(rewards)
+    if count == 1:
+        return rewards - (running_mean or 0.0)
+    return (rewards - rewards.mean()) * count / (count - 1)
+
+
+def per_prompt(rewards, prompts, running_mean=None):
+    """Leave-one-out among the pictures of the same prompt; pictures alone in theirs are compared with all others.
+
+    Args:
+        rewards: (N,).
+        prompts: N strings.
+        running_mean: as in `leave_one_out`.
+    """
+    groups = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        groups[prompt].append(i)
+    advantages = leave_one_out(rewards, running_mean)
+    for members in groups.values():
+        if len(members) > 1:
+            advantages[members] = leave_one_out(rewards[members])
+    return advantages
+
+
+def normalize(advantages, largest_std, floor=0.1):
+    """Advantages (N,) over their standard deviation, which is not let fall below `floor` times the largest one seen.
+
+    Without the floor a saturated reward, all of whose pictures score alike, would have its noise blown up to size 1.
+    """
+    std = advantages.std().item() if len(advantages) > 1 else 0.0
+    scale = max(std, floor * max(largest_std, std))
+    return advantages / scale if scale > 0 else advantages

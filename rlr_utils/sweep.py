@@ -1,0 +1,115 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""THE backward sweep: every gradient estimator of this project is this one function under another schedule."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class SweepStatistics(NamedTuple):
+    """Mean over the batch of ||c||^2 for the two cotangents of each step, (T + 1,) each; NaN where there was none."""
+
+    pathwise: torch.Tensor
+    likelihood_ratio: torch.Tensor
+
+
+def likelihood_ratio(chain, trajectory, k, advantages):
+    """The likelihood-ratio cotangent of x_{k-1}: c^L = A z_k / sigma_k, (B, ...) from advantages A (B,).
+
+    It is the score of the step's Gaussian at its mean, summed over dimensions, times what the picture was worth. Where
+    a reward R_d + R_b has a part R_b without a gradient, `dR_d/dx_0 + likelihood_ratio(chain, trajectory, 1, A_b)` is
+    an unbiased stand-in for dR/dx_0.
+    """
+    noise = trajectory.noises[k]
+    return advantages.view(-1, *[1] * (noise.ndim - 1)) * noise / chain.sigma(k)
+
+
+def backward_sweep(chain, trajectory, mixing, *, reward_grad=None, advantages=None, stop_after=None, cotangent=None):
+    r"""Add the gradient of -(mean over the batch of R) to `.grad` of the chain's parameters, in one pass k = 1..T.
+
+    The sweep carries a cotangent for x_{k-1}. At each step mu_k is computed again at the stored x_k and one
+    vector-Jacobian product gives the step's share of the parameter gradient and the pathwise cotangent of the next:
+
+        c_{k-1}   = gamma_k c^P_{k-1} + (1 - gamma_k) A z_k / sigma_k
+        grad     -= J_theta(mu_k)^T c_{k-1} / B
+        c^P_k     = (d mu_k / d x_k)^T c_{k-1},        c^P_0 = dR/dx_0
+
+    Both cotangents are unbiased for the gradient with respect to mu_k, so any gamma_k that does not depend on this
+    sample is too: gamma = 1 is backpropagation through the chain, gamma = 0 is REINFORCE, and everything between is
+    total propagation (huggingface.co/papers/1902.01240) along the chain of RLR (huggingface.co/papers/2502.00639).
+    One graph of one step is alive at a time, whatever T is.
+
+    Args:
+        chain: see `rlr_utils.chain`.
+        trajectory: from `rollout`, under the parameters of now (PPO's cotangent corrects for older ones).
+        mixing: gamma_k in [0, 1] for k = 1..T, a sequence of T + 1 whose index 0 is ignored.
+        reward_grad: (B, ...), dR_i/dx_0 of each picture; needed where gamma_1 > 0.
+        advantages: (B,), or (T + 1, B) where the baseline differs by step; needed where gamma_k < 1.
+        stop_after: the last step k that is swept (default T); a smaller one truncates, which is biased.
+        cotangent: `cotangent(k, mean) -> (B, ...)`, given the recomputed mean without a graph. It is added to c_{k-1};
+            without `advantages` it thereby takes the place of the likelihood-ratio term.
+
+    Returns:
+        SweepStatistics, for estimators that choose gamma by them.
+
+    Raises:
+        ValueError: if a schedule asks for a cotangent that is not there, or for the likelihood ratio of a step
+            without noise.
+    """
+    num_steps = chain.num_steps
+    stop_after = num_steps if stop_after is None else stop_after
+    _check(chain, mixing, reward_grad, advantages, stop_after, cotangent)
+    latents, batch = trajectory.latents, len(trajectory.latents[0])
+    squares = torch.full((2, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
+    pathwise = reward_grad
+    for k in range(1, stop_after + 1):
+        score = None
+        if advantages is not None and chain.sigma(k) > 0:
+            score = likelihood_ratio(chain, trajectory, k, advantages if advantages.ndim == 1 else advantages[k])
+        for row, term in enumerate((pathwise, score)):
+            if term is not None:
+                squares[row, k] = term.square().sum() / batch
+
+        # The pathwise cotangent costs the gradient of x_k: only where the next step takes it up.
+        x = latents[k].detach().requires_grad_(k < stop_after and mixing[k + 1] > 0)
+        with torch.enable_grad():
+            mean = chain.mean(k, x)
+        mixed = torch.zeros_like(latents[k])
+        if mixing[k] > 0:
+            mixed += mixing[k] * pathwise
+        if mixing[k] < 1 and score is not None:
+            mixed += (1 - mixing[k]) * score
+        if cotangent is not None:
+            mixed += cotangent(k, mean.detach())
+        torch.autograd.backward(mean, -mixed / batch)
+        pathwise = None if x.grad is None else -batch * x.grad
+    return SweepStatistics(*squares)
+
+
+def _check(chain, mixing, reward_grad, advantages, stop_after, cotangent):
+    num_steps = chain.num_steps
+    if len(mixing) != num_steps + 1:
+        raise ValueError(f"mixing has {len(mixing)} entries, a chain of {num_steps} steps needs {num_steps + 1}")
+    if not 1 <= stop_after <= num_steps:
+        raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
+    for k in range(1, stop_after + 1):
+        if not 0 <= mixing[k] <= 1:
+            raise ValueError(f"mixing[{k}]={mixing[k]} is not in [0, 1]")
+        if mixing[k] < 1 and advantages is None and cotangent is None:
+            raise ValueError(f"mixing[{k}]={mixing[k]} < 1 needs advantages or a cotangent")
+        if mixing[k] < 1 and advantages is not None and chain.sigma(k) == 0:
+            raise ValueError(f"mixing[{k}]={mixing[k]} < 1 needs noise, but sigma({k}) is 0")
+    if mixing[1] > 0 and reward_grad is None:
+        raise ValueError(f"mixing[1]={mixing[1]} > 0 needs reward_grad")

@@ -1,0 +1,89 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Chains with known answers, and the embedded bundle, for the tests."""
+
+import os
+
+import torch
+
+from diffusers import StableDiffusionPipeline
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ASSETS = os.path.join(ROOT, "assets")
+TINY_SD = os.path.join(ASSETS, "tiny-sd")
+TINY_AESTHETIC = os.path.join(ASSETS, "tiny-aesthetic")
+PARITY = os.path.join(os.path.dirname(ROOT), "shared", "data", "parity")
+
+
+class NonlinearChain(torch.nn.Module):
+    """A small network for every mean, so that nothing is linear: for comparisons with autograd."""
+
+    def __init__(self, num_steps=5, dim=3, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.num_steps = num_steps
+        self.net = torch.nn.Sequential(torch.nn.Linear(dim + 1, 8), torch.nn.Tanh(), torch.nn.Linear(8, dim)).double()
+
+    def sigma(self, k):
+        return 0.1 + 0.05 * k
+
+    def mean(self, k, x):
+        step = torch.full_like(x[:, :1], k / self.num_steps)
+        return 0.8 * x + self.net(torch.cat([x, step], dim=1))
+
+
+class LinearGaussianChain(torch.nn.Module):
+    """x_{k-1} = a x_k + b + sigma_k z_k per coordinate, from x_T ~ N(0, I): moments, hence gradients, in closed form.
+
+    The reward is R = -|x_0 - target|^2 / 2. `expected_reward` runs the recursion of mean and variance.
+    """
+
+    def __init__(self, num_steps=10, dim=4):
+        super().__init__()
+        self.num_steps = num_steps
+        self.a = torch.nn.Parameter(torch.linspace(0.85, 1.0, dim, dtype=torch.float64))
+        self.b = torch.nn.Parameter(torch.linspace(-0.1, 0.1, dim, dtype=torch.float64))
+        self.target = torch.ones(dim, dtype=torch.float64)
+
+    def sigma(self, k):
+        return 0.2 + 0.05 * k
+
+    def mean(self, k, x):
+        return self.a * x + self.b
+
+    def reward(self, x_0):
+        return -(x_0 - self.target).square().sum(1) / 2
+
+    def reward_grad(self, x_0):
+        return self.target - x_0
+
+    def expected_reward(self):
+        mean, variance = torch.zeros_like(self.target), torch.ones_like(self.target)
+        for k in range(self.num_steps, 0, -1):
+            mean, variance = self.a * mean + self.b, self.a**2 * variance + self.sigma(k) ** 2
+        return -(variance + (mean - self.target).square()).sum() / 2
+
+
+def gradients(module):
+    """All gradients of a module as one vector, which are cleared."""
+    flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
+    module.zero_grad()
+    return flat
+
+
+def tiny_pipeline(dtype=torch.float32):
+    pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, dtype=dtype, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,57 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+from rlr_utils import PromptSampler, load_prompts
+
+
+def test_built_in_prompts():
+    prompts = load_prompts("simple_animals")
+    assert len(prompts) == len(set(prompts)) >= 40
+    assert "a cat" in prompts and "an owl" in prompts
+
+
+def test_a_file_is_read_line_by_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa caf\u00e9\r\n\r\n  a red seven  \n".encode())
+    assert load_prompts(str(file)) == ["a caf\u00e9", "a red seven"]
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b" \n\n", "no prompt"), (b"caf\xe9\n", "not UTF-8"), (None, "no such file")]
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_prompts(str(file))
+    assert str(file) in str(error.value)
+
+
+def test_every_pass_meets_every_prompt_once_in_another_order():
+    sampler = PromptSampler([str(i) for i in range(10)], seed=0)
+    passes = [sampler.next_batch(10) for _ in range(3)]
+    assert all(sorted(p, key=int) == sampler.prompts for p in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_ranks_share_a_pass_and_a_run_resumes_where_it_was():
+    prompts = [str(i) for i in range(12)]
+    ranks = [PromptSampler(prompts, seed=1, rank=rank, num_ranks=2) for rank in range(2)]
+    drawn = [rank.next_batch(3) for _ in range(2) for rank in ranks]
+    single = PromptSampler(prompts, seed=1)
+    assert sum(drawn, []) == single.next_batch(12)
+    resumed = PromptSampler(prompts, seed=1)
+    resumed.position = 12
+    assert resumed.next_batch(7) == single.next_batch(7)

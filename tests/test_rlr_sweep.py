@@ -1,0 +1,318 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from rlr_testing import LinearGaussianChain, NonlinearChain, gradients
+from rlr_utils import (
+    AdaptiveMixing,
+    alignprop,
+    backward_sweep,
+    ddpo,
+    full_bp,
+    leave_one_out,
+    likelihood_ratio,
+    rlr,
+    rollout,
+    truncated_bp,
+)
+
+
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def reward_of(x_0):
+    return torch.sin(3 * x_0).sum(1) - x_0.square().sum(1) / 2
+
+
+def setup(batch=6):
+    chain = NonlinearChain()
+    trajectory = rollout(chain, torch.randn(batch, 3, dtype=torch.float64))
+    x_0 = trajectory.latents[0].clone().requires_grad_()
+    rewards = reward_of(x_0)
+    (reward_grad,) = torch.autograd.grad(rewards.sum(), x_0)
+    return chain, trajectory, rewards.detach(), reward_grad
+
+
+def replay(chain, trajectory, detach_before=None):
+    """x_0 by running the chain again on the stored noises with a graph, cut in front of step `detach_before`."""
+    x = trajectory.latents[chain.num_steps]
+    for k in range(chain.num_steps, 0, -1):
+        if k == detach_before:
+            x = x.detach()
+        x = chain.mean(k, x) + chain.sigma(k) * trajectory.noises[k]
+    return x
+
+
+def test_rollout_is_the_chain():
+    chain, trajectory, _, _ = setup()
+    assert len(trajectory.latents) == len(trajectory.noises) == chain.num_steps + 1
+    for k in range(1, chain.num_steps + 1):
+        step = chain.mean(k, trajectory.latents[k]) + chain.sigma(k) * trajectory.noises[k]
+        torch.testing.assert_close(trajectory.latents[k - 1], step, **EXACT)
+        assert not trajectory.latents[k - 1].requires_grad
+
+
+def test_rollout_keeps_x_T_and_follows_its_generator():
+    chain = NonlinearChain()
+    x_T = torch.randn(4, 3, dtype=torch.float64)
+    first = rollout(chain, x_T, torch.Generator().manual_seed(1))
+    again = rollout(chain, x_T, torch.Generator().manual_seed(1))
+    other = rollout(chain, x_T, torch.Generator().manual_seed(2))
+    assert first.latents[chain.num_steps] is x_T
+    assert torch.equal(first.latents[0], again.latents[0])
+    assert not torch.equal(first.latents[0], other.latents[0])
+
+
+def test_gamma_one_is_autograd_through_the_chain():
+    chain, trajectory, _, reward_grad = setup()
+    backward_sweep(chain, trajectory, full_bp(chain.num_steps).mixing, reward_grad=reward_grad)
+    swept = gradients(chain)
+    (-reward_of(replay(chain, trajectory)).mean()).backward()
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
+
+
+@pytest.mark.parametrize("truncation_steps", [1, 2, 4])
+def test_truncation_is_detaching(truncation_steps):
+    chain, trajectory, _, reward_grad = setup()
+    schedule = truncated_bp(chain.num_steps, truncation_steps)
+    backward_sweep(chain, trajectory, schedule.mixing, reward_grad=reward_grad, stop_after=schedule.stop_after)
+    swept = gradients(chain)
+    (-reward_of(replay(chain, trajectory, detach_before=truncation_steps)).mean()).backward()
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+def test_gamma_zero_is_the_reinforce_surrogate(per_step):
+    chain, trajectory, rewards, _ = setup()
+    advantages = rewards - rewards.mean()
+    if per_step:
+        advantages = advantages + torch.arange(chain.num_steps + 1, dtype=torch.float64)[:, None]
+    backward_sweep(chain, trajectory, ddpo(chain.num_steps).mixing, advantages=advantages)
+    swept = gradients(chain)
+    log_prob = torch.zeros((), dtype=torch.float64)
+    for k in range(1, chain.num_steps + 1):
+        normal = torch.distributions.Normal(chain.mean(k, trajectory.latents[k]), chain.sigma(k))
+        advantage = advantages[k] if per_step else advantages
+        log_prob = log_prob + (advantage * normal.log_prob(trajectory.latents[k - 1]).sum(1)).mean()
+    (-log_prob).backward()
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
+
+
+def test_any_gamma_is_a_surrogate_that_autograd_can_follow():
+    """c_{k-1} = gamma c^P + (1 - gamma) c^L written as one graph: a node that scales what comes back through it."""
+
+    class Mix(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, gamma, score):
+            ctx.gamma, ctx.score = gamma, score
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, pathwise):
+            return ctx.gamma * pathwise + (1 - ctx.gamma) * ctx.score, None, None
+
+    chain, trajectory, rewards, reward_grad = setup()
+    mixing = [None, 1.0, 0.3, 0.0, 0.9, 0.5]
+    statistics = backward_sweep(
+        chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards - rewards.mean()
+    )
+    swept = gradients(chain)
+    x = trajectory.latents[chain.num_steps]
+    for k in range(chain.num_steps, 0, -1):
+        # The surrogate is -mean R, so a likelihood-ratio cotangent enters with the factor -1 / B.
+        score = -likelihood_ratio(chain, trajectory, k, rewards - rewards.mean()) / len(rewards)
+        x = Mix.apply(chain.mean(k, x), mixing[k], score) + chain.sigma(k) * trajectory.noises[k]
+    (-reward_of(x).mean()).backward()
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
+    expected = likelihood_ratio(chain, trajectory, 2, rewards - rewards.mean()).square().sum(1).mean()
+    torch.testing.assert_close(statistics.likelihood_ratio[2], expected, **EXACT)
+    torch.testing.assert_close(statistics.pathwise[1], reward_grad.square().sum(1).mean(), **EXACT)
+
+
+def test_the_sweep_adds_to_gradients_and_is_linear():
+    chain, trajectory, rewards, reward_grad = setup()
+    mixing = [0.5] * (chain.num_steps + 1)
+    backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards)
+    once = gradients(chain)
+    backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards)
+    backward_sweep(chain, trajectory, mixing, reward_grad=2 * reward_grad, advantages=2 * rewards)
+    torch.testing.assert_close(gradients(chain), 3 * once, **EXACT)
+
+
+def test_a_cotangent_replaces_or_joins_the_likelihood_ratio():
+    chain, trajectory, rewards, _ = setup()
+    mixing = ddpo(chain.num_steps).mixing
+
+    def same(k, mean):
+        return likelihood_ratio(chain, trajectory, k, rewards)
+
+    backward_sweep(chain, trajectory, mixing, advantages=rewards)
+    plain = gradients(chain)
+    backward_sweep(chain, trajectory, mixing, cotangent=same)
+    torch.testing.assert_close(gradients(chain), plain, **EXACT)
+    backward_sweep(chain, trajectory, mixing, advantages=rewards, cotangent=same)
+    torch.testing.assert_close(gradients(chain), 2 * plain, **EXACT)
+
+
+def most_saved(run):
+    """The most bytes that autograd kept for backward at any one time during `run()`."""
+    held, most = 0, 0
+
+    class Kept:
+        def __init__(self, tensor):
+            nonlocal held, most
+            self.tensor = tensor
+            held += tensor.nbytes
+            most = max(most, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        run()
+    return most
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_the_memory_of_all_steps_is_that_of_one(gamma):
+    chain, trajectory, rewards, reward_grad = setup()
+
+    def run(stop_after):
+        mixing = [gamma] * (chain.num_steps + 1)
+        backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards, stop_after=stop_after)
+
+    # Two steps against five: the first also asks for the gradient of x_k, as all but the last do.
+    assert 0 < most_saved(lambda: run(5)) == most_saved(lambda: run(2))
+    with_graph = most_saved(lambda: reward_of(replay(chain, trajectory)).mean().backward())
+    assert with_graph > 4 * most_saved(lambda: run(5))
+
+
+def test_bad_schedules_are_refused_before_any_work():
+    chain, trajectory, rewards, reward_grad = setup()
+    half = [0.5] * (chain.num_steps + 1)
+    with pytest.raises(ValueError, match="mixing has 3 entries"):
+        backward_sweep(chain, trajectory, [0.5] * 3, reward_grad=reward_grad, advantages=rewards)
+    with pytest.raises(ValueError, match="needs reward_grad"):
+        backward_sweep(chain, trajectory, half, advantages=rewards)
+    with pytest.raises(ValueError, match="needs advantages"):
+        backward_sweep(chain, trajectory, half, reward_grad=reward_grad)
+    with pytest.raises(ValueError, match="stop_after=9"):
+        backward_sweep(chain, trajectory, half, reward_grad=reward_grad, advantages=rewards, stop_after=9)
+    with pytest.raises(ValueError, match="not in"):
+        backward_sweep(chain, trajectory, [2.0] * (chain.num_steps + 1), reward_grad=reward_grad, advantages=rewards)
+    chain.sigma = lambda k: 0.0 if k == 2 else 1.0
+    with pytest.raises(ValueError, match=r"sigma\(2\) is 0"):
+        backward_sweep(chain, trajectory, half, reward_grad=reward_grad, advantages=rewards)
+    assert all(p.grad is None for p in chain.parameters())
+
+
+def z_scores(estimate, batches=128, batch_size=256, seed=0):
+    """Largest |z| over the coordinates of the mean of `estimate(chain, trajectory)` against the closed form."""
+    torch.manual_seed(seed)
+    chain = LinearGaussianChain()
+    (-chain.expected_reward()).backward()
+    truth = gradients(chain)
+    draws = []
+    for _ in range(batches):
+        trajectory = rollout(chain, torch.randn(batch_size, 4, dtype=torch.float64))
+        estimate(chain, trajectory)
+        draws.append(gradients(chain))
+    draws = torch.stack(draws)
+    return ((draws.mean(0) - truth) / (draws.std(0) / batches**0.5)).abs().max().item()
+
+
+def sweep_with(schedule_of):
+    def estimate(chain, trajectory):
+        x_0 = trajectory.latents[0]
+        schedule = schedule_of(chain.num_steps)
+        backward_sweep(
+            chain,
+            trajectory,
+            schedule.mixing,
+            reward_grad=chain.reward_grad(x_0),
+            advantages=leave_one_out(chain.reward(x_0)),
+            stop_after=schedule.stop_after,
+        )
+
+    return estimate
+
+
+def adaptive_rlr():
+    adaptive = AdaptiveMixing(LinearGaussianChain().num_steps)
+
+    def estimate(chain, trajectory):
+        x_0 = trajectory.latents[0]
+        schedule = rlr(chain.num_steps, adaptive, differentiable=True)
+        adaptive.update(
+            backward_sweep(
+                chain,
+                trajectory,
+                schedule.mixing,
+                reward_grad=chain.reward_grad(x_0),
+                advantages=leave_one_out(chain.reward(x_0)),
+            )
+        )
+
+    return estimate
+
+
+UNBIASED = {
+    "full_bp": sweep_with(full_bp),
+    "ddpo": sweep_with(ddpo),
+    "rlr_half": sweep_with(lambda num_steps: rlr(num_steps, 0.5, differentiable=True)),
+    "rlr_adaptive": adaptive_rlr(),
+}
+
+
+@pytest.mark.parametrize("name", UNBIASED)
+def test_unbiased_on_the_linear_gaussian_chain(name):
+    assert z_scores(UNBIASED[name]) < 5
+
+
+@pytest.mark.parametrize("schedule_of", [lambda num_steps: truncated_bp(num_steps, 1), alignprop])
+def test_truncation_fails_the_same_test(schedule_of):
+    # Many small batches, since alignprop draws one K a batch.
+    assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
+
+
+@pytest.mark.parametrize("gamma_1", [0.0, 0.4, 1.0])
+def test_a_sum_with_a_black_box_part_is_unbiased(gamma_1):
+    """R = R_d + R_b with R_d the first half of the coordinates, R_b the rest without its gradient."""
+
+    def estimate(chain, trajectory):
+        error = chain.target - trajectory.latents[0]
+        parts = -error.square() / 2
+        differentiable, black_box = parts[:, :2].sum(1), parts[:, 2:].sum(1)
+        reward_grad = torch.cat([error[:, :2], torch.zeros_like(error[:, 2:])], dim=1)
+        reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, leave_one_out(black_box))
+        mixing = [0.6] * (chain.num_steps + 1)
+        mixing[1] = gamma_1
+        advantages = leave_one_out(differentiable + black_box)
+        backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=advantages)
+
+    assert z_scores(estimate) < 5
+
+
+def test_mixing_only_the_whole_reward_at_the_last_step_would_be_biased():
+    """What the test above guards against: leaving R_b out of c^P_0 shrinks the black box by 1 - gamma_1."""
+
+    def estimate(chain, trajectory):
+        error = chain.target - trajectory.latents[0]
+        reward_grad = torch.cat([error[:, :2], torch.zeros_like(error[:, 2:])], dim=1)
+        mixing = [0.9] * (chain.num_steps + 1)
+        advantages = leave_one_out(-error.square().sum(1) / 2)
+        backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=advantages)
+
+    assert z_scores(estimate) > 20

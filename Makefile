@@ -1,0 +1,44 @@
+# The two commands of the README, and what they are made of. PYTHON may name any Python >= 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test quality style assets clean
+
+$(VENV)/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed
+	rm -rf demo-output
+	$(BIN)/python -m accelerate.commands.launch --num_processes 1 train_rlr_sd.py \
+		--pretrained_model_name_or_path assets/tiny-sd \
+		--reward aesthetic --reward_path aesthetic=assets/tiny-aesthetic \
+		--prompts assets/digits.txt --num_inference_steps 20 \
+		--train_batch_size 32 --decode_batch_size 32 --learning_rate 1e-3 \
+		--max_train_steps 40 --num_eval_images 120 --seed 0 \
+		--output_dir demo-output
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+assets: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python tools/make_tiny_assets.py
+
+clean:
+	rm -rf $(VENV) demo-output

@@ -1,0 +1,42 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""JPEG size, the black-box reward of DDPO (huggingface.co/papers/2305.13301): what no gradient can reach."""
+
+import io
+
+import torch
+from PIL import Image
+
+
+QUALITY = 95
+
+
+def jpeg_incompressibility(images, prompts):
+    """Size of each image (B, 3, H, W) in [0, 1] as a JPEG of quality 95, in kB (1000 bytes); prompts are ignored."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    sizes = []
+    for picture in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes, device=images.device)
+
+
+def jpeg_compressibility(images, prompts):
+    """The negated size in kB: simpler pictures score higher."""
+    return -jpeg_incompressibility(images, prompts)
+
+
+jpeg_incompressibility.differentiable = False
+jpeg_compressibility.differentiable = False

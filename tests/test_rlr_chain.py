@@ -1,0 +1,132 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from peft import LoraConfig
+from reward_models import load_reward
+from rlr_testing import TINY_AESTHETIC, gradients, tiny_pipeline
+from rlr_utils import StableDiffusionChain, backward_sweep, decode_latents, full_bp, likelihood_ratio, rollout
+
+
+PROMPTS = ["a red seven", "a blue two", "a green zero"]
+
+
+def make_chain(pipeline, num_steps, prompts=PROMPTS, eta=1.0, guidance_scale=5.0):
+    pipeline.scheduler.set_timesteps(num_steps)
+    embeds, negative = pipeline.encode_prompt(prompts, "cpu", 1, guidance_scale > 1)
+    return StableDiffusionChain(
+        pipeline.unet, pipeline.scheduler, embeds, negative, guidance_scale=guidance_scale, eta=eta
+    )
+
+
+def add_lora(unet, seed=0):
+    """A LoRA whose B is not zero, so that every gradient is there."""
+    torch.manual_seed(seed)
+    unet.requires_grad_(False)
+    targets = ["to_k", "to_q", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets))
+
+
+@pytest.mark.parametrize("eta, guidance_scale", [(1.0, 5.0), (0.5, 1.0), (0.0, 3.0)])
+def test_a_rollout_ends_in_the_pipelines_own_picture(eta, guidance_scale):
+    pipeline = tiny_pipeline()
+    settings = {"num_inference_steps": 6, "eta": eta, "guidance_scale": guidance_scale, "output_type": "latent"}
+    expected = pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **settings).images
+    chain = make_chain(pipeline, 6, eta=eta, guidance_scale=guidance_scale)
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(3, 4, 8, 8, generator=generator)
+    trajectory = rollout(chain, x_T, generator)
+    torch.testing.assert_close(trajectory.latents[0], expected, rtol=1e-5, atol=1e-5)
+    images = pipeline.image_processor.postprocess(
+        pipeline.vae.decode(expected / pipeline.vae.config.scaling_factor).sample.detach(), output_type="pt"
+    )
+    torch.testing.assert_close(decode_latents(pipeline.vae, expected).detach(), images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_sigma_is_that_of_the_ddim_paper(eta):
+    """Equation 16 of huggingface.co/papers/2010.02502, from the cumulative alphas."""
+    pipeline = tiny_pipeline()
+    chain = make_chain(pipeline, 10, eta=eta)
+    alphas = pipeline.scheduler.alphas_cumprod.double()
+    for k in range(1, 11):
+        t = chain.timesteps[10 - k]
+        a_t, a_prev = alphas[t], alphas[max(t - 100, 0)]
+        sigma = eta * ((1 - a_prev) / (1 - a_t)).sqrt() * (1 - a_t / a_prev).sqrt()
+        # The scheduler works in float32, where 1 - a_t / a_prev cancels at the last step.
+        assert chain.sigma(k) == pytest.approx(sigma.item(), rel=1e-3)
+        assert isinstance(chain.sigma(k), float)
+
+
+def test_every_step_can_have_its_own_prompt():
+    pipeline = tiny_pipeline()
+    first, last = (make_chain(pipeline, 2, [p] * 3) for p in ("a red seven", "a blue two"))
+    pipeline.scheduler.set_timesteps(2)
+    embeds = torch.stack([first.prompt_embeds[0], last.prompt_embeds[0]])
+    both = StableDiffusionChain(pipeline.unet, pipeline.scheduler, embeds, first.negative_prompt_embeds)
+    x = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(both.mean(2, x), first.mean(2, x))
+        assert torch.equal(both.mean(1, x), last.mean(1, x))
+        assert not torch.allclose(first.mean(1, x), last.mean(1, x))
+
+
+def replay(chain, trajectory):
+    x = trajectory.latents[chain.num_steps]
+    for k in range(chain.num_steps, 0, -1):
+        x = chain.mean(k, x) + chain.sigma(k) * trajectory.noises[k]
+    return x
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_sweep_is_full_backpropagation_of_stable_diffusion(checkpointing):
+    """Through 8 guided steps, the decoder, CLIP and the head, in float32: 1e-4 of the gradient's size."""
+    pipeline = tiny_pipeline()
+    add_lora(pipeline.unet)
+    if checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        pipeline.vae.enable_gradient_checkpointing()
+    reward = load_reward("aesthetic", path=TINY_AESTHETIC)
+    chain = make_chain(pipeline, 8)
+    trajectory = rollout(chain, torch.randn(3, 4, 8, 8))
+    x_0 = trajectory.latents[0].clone().requires_grad_()
+    (reward_grad,) = torch.autograd.grad(reward(decode_latents(pipeline.vae, x_0), PROMPTS).sum(), x_0)
+    backward_sweep(chain, trajectory, full_bp(8).mixing, reward_grad=reward_grad)
+    swept = gradients(pipeline.unet)
+    (-reward(decode_latents(pipeline.vae, replay(chain, trajectory)), PROMPTS).mean()).backward()
+    expected = gradients(pipeline.unet)
+    assert (swept - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_sweep_is_exact_on_stable_diffusion_in_float64():
+    """Any gamma against one graph of the surrogate, to 1e-9."""
+    pipeline = tiny_pipeline(dtype=torch.float64)
+    add_lora(pipeline.unet)
+    pipeline.unet.double()
+    chain = make_chain(pipeline, 3)
+    trajectory = rollout(chain, torch.randn(3, 4, 8, 8, dtype=torch.float64))
+    advantages = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    weight = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    mixing = [0.0, 1.0, 0.7, 0.0]
+    backward_sweep(chain, trajectory, mixing, reward_grad=weight, advantages=advantages)
+    swept = gradients(pipeline.unet)
+    latents = trajectory.latents
+    cotangent = weight
+    expected = 0
+    for k in (1, 2, 3):
+        mixed = mixing[k] * cotangent + (1 - mixing[k]) * likelihood_ratio(chain, trajectory, k, advantages)
+        x = latents[k].clone().requires_grad_()
+        (chain.mean(k, x) * mixed).sum().backward()
+        expected, cotangent = expected - gradients(pipeline.unet) / 3, x.grad
+    torch.testing.assert_close(swept, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())

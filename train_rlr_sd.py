@@ -1,0 +1,958 @@
+#!/usr/bin/env python
+# coding=utf-8
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tune a LoRA of Stable Diffusion on a reward with RLR (huggingface.co/papers/2502.00639).
+
+    accelerate launch train_rlr_sd.py --reward aesthetic
+
+prompt -> rollout -> reward -> advantages -> backward sweep -> optimizer step; see the README beside this file.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from typing import NamedTuple, Optional
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from datasets import load_dataset
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from matplotlib.figure import Figure
+from peft import LoraConfig, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
+from reward_models import load_rewards, parse_reward, parse_reward_paths
+from rlr_utils import (
+    AdaptiveMixing,
+    ClippedRatio,
+    PromptSampler,
+    RunningReward,
+    StableDiffusionChain,
+    Trajectory,
+    alignprop,
+    backward_sweep,
+    ddpo,
+    decode_latents,
+    full_bp,
+    leave_one_out,
+    likelihood_ratio,
+    load_prompts,
+    normalize,
+    per_prompt,
+    rlr,
+    rollout,
+    truncated_bp,
+)
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm.auto import tqdm
+
+import diffusers
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory
+from diffusers.utils import (
+    check_min_version,
+    convert_state_dict_to_diffusers,
+    convert_unet_state_dict_to_peft,
+    is_wandb_available,
+)
+from diffusers.utils.torch_utils import randn_tensor
+
+
+if is_wandb_available():
+    import wandb
+
+# Will error if the minimal version of diffusers is not installed. Remove at your own risks.
+check_min_version("0.42.0")
+
+logger = get_logger(__name__, log_level="INFO")
+
+ESTIMATORS = ("rlr", "full_bp", "truncated_bp", "alignprop", "ddpo")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+STATE_FILE = "rlr_state.json"
+
+
+class Batch(NamedTuple):
+    """A micro-batch between its rollout and its sweep."""
+
+    prompts: list
+    chain: StableDiffusionChain
+    trajectory: Trajectory
+    scores: dict
+    reward_grad: Optional[torch.Tensor]
+
+
+def save_model_card(args, repo_id, results):
+    """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any."""
+    data = ModelCardData(
+        base_model=args.pretrained_model_name_or_path,
+        library_name="diffusers",
+        license="creativeml-openrail-m",
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
+        inference=True,
+    )
+    text = f"""
+# LoRA fine-tuned with RLR - {repo_id or os.path.basename(os.path.abspath(args.output_dir))}
+
+LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the reward `{args.reward}` with the
+`{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639).
+
+```py
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})
+pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+pipeline.load_lora_weights({repo_id or os.path.abspath(args.output_dir)!r})
+image = pipeline("a cat", guidance_scale={args.guidance_scale}, eta={args.eta}).images[0]
+```
+"""
+    if results is not None:
+        text += f"""
+| | mean reward | standard deviation |
+|---|---|---|
+| base | {results["base"]["mean"]:.4f} | {results["base"]["std"]:.4f} |
+| tuned | {results["tuned"]["mean"]:.4f} | {results["tuned"]["std"]:.4f} |
+
+Over {results["num_images"]} pictures of fixed seeds; the first of them, base above tuned:
+
+![base above tuned](./before_after.png)
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(args.output_dir, "README.md"))
+
+
+def generate(pipeline, prompts, args, first_seed=0, desc=None):
+    """One picture per prompt, from the seeds first_seed, first_seed + 1, ...: (N, 3, H, W) in [0, 1] on the CPU."""
+    images = []
+    for start in tqdm(range(0, len(prompts), args.train_batch_size), desc=desc, disable=desc is None):
+        batch = prompts[start : start + args.train_batch_size]
+        # Generators of the CPU, so that a seed is the same picture on every device.
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
+        images.append(
+            pipeline(
+                batch,
+                height=args.resolution,
+                width=args.resolution,
+                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                eta=args.eta,
+                generator=generators,
+                output_type="pt",
+            ).images.cpu()
+        )
+    return torch.cat(images).float()
+
+
+def log_validation(pipeline, args, accelerator, step):
+    """Pictures of the validation prompts to every tracker, from the same seeds each time."""
+    logger.info(f"Running validation: {args.num_validation_images} pictures of each validation prompt")
+    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+    images = generate(pipeline, prompts, args, first_seed=args.seed or 0).permute(0, 2, 3, 1).numpy()
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", images, step, dataformats="NHWC")
+        if tracker.name == "wandb":
+            pictures = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts)]
+            tracker.log({"validation": pictures}, step=step)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose error is the error alone, not the usage of every flag before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_args(input_args=None):
+    parser = OneLineParser(description="Fine-tune a LoRA of Stable Diffusion on a reward with RLR.")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        type=str,
+        default="CompVis/stable-diffusion-v1-4",
+        help="Path to a Stable Diffusion pipeline or its name on huggingface.co/models.",
+    )
+    model.add_argument("--revision", type=str, default=None, help="Revision of the model to take from the Hub.")
+    model.add_argument("--variant", type=str, default=None, help="Variant of the model files, such as fp16.")
+    model.add_argument("--cache_dir", type=str, default=None, help="Where downloaded models and datasets are kept.")
+    model.add_argument("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
+    model.add_argument("--lora_alpha", type=int, default=None, help="Scale of the LoRA update; default: the rank.")
+    model.add_argument(
+        "--lora_layers",
+        type=str,
+        default="to_k,to_q,to_v,to_out.0",
+        help="Comma-separated names of the U-Net layers that get a LoRA.",
+    )
+    model.add_argument("--use_dora", action="store_true", help="Train a DoRA (huggingface.co/papers/2402.09353).")
+
+    reward = parser.add_argument_group("reward")
+    reward.add_argument(
+        "--reward",
+        type=str,
+        default="aesthetic",
+        help="A reward, or a weighted sum such as aesthetic:1,clip_score:5.",
+    )
+    reward.add_argument(
+        "--reward_path",
+        type=str,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="Local folder of a reward's model instead of the Hub's; may be repeated.",
+    )
+
+    estimator = parser.add_argument_group("gradient estimator")
+    estimator.add_argument("--gradient_estimator", type=str, default="rlr", help=f"One of {', '.join(ESTIMATORS)}.")
+    estimator.add_argument(
+        "--mixing",
+        type=str,
+        default="auto",
+        help="For rlr: the share gamma of the pathwise cotangent at the steps k >= 2, a number in [0, 1], or auto for"
+        " inverse variance by step.",
+    )
+    estimator.add_argument("--truncation_steps", type=int, default=1, help="For truncated_bp: the last K steps.")
+    estimator.add_argument(
+        "--baseline",
+        type=str,
+        default="leave_one_out",
+        choices=["leave_one_out", "per_prompt"],
+        help="What a picture's reward is compared with: all other pictures of the optimizer step, or those of the same"
+        " prompt.",
+    )
+    estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
+    estimator.add_argument(
+        "--num_inner_epochs", type=int, default=1, help="For ddpo: optimizer updates on each batch of pictures."
+    )
+
+    data = parser.add_argument_group("prompts and pictures")
+    data.add_argument(
+        "--prompts",
+        type=str,
+        default=None,
+        help="simple_animals (default), or a text file with one prompt a line.",
+    )
+    data.add_argument("--dataset_name", type=str, default=None, help="Take the prompts from this dataset or folder.")
+    data.add_argument("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
+    data.add_argument("--caption_column", type=str, default="text", help="Column of the dataset with the prompts.")
+    data.add_argument(
+        "--resolution", type=int, default=None, help="Side of the pictures in pixels; default: the model's own."
+    )
+    data.add_argument("--num_inference_steps", type=int, default=50, help="Steps T of the denoising chain.")
+    data.add_argument("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance; off at 1.")
+    data.add_argument("--negative_prompt", type=str, default=None, help="Negative prompt of all pictures.")
+    data.add_argument("--eta", type=float, default=1.0, help="Noise of the DDIM chain, from 0 (none) to 1 (DDPM).")
+    data.add_argument(
+        "--decode_batch_size", type=int, default=1, help="Pictures decoded and scored at a time; memory, not result."
+    )
+    data.add_argument("--validation_prompts", type=str, nargs="+", default=None, help="Prompts of the validation.")
+    data.add_argument("--num_validation_images", type=int, default=4, help="Pictures per validation prompt.")
+    data.add_argument("--validation_steps", type=int, default=100, help="Validate every so many steps.")
+    data.add_argument(
+        "--num_eval_images",
+        type=int,
+        default=64,
+        help="Pictures of fixed seeds on which base and tuned model are compared at the end; 0 for no comparison.",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=str, default="rlr-sd-lora", help="Where everything is written.")
+    training.add_argument("--seed", type=int, default=None, help="Seed of everything that is random.")
+    training.add_argument("--train_batch_size", type=int, default=4, help="Pictures per forward pass and device.")
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step; memory, not result."
+    )
+    training.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the prompts.")
+    training.add_argument(
+        "--max_train_steps", type=int, default=None, help="Optimizer steps; overrides num_train_epochs."
+    )
+    training.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, slower backward.")
+    training.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
+    training.add_argument(
+        "--scale_lr", action="store_true", help="Multiply the learning rate by the pictures per optimizer step."
+    )
+    training.add_argument(
+        "--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType], help="Schedule."
+    )
+    training.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of the schedule.")
+    training.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
+    training.add_argument("--adam_beta1", type=float, default=0.9, help="AdamW beta1.")
+    training.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW beta2.")
+    training.add_argument("--adam_weight_decay", type=float, default=1e-2, help="AdamW weight decay.")
+    training.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW epsilon.")
+    training.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    training.add_argument(
+        "--mixed_precision", type=str, default=None, choices=["no", "fp16", "bf16"], help="Default: accelerate's."
+    )
+    training.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later.")
+    training.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention."
+    )
+    training.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
+
+    saving = parser.add_argument_group("checkpoints, trackers, Hub")
+    saving.add_argument("--checkpointing_steps", type=int, default=500, help="Save the state every so many steps.")
+    saving.add_argument("--checkpoints_total_limit", type=int, default=None, help="Keep at most so many.")
+    saving.add_argument(
+        "--resume_from_checkpoint",
+        type=str,
+        default=None,
+        help="A checkpoint-N of the output folder, the path of one, or latest.",
+    )
+    saving.add_argument("--logging_dir", type=str, default="logs", help="Folder of the trackers in the output folder.")
+    saving.add_argument(
+        "--report_to",
+        type=str,
+        default="tensorboard",
+        choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
+        help="Where the metrics go besides metrics.jsonl.",
+    )
+    saving.add_argument("--push_to_hub", action="store_true", help="Upload the result to the Hub.")
+    saving.add_argument("--hub_token", type=str, default=None, help="Token for the upload.")
+    saving.add_argument(
+        "--hub_model_id", type=str, default=None, help="Repository; default: the output folder's name."
+    )
+
+    args = parser.parse_args(input_args)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    try:
+        check_args(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check_args(args):
+    """Everything about the arguments that can be known without loading a model; turns --mixing into its value.
+
+    Raises:
+        ValueError: one line that names the argument and what it should be.
+    """
+    for name in (
+        *("train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "num_train_epochs", "rank"),
+        *("max_train_steps", "resolution", "decode_batch_size", "num_inner_epochs", "checkpointing_steps"),
+        *("truncation_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "lora_alpha"),
+    ):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    for name in ("num_eval_images", "lr_warmup_steps", "guidance_scale"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name} {getattr(args, name)} must not be negative")
+    for name in ("learning_rate", "max_grad_norm", "ppo_clip_range"):
+        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
+            raise ValueError(f"--{name} {getattr(args, name)} must be a positive number")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta {args.eta} must be in [0, 1]")
+
+    if args.gradient_estimator not in ESTIMATORS:
+        raise ValueError(
+            f"unknown --gradient_estimator {args.gradient_estimator!r}, known are: {', '.join(ESTIMATORS)}"
+        )
+    if args.eta == 0 and args.gradient_estimator in ("rlr", "ddpo"):
+        raise ValueError(f"--eta 0 leaves no noise in the chain, which {args.gradient_estimator} needs: use --eta 1")
+    if args.num_inner_epochs > 1 and args.gradient_estimator != "ddpo":
+        raise ValueError(f"--num_inner_epochs {args.num_inner_epochs} needs --gradient_estimator ddpo")
+    if args.mixing != "auto":
+        try:
+            gamma = float(args.mixing)
+        except ValueError:
+            gamma = math.nan
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"--mixing {args.mixing!r} is neither auto nor a number in [0, 1]")
+        args.mixing = gamma
+
+    parse_reward(args.reward)
+    parse_reward_paths(args.reward_path)
+    if args.prompts is not None and args.dataset_name is not None:
+        raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError("--report_to wandb with --hub_token would log the token: log in with `hf auth login` instead")
+
+
+def load_training_prompts(args):
+    """The prompts of --prompts or of the dataset's caption column.
+
+    Raises:
+        ValueError: for a missing or empty file and a missing column.
+    """
+    if args.dataset_name is None:
+        return load_prompts(args.prompts or "simple_animals")
+    dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
+    if args.caption_column not in dataset.column_names:
+        raise ValueError(
+            f"--caption_column {args.caption_column!r} is not in {args.dataset_name!r}, which has:"
+            f" {', '.join(dataset.column_names)}"
+        )
+    prompts = [caption for caption in dataset[args.caption_column] if isinstance(caption, str) and caption.strip()]
+    if not prompts:
+        raise ValueError(f"column {args.caption_column!r} of {args.dataset_name!r} holds no prompt")
+    return prompts
+
+
+def load_pipeline(args, dtype):
+    """The pipeline to train, with a DDIM scheduler made from its own.
+
+    Raises:
+        ValueError: if the path or name does not lead to a Stable Diffusion pipeline.
+    """
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} cannot be loaded: {error}"
+        ) from error
+    # Configurations of PNDM, SD 1.4's default, do not say clip_sample, and DDIM's own default would clip the latents.
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.requires_grad_(False)
+    return pipeline
+
+
+def checkpoints_of(output_dir):
+    """The checkpoint folders of an output folder as {step: path}, in order."""
+    if not os.path.isdir(output_dir):
+        return {}
+    found = {
+        int(m.group(1)): m.group(0)
+        for m in (re.fullmatch(r"checkpoint-(\d+)", f) for f in os.listdir(output_dir))
+        if m
+    }
+    return {step: os.path.join(output_dir, found[step]) for step in sorted(found)}
+
+
+def resume_point(args):
+    """(path, step) of the checkpoint to go on from, or (None, 0).
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None, 0
+    candidates = checkpoints_of(args.output_dir)
+    if wanted == "latest" and candidates:
+        step = max(candidates)
+        return candidates[step], step
+    for path in (os.path.join(args.output_dir, wanted), wanted):
+        match = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(path)))
+        if match and os.path.isfile(os.path.join(path, STATE_FILE)):
+            return path, int(match.group(1))
+    there = ", ".join(os.path.basename(path) for path in candidates.values()) or "none"
+    raise ValueError(
+        f"--resume_from_checkpoint {wanted!r} does not exist; checkpoints in {args.output_dir!r}: {there}"
+    )
+
+
+def check_output_dir(args):
+    """Refuse to start a new run in the folder of another one.
+
+    Raises:
+        ValueError: if the folder holds a run that this one does not resume.
+    """
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        raise ValueError(f"--output_dir {args.output_dir!r} is a file")
+    holds_run = checkpoints_of(args.output_dir) or any(
+        os.path.exists(os.path.join(args.output_dir, name)) for name in (LORA_FILE, "metrics.jsonl")
+    )
+    if holds_run and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"--output_dir {args.output_dir!r} already holds a run: name another folder, or continue it with"
+            " --resume_from_checkpoint latest"
+        )
+
+
+def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradient):
+    """Decode latents (B, C, h, w) and score the pictures, a few at a time.
+
+    Returns:
+        scores: {"total", "differentiable", "black_box", member names...} -> (B,); a part that no member has is zero.
+        reward_grad: (B, C, h, w), the gradient of the differentiable part with respect to the latents, or `None`.
+    """
+    scores, reward_grad = [], []
+    for start in range(0, len(latents), decode_batch_size):
+        x_0 = latents[start : start + decode_batch_size].detach().requires_grad_(with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            result = rewards(decode_latents(vae, x_0), prompts[start : start + decode_batch_size])
+        if with_gradient:
+            reward_grad += torch.autograd.grad(result.differentiable.sum(), x_0)
+        zero = torch.zeros(len(x_0), device=x_0.device)
+        parts = {
+            "differentiable": zero if result.differentiable is None else result.differentiable.detach().float(),
+            "black_box": zero if result.black_box is None else result.black_box.float(),
+        }
+        scores.append({"total": parts["differentiable"] + parts["black_box"], **parts, **result.members})
+    scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+    return scores, torch.cat(reward_grad) if with_gradient else None
+
+
+def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_step):
+    """The arithmetic of the run as one table."""
+    guided = 2 if args.guidance_scale > 1 else 1
+    forwards, swept = images_per_step * args.num_inference_steps, images_per_step * schedule.stop_after
+    rows = {
+        "model": args.pretrained_model_name_or_path,
+        "reward": args.reward,
+        "gradient estimator": args.gradient_estimator,
+        "prompts": num_prompts,
+        "images per step": f"{images_per_step} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"
+        f" accumulation x {accelerator.num_processes} ranks",
+        "U-Net calls per step": f"{guided * forwards} forward + {guided * swept} recomputed with backward"
+        + (" at most" if args.gradient_estimator == "alignprop" else "")
+        + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else ""),
+        "steps": f"{args.max_train_steps} = {args.num_train_epochs} passes over the prompts",
+        "trainable parameters": f"{sum(p.numel() for p in trainable):,}",
+    }
+    width = max(map(len, rows))
+    accelerator.print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def plot_reward_curve(metrics_file, path):
+    """Mean reward with its standard deviation by step, from metrics.jsonl."""
+    with open(metrics_file, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    steps, mean, std = ([line[key] for line in lines] for key in ("step", "reward_mean", "reward_std"))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2, lw=0)
+    axes.plot(steps, mean)
+    axes.set(xlabel="optimizer step", ylabel="reward", title="Reward of the training pictures, mean and deviation")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_before_after(images, scores, prompts, path, columns=8):
+    """Pictures {"base", "tuned"} -> (N, 3, H, W) of the same prompts and seeds, one model a row, with their rewards."""
+    columns = min(columns, len(prompts))
+    picks = [round(i * (len(prompts) - 1) / max(columns - 1, 1)) for i in range(columns)]
+    figure = Figure(figsize=(1.5 * columns, 3.8), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
+    for row, name in enumerate(("base", "tuned")):
+        for column, pick in enumerate(picks):
+            cell = axes[row][column]
+            cell.imshow(images[name][pick].permute(1, 2, 0).numpy())
+            cell.set(xticks=[], yticks=[], xlabel=f"{scores[name][pick]:.2f}")
+            if row == 0:
+                cell.set_title(prompts[pick], fontsize=8, wrap=True)
+        axes[row][0].set_ylabel(name, fontsize=12)
+    figure.suptitle("Same prompts, same seeds; the reward under each picture")
+    figure.savefig(path, dpi=120)
+
+
+def compare_with_base(args, rewards, prompts, device, dtype):
+    """Base against tuned model on fixed seeds, the adapter loaded from disk into a plain pipeline; on one process.
+
+    Returns:
+        {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}}; also written to
+        evaluation.json, with the pictures in before_after.png.
+    """
+    pool = args.validation_prompts or prompts
+    prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
+    pipeline = load_pipeline(args, dtype).to(device)
+    images, scores = {}, {}
+    for name in ("base", "tuned"):
+        if name == "tuned":
+            pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
+        images[name] = generate(pipeline, prompts, args, first_seed=args.seed or 0, desc=f"{name} pictures")
+        batches = range(0, len(prompts), args.decode_batch_size)
+        with torch.no_grad():
+            parts = [
+                rewards(
+                    images[name][i : i + args.decode_batch_size].to(device), prompts[i : i + args.decode_batch_size]
+                )
+                for i in batches
+            ]
+        scores[name] = torch.cat(
+            [sum(s for s in (p.differentiable, p.black_box) if s is not None) for p in parts]
+        ).cpu()
+    gain = scores["tuned"] - scores["base"]
+    results = {"num_images": len(prompts)}
+    for name, values in scores.items():
+        results[name] = {"mean": values.mean().item(), "std": values.std().item()}
+    results["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / len(gain) ** 0.5}
+    with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+    plot_before_after(images, scores, prompts, os.path.join(args.output_dir, "before_after.png"))
+    return results
+
+
+def main(args):
+    # Without cpu=True two CPU processes under torchrun would each believe to be alone.
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
+        cpu=not torch.accelerator.is_available(),
+    )
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
+    )
+    for library in (datasets, transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+
+    # The frozen models run in half precision under mixed precision; what is trained stays in float32.
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
+            )
+        prompts = load_training_prompts(args)
+        rewards = load_rewards(
+            parse_reward(args.reward), parse_reward_paths(args.reward_path), device=accelerator.device
+        )
+        if not rewards.differentiable and args.gradient_estimator not in ("rlr", "ddpo"):
+            raise ValueError(
+                f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
+            )
+        resume_path, first_step = resume_point(args)
+        pipeline = load_pipeline(args, dtype)
+        unet, vae = pipeline.unet, pipeline.vae
+        args.resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
+        if args.resolution % pipeline.vae_scale_factor:
+            raise ValueError(f"--resolution {args.resolution} is no multiple of {pipeline.vae_scale_factor}")
+        if args.enable_xformers_memory_efficient_attention:
+            unet.enable_xformers_memory_efficient_attention()
+        check_output_dir(args)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"train_rlr_sd.py: error: {' '.join(str(error).split())}") from error
+
+    # No rank may look into the output folder after another has begun to write there.
+    accelerator.wait_for_everyone()
+    repo_id = None
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+        if args.push_to_hub:
+            repo_id = create_repo(
+                args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)),
+                exist_ok=True,
+                token=args.hub_token,
+            ).repo_id
+
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+
+    # The same adapter on every rank, then other noise on every rank.
+    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**31)
+    seed = broadcast_object_list([seed])[0]
+    set_seed(seed)
+    pipeline.to(accelerator.device)
+    unet.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha or args.rank,
+            init_lora_weights="gaussian",
+            target_modules=args.lora_layers.split(","),
+            use_dora=args.use_dora,
+        )
+    )
+    cast_training_params(unet, dtype=torch.float32)
+    trainable = [p for p in unet.parameters() if p.requires_grad]
+    set_seed(seed, device_specific=True)
+
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.scale_lr:
+        args.learning_rate *= images_per_step
+    steps_per_epoch = math.ceil(len(prompts) / images_per_step)
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
+
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    optimizer = AdamW(
+        trainable,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    # accelerate's scheduler takes one step for every process at each call.
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
+    # calls; the gradients are averaged over the ranks once a step, below.
+    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+
+    sampler = PromptSampler(prompts, seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    running = {"total": RunningReward(), "black_box": RunningReward()}
+    adaptive = AdaptiveMixing(args.num_inference_steps)
+
+    def save_adapter(directory):
+        StableDiffusionPipeline.save_lora_weights(
+            directory,
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+            **_collate_lora_metadata({"unet": unet}),
+        )
+
+    def save_state_hook(models, weights, directory):
+        weights.clear()  # or accelerate writes the whole U-Net beside the adapter
+        if accelerator.is_main_process:
+            save_adapter(directory)
+            state = {"position": sampler.position, "mixing": adaptive.state_dict(), "seed": seed}
+            state["running"] = {name: statistics.state_dict() for name, statistics in running.items()}
+            with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump(state, file)
+
+    def load_state_hook(models, directory):
+        models.clear()
+        layers, _ = StableDiffusionPipeline.lora_state_dict(directory)
+        layers = {key.removeprefix("unet."): value for key, value in layers.items()}
+        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+        cast_training_params(unet, dtype=torch.float32)
+        with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
+            state = json.load(file)
+        sampler.position, sampler.seed = state["position"], state["seed"]
+        adaptive.load_state_dict(state["mixing"])
+        for name, statistics in running.items():
+            statistics.load_state_dict(state["running"][name])
+
+    accelerator.register_save_state_pre_hook(save_state_hook)
+    accelerator.register_load_state_pre_hook(load_state_hook)
+
+    def save_checkpoint(step):
+        """checkpoint-N appears under its name only when it is whole, and older ones go only after that."""
+        path = os.path.join(args.output_dir, f"checkpoint-{step}")
+        partial = os.path.join(args.output_dir, f"partial-{step}")
+        accelerator.save_state(partial)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(partial, path)
+            if args.checkpoints_total_limit is not None:
+                for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(args.num_inference_steps)
+    latents_size = args.resolution // pipeline.vae_scale_factor
+    latents_shape = (args.train_batch_size, unet.config.in_channels, latents_size, latents_size)
+
+    def make_chain(batch):
+        negative = None if args.negative_prompt is None else [args.negative_prompt] * len(batch)
+        prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
+            batch, accelerator.device, 1, args.guidance_scale > 1, negative_prompt=negative
+        )
+        return StableDiffusionChain(
+            unet,
+            scheduler,
+            prompt_embeds,
+            negative_prompt_embeds,
+            guidance_scale=args.guidance_scale,
+            eta=args.eta,
+        )
+
+    def make_schedule():
+        num_steps = args.num_inference_steps
+        if args.gradient_estimator == "rlr":
+            return rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, rewards.has_gradient)
+        if args.gradient_estimator == "truncated_bp":
+            return truncated_bp(num_steps, args.truncation_steps)
+        return {"full_bp": full_bp, "alignprop": alignprop, "ddpo": ddpo}[args.gradient_estimator](num_steps)
+
+    if accelerator.is_main_process:
+        # TensorBoard takes no lists, and the token is nobody's business.
+        config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
+        config.pop("hub_token")
+        accelerator.init_trackers("rlr-sd", config=config)
+    metrics_file = os.path.join(args.output_dir, "metrics.jsonl")
+    if resume_path is not None:
+        accelerator.load_state(resume_path)
+    if accelerator.is_main_process:
+        # The steps after the checkpoint will be taken again: their lines go.
+        kept = []
+        if resume_path is not None and os.path.isfile(metrics_file):
+            with open(metrics_file, encoding="utf-8") as file:
+                kept = [line for line in file if json.loads(line)["step"] <= first_step]
+        with open(metrics_file + ".partial", "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        os.replace(metrics_file + ".partial", metrics_file)
+        print_plan(accelerator, args, make_schedule(), len(prompts), trainable, images_per_step)
+
+    with_gradient = rewards.has_gradient and args.gradient_estimator != "ddpo"
+    local_images = args.train_batch_size * args.gradient_accumulation_steps
+    mine = slice(accelerator.process_index * local_images, (accelerator.process_index + 1) * local_images)
+    bar = tqdm(
+        total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    for step in range(first_step + 1, args.max_train_steps + 1):
+        started = time.perf_counter()
+
+        # prompt -> rollout -> reward
+        batches = []
+        for _ in range(args.gradient_accumulation_steps):
+            batch_prompts = sampler.next_batch(args.train_batch_size)
+            chain = make_chain(batch_prompts)
+            x_T = randn_tensor(latents_shape, device=accelerator.device) * scheduler.init_noise_sigma
+            trajectory = rollout(chain, x_T)
+            try:
+                scores, reward_grad = score_latents(
+                    vae, rewards, trajectory.latents[0], batch_prompts, args.decode_batch_size, with_gradient
+                )
+            except ValueError as error:
+                raise SystemExit(f"train_rlr_sd.py: error: step {step}: {error}") from error
+            batches.append(Batch(batch_prompts, chain, trajectory, scores, reward_grad))
+
+        # reward -> advantages, over the pictures of all ranks
+        scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
+        scores = accelerator.gather(scores)
+        advantages = {}
+        for name, statistics in running.items():
+            if args.baseline == "per_prompt":
+                all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
+                advantages[name] = per_prompt(scores[name], all_prompts, statistics.mean)
+            else:
+                advantages[name] = leave_one_out(scores[name], statistics.mean)
+            statistics.update(scores[name])
+        if args.gradient_estimator == "ddpo":
+            advantages["total"] = normalize(advantages["total"], running["total"].largest_std)
+        advantages = {name: values[mine].split(args.train_batch_size) for name, values in advantages.items()}
+
+        # advantages -> sweep -> optimizer
+        schedule = make_schedule()
+        # fp16 needs large cotangents; the optimizer divides the gradients by the same factor, and the sweep is linear.
+        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+        clipped = []
+        for _ in range(args.num_inner_epochs):
+            squares = []
+            for batch, advantage, black_box in zip(batches, advantages["total"], advantages["black_box"]):
+                chain, trajectory = batch.chain, batch.trajectory
+                if args.gradient_estimator == "ddpo":
+                    ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
+                    backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio)
+                    clipped += ratio.clipped
+                    continue
+                reward_grad = batch.reward_grad
+                if with_gradient and not rewards.differentiable:
+                    reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, black_box)
+                statistics = backward_sweep(
+                    chain,
+                    trajectory,
+                    schedule.mixing,
+                    reward_grad=scale * reward_grad if with_gradient else None,
+                    advantages=scale * advantage,
+                    stop_after=schedule.stop_after,
+                )
+                squares.append(torch.stack(statistics) / scale**2)
+            gradients = [p.grad for p in trainable]
+            mean = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
+            vector_to_parameters(mean, gradients)
+            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
+            if not math.isfinite(grad_norm) and accelerator.scaler is None:
+                raise SystemExit(f"train_rlr_sd.py: error: step {step}: the gradient is not finite ({grad_norm})")
+            optimizer.step()
+            optimizer.zero_grad()
+        lr_scheduler.step()
+        if squares:
+            adaptive.update(accelerator.reduce(torch.stack(squares).mean(0), "mean"))
+
+        seconds = time.perf_counter() - started
+        line = {
+            "step": step,
+            "reward_mean": scores["total"].mean().item(),
+            "reward_std": scores["total"].std(correction=int(images_per_step > 1)).item(),
+            "num_images": images_per_step,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "gamma_mean": sum(schedule.mixing[1 : schedule.stop_after + 1]) / schedule.stop_after,
+            "seconds": seconds,
+            "images_per_second": images_per_step / seconds,
+            "learning_rate": lr_scheduler.get_last_lr()[0],
+        }
+        if clipped:
+            line["clip_fraction"] = accelerator.reduce(torch.stack(clipped).mean(), "mean").item()
+        if len(rewards.members) > 1:
+            for name in rewards.members:
+                line[f"{name}_mean"] = scores[name].mean().item()
+                line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
+        if accelerator.is_main_process:
+            with open(metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
+        bar.update()
+        bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{seconds:.2f}")
+
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(step)
+        if args.validation_prompts and step % args.validation_steps == 0 and accelerator.is_main_process:
+            log_validation(pipeline, args, accelerator, step)
+    bar.close()
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_adapter(args.output_dir)
+        plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
+        pipeline.to("cpu")
+        free_memory()
+        results = None
+        if args.num_eval_images > 0:
+            results = compare_with_base(args, rewards, prompts, accelerator.device, dtype)
+            gain = results["gain"]
+            for name in ("base", "tuned"):
+                mean, std = results[name]["mean"], results[name]["std"]
+                accelerator.print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
+            accelerator.print(
+                f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
+                f" {results['num_images']} pictures of the same prompts and seeds"
+            )
+        save_model_card(args, repo_id, results)
+        if repo_id is not None:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=args.output_dir,
+                commit_message="End of training",
+                ignore_patterns=["step_*", "epoch_*", "checkpoint-*"],
+                token=args.hub_token,
+            )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            "train_rlr_sd.py: error: out of memory: lower --train_batch_size and raise --gradient_accumulation_steps by"
+            f" the same factor, add --gradient_checkpointing, or use --mixed_precision bf16 ({str(error).splitlines()[0]})"
+        )

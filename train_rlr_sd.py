@@ -77,6 +77,7 @@ from diffusers.utils import (
     convert_state_dict_to_diffusers,
     convert_unet_state_dict_to_peft,
     is_wandb_available,
+    is_xformers_available,
 )
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -109,7 +110,6 @@ def save_model_card(args, repo_id, results):
     data = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
         library_name="diffusers",
-        license="creativeml-openrail-m",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
         inference=True,
     )
@@ -516,6 +516,16 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
     return scores, torch.cat(reward_grad) if with_gradient else None
 
 
+def make_schedule(args, adaptive, has_gradient):
+    """The schedule of --gradient_estimator for the next optimizer step."""
+    num_steps = args.num_inference_steps
+    if args.gradient_estimator == "rlr":
+        return rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, has_gradient)
+    if args.gradient_estimator == "truncated_bp":
+        return truncated_bp(num_steps, args.truncation_steps)
+    return {"full_bp": full_bp, "alignprop": alignprop, "ddpo": ddpo}[args.gradient_estimator](num_steps)
+
+
 def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_step):
     """The arithmetic of the run as one table."""
     guided = 2 if args.guidance_scale > 1 else 1
@@ -638,52 +648,66 @@ def main(args):
                 f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
             )
         resume_path, first_step = resume_point(args)
+
         pipeline = load_pipeline(args, dtype)
         unet, vae = pipeline.unet, pipeline.vae
         args.resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
         if args.resolution % pipeline.vae_scale_factor:
             raise ValueError(f"--resolution {args.resolution} is no multiple of {pipeline.vae_scale_factor}")
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(args.num_inference_steps)
+        adaptive = AdaptiveMixing(args.num_inference_steps)
+        schedule = make_schedule(args, adaptive, rewards.has_gradient)
+        chain = StableDiffusionChain(unet, scheduler, prompt_embeds=torch.zeros(1, 1, 1), eta=args.eta)
+        silent = [k for k in range(1, chain.num_steps + 1) if chain.sigma(k) == 0 and schedule.mixing[k] < 1]
+        if silent:
+            raise ValueError(
+                f"the model's scheduler adds no noise at step {silent[0]} from the end, where {args.gradient_estimator}"
+                f" needs it for --reward {args.reward!r}"
+            )
+
+        # The same adapter on every rank, then other noise on every rank.
+        seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**31)
+        seed = broadcast_object_list([seed])[0]
+        set_seed(seed)
+        unet.add_adapter(
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha or args.rank,
+                init_lora_weights="gaussian",
+                target_modules=args.lora_layers.split(","),
+                use_dora=args.use_dora,
+            )
+        )
+        cast_training_params(unet, dtype=torch.float32)
+        trainable = [p for p in unet.parameters() if p.requires_grad]
+        set_seed(seed, device_specific=True)
+
         if args.enable_xformers_memory_efficient_attention:
+            if not is_xformers_available():
+                raise ValueError("--enable_xformers_memory_efficient_attention: xformers is not installed")
             unet.enable_xformers_memory_efficient_attention()
         check_output_dir(args)
-    except (ValueError, OSError, ImportError) as error:
+        # No rank may look into the output folder after another has begun to write there.
+        accelerator.wait_for_everyone()
+        repo_id = None
+        if accelerator.is_main_process and args.push_to_hub:
+            name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+            try:
+                repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+            except Exception as error:  # the client lets the errors of its HTTP library through
+                raise ValueError(f"--push_to_hub: cannot create {name!r} on the Hub: {error}") from error
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train_rlr_sd.py: error: {' '.join(str(error).split())}") from error
-
-    # No rank may look into the output folder after another has begun to write there.
-    accelerator.wait_for_everyone()
-    repo_id = None
     if accelerator.is_main_process:
         os.makedirs(args.output_dir, exist_ok=True)
-        if args.push_to_hub:
-            repo_id = create_repo(
-                args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir)),
-                exist_ok=True,
-                token=args.hub_token,
-            ).repo_id
 
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
-
-    # The same adapter on every rank, then other noise on every rank.
-    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**31)
-    seed = broadcast_object_list([seed])[0]
-    set_seed(seed)
     pipeline.to(accelerator.device)
-    unet.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha or args.rank,
-            init_lora_weights="gaussian",
-            target_modules=args.lora_layers.split(","),
-            use_dora=args.use_dora,
-        )
-    )
-    cast_training_params(unet, dtype=torch.float32)
-    trainable = [p for p in unet.parameters() if p.requires_grad]
-    set_seed(seed, device_specific=True)
 
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.scale_lr:
@@ -718,7 +742,6 @@ def main(args):
 
     sampler = PromptSampler(prompts, seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
     running = {"total": RunningReward(), "black_box": RunningReward()}
-    adaptive = AdaptiveMixing(args.num_inference_steps)
 
     def save_adapter(directory):
         StableDiffusionPipeline.save_lora_weights(
@@ -765,8 +788,6 @@ def main(args):
                 for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
                     shutil.rmtree(old)
 
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(args.num_inference_steps)
     latents_size = args.resolution // pipeline.vae_scale_factor
     latents_shape = (args.train_batch_size, unet.config.in_channels, latents_size, latents_size)
 
@@ -783,14 +804,6 @@ def main(args):
             guidance_scale=args.guidance_scale,
             eta=args.eta,
         )
-
-    def make_schedule():
-        num_steps = args.num_inference_steps
-        if args.gradient_estimator == "rlr":
-            return rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, rewards.has_gradient)
-        if args.gradient_estimator == "truncated_bp":
-            return truncated_bp(num_steps, args.truncation_steps)
-        return {"full_bp": full_bp, "alignprop": alignprop, "ddpo": ddpo}[args.gradient_estimator](num_steps)
 
     if accelerator.is_main_process:
         # TensorBoard takes no lists, and the token is nobody's business.
@@ -809,7 +822,7 @@ def main(args):
         with open(metrics_file + ".partial", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(metrics_file + ".partial", metrics_file)
-        print_plan(accelerator, args, make_schedule(), len(prompts), trainable, images_per_step)
+        print_plan(accelerator, args, schedule, len(prompts), trainable, images_per_step)
 
     with_gradient = rewards.has_gradient and args.gradient_estimator != "ddpo"
     local_images = args.train_batch_size * args.gradient_accumulation_steps
@@ -838,10 +851,10 @@ def main(args):
         # reward -> advantages, over the pictures of all ranks
         scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
         scores = accelerator.gather(scores)
+        all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
         advantages = {}
         for name, statistics in running.items():
             if args.baseline == "per_prompt":
-                all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
                 advantages[name] = per_prompt(scores[name], all_prompts, statistics.mean)
             else:
                 advantages[name] = leave_one_out(scores[name], statistics.mean)
@@ -851,7 +864,7 @@ def main(args):
         advantages = {name: values[mine].split(args.train_batch_size) for name, values in advantages.items()}
 
         # advantages -> sweep -> optimizer
-        schedule = make_schedule()
+        schedule = make_schedule(args, adaptive, rewards.has_gradient)
         # fp16 needs large cotangents; the optimizer divides the gradients by the same factor, and the sweep is linear.
         scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         clipped = []
@@ -885,7 +898,7 @@ def main(args):
             optimizer.step()
             optimizer.zero_grad()
         lr_scheduler.step()
-        if squares:
+        if squares and math.isfinite(grad_norm):
             adaptive.update(accelerator.reduce(torch.stack(squares).mean(0), "mean"))
 
         seconds = time.perf_counter() - started
@@ -951,8 +964,12 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # On the CPU it is no OutOfMemoryError but a message of the allocator.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         sys.exit(
-            "train_rlr_sd.py: error: out of memory: lower --train_batch_size and raise --gradient_accumulation_steps by"
-            f" the same factor, add --gradient_checkpointing, or use --mixed_precision bf16 ({str(error).splitlines()[0]})"
+            "train_rlr_sd.py: error: out of memory: use a smaller --train_batch_size with more"
+            " --gradient_accumulation_steps, --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16"
+            f" ({str(error).splitlines()[0]})"
         )

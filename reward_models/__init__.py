@@ -42,8 +42,8 @@ def load_reward(name, *, path=None, device="cpu", dtype=torch.float32):
         device, dtype: where and in what precision the network runs; heads and scores are float32 at least.
 
     Raises:
-        ValueError: for an unknown name, and for a path that is missing or does not hold what the reward needs.
-        OSError: if the Hub cannot be reached or does not hold the checkpoint.
+        ValueError: for an unknown name, for a path that is missing or does not hold what the reward needs, and if the
+            Hub cannot be reached.
     """
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}, known are: {', '.join(REWARDS)}")
@@ -53,7 +53,10 @@ def load_reward(name, *, path=None, device="cpu", dtype=torch.float32):
         return loader
     if path is not None and not os.path.isdir(path):
         raise ValueError(f"reward {name!r}: {path!r} is no folder")
-    return loader(path, device, dtype)
+    try:
+        return loader(path, device, dtype)
+    except OSError as error:
+        raise ValueError(f"reward {name!r} cannot be loaded from {path or 'the Hub'!r}: {error}") from error
 
 
 def parse_reward(text):

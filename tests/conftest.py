@@ -1,0 +1,29 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+
+# The tests run processes beside this one, and threads of several processes that share few cores slow each other down.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """Every test seeded, and none sees the accelerator of the one before."""
+    torch.manual_seed(0)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    yield

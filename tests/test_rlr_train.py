@@ -1,0 +1,309 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rlr_testing import ASSETS, ROOT, TINY_AESTHETIC, TINY_SD, tiny_pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diffusers import DDIMScheduler
+from train_rlr_sd import main, parse_args
+
+
+LORA = "pytorch_lora_weights.safetensors"
+DIGITS = os.path.join(ASSETS, "digits.txt")
+BASE = [
+    *("--pretrained_model_name_or_path", TINY_SD, "--prompts", DIGITS),
+    *("--reward_path", f"aesthetic={TINY_AESTHETIC}"),
+    *("--reward_path", f"clip_score={os.path.join(TINY_AESTHETIC, 'clip')}"),
+    *("--num_inference_steps", "3", "--train_batch_size", "2", "--max_train_steps", "2", "--seed", "0"),
+    *("--num_eval_images", "0", "--report_to", "none"),
+]
+
+
+def train(output_dir, *flags):
+    main(parse_args([*BASE, "--output_dir", str(output_dir), *flags]))
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_adapter(a, b):
+    """Whether two runs ended in bitwise the same weights; the files differ in the order of their metadata."""
+    first, second = load_file(a / LORA), load_file(b / LORA)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def refused(output_dir, capsys, *flags):
+    """The message of a run that ends in an error without having written anything."""
+    with pytest.raises(SystemExit) as stop:
+        train(output_dir, *flags)
+    assert stop.value.code not in (0, None)
+    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert message.strip().count("\n") == 0 and "error: " in message
+    assert not output_dir.exists()
+    return message
+
+
+def test_a_run_leaves_an_adapter_metrics_and_pictures(tmp_path, capsys):
+    out = tmp_path / "out"
+    metrics = train(out, "--num_eval_images", "6", "--report_to", "tensorboard", "--decode_batch_size", "2")
+    assert {LORA, "metrics.jsonl", "reward_curve.png", "before_after.png", "evaluation.json", "README.md", "logs"} == {
+        p.name for p in out.iterdir()
+    }
+    assert [line["step"] for line in metrics] == [1, 2]
+    for line in metrics:
+        assert (
+            line["num_images"] == 2 and line["grad_norm"] > 0 and line["seconds"] > 0 and 0 < line["gamma_mean"] <= 1
+        )
+        assert line["images_per_second"] == pytest.approx(2 / line["seconds"])
+    printed = capsys.readouterr().out
+    for text in ("images per step", "2 = 2 batch x 1 accumulation x 1 ranks", "trainable parameters", "base", "tuned"):
+        assert text in printed
+    results = json.loads((out / "evaluation.json").read_text())
+    assert results["num_images"] == 6
+    assert results["gain"]["mean"] == pytest.approx(results["tuned"]["mean"] - results["base"]["mean"], abs=1e-5)
+    card = (out / "README.md").read_text()
+    assert "load_lora_weights" in card and f"{results['tuned']['mean']:.4f}" in card
+    for picture in ("reward_curve.png", "before_after.png"):
+        assert np.asarray(Image.open(out / picture)).std() > 5
+
+
+def test_the_adapter_is_a_diffusers_lora_that_changes_the_picture(tmp_path):
+    train(tmp_path, "--learning_rate", "1e-2", "--rank", "2", "--lora_alpha", "8", "--lora_layers", "to_k,to_v")
+    keys = load_file(tmp_path / LORA).keys()
+    assert keys and all(key.startswith("unet.") and "lora" in key for key in keys)
+    assert all("to_k" in key or "to_v" in key for key in keys)
+    with safe_open(tmp_path / LORA, framework="pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["unet.r"] == 2 and metadata["unet.lora_alpha"] == 8
+
+    def picture(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a red seven", num_inference_steps=3, generator=generator, output_type="pt").images
+
+    pipeline = tiny_pipeline()
+    before = picture(pipeline)
+    pipeline.load_lora_weights(tmp_path)
+    assert (picture(pipeline) - before).abs().max() > 0.01
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(picture(pipeline), before)
+
+
+def test_training_raises_the_reward(tmp_path):
+    """Eight steps of the default estimator: more than three standard errors on 48 pictures the run did not train on."""
+    train(
+        tmp_path,
+        *("--num_inference_steps", "8", "--train_batch_size", "16", "--decode_batch_size", "16"),
+        *("--max_train_steps", "10", "--learning_rate", "2e-3", "--num_eval_images", "48"),
+    )
+    gain = json.loads((tmp_path / "evaluation.json").read_text())["gain"]
+    assert gain["mean"] > 0.3
+    assert gain["mean"] > 3 * gain["standard_error"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gradient_estimator", "full_bp", "--eta", "0"],
+        ["--gradient_estimator", "truncated_bp", "--truncation_steps", "2"],
+        ["--gradient_estimator", "alignprop"],
+        ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2"],
+        ["--gradient_estimator", "rlr", "--mixing", "0.5"],
+        ["--reward", "jpeg_compressibility"],
+        ["--reward", "aesthetic:1,clip_score:5,jpeg_incompressibility:0.1", "--baseline", "per_prompt"],
+        ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--train_batch_size", "1", "--use_dora"],
+        ["--mixed_precision", "bf16", "--use_8bit_adam", "--scale_lr", "--lr_scheduler", "cosine"],
+        ["--guidance_scale", "1", "--resolution", "48"],
+        ["--negative_prompt", "a blue one", "--train_batch_size", "1"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_every_way_to_train(tmp_path, flags):
+    metrics = train(tmp_path, *flags)
+    assert all(np.isfinite(list(line.values())).all() for line in metrics)
+    weights = load_file(tmp_path / LORA)
+    assert all(torch.isfinite(w).all() and w.dtype == torch.float32 for w in weights.values())
+    assert any(w.abs().max() > 0 for key, w in weights.items() if "lora.up" in key)
+    assert ("clip_fraction" in metrics[0]) == ("ddpo" in flags)
+    if "per_prompt" in flags:
+        for line in metrics:
+            total = line["aesthetic_mean"] + 5 * line["clip_score_mean"] + 0.1 * line["jpeg_incompressibility_mean"]
+            assert line["reward_mean"] == pytest.approx(total, rel=1e-5)
+
+
+def test_decoding_in_parts_changes_nothing(tmp_path):
+    whole = train(tmp_path / "whole", "--decode_batch_size", "2", "--learning_rate", "1e-3")
+    parts = train(tmp_path / "parts", "--decode_batch_size", "1", "--learning_rate", "1e-3")
+    for a, b in zip(whole, parts):
+        assert a["reward_mean"] == pytest.approx(b["reward_mean"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
+    runs = [train(tmp_path / name, "--seed", seed) for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))]
+    assert same_adapter(tmp_path / "a", tmp_path / "b")
+    assert not same_adapter(tmp_path / "a", tmp_path / "c")
+    assert runs[0][0]["reward_mean"] == runs[1][0]["reward_mean"] != runs[2][0]["reward_mean"]
+
+
+def checkpoints(directory):
+    return {name for name in os.listdir(directory) if not name.startswith(("metrics", "reward", "README", LORA))}
+
+
+def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path):
+    flags = ["--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--learning_rate", "1e-3"]
+    straight = train(tmp_path / "straight", *flags, "--max_train_steps", "6")
+    assert checkpoints(tmp_path / "straight") == {"checkpoint-4", "checkpoint-6"}
+    train(tmp_path / "resumed", *flags, "--max_train_steps", "5")
+    assert checkpoints(tmp_path / "resumed") == {"checkpoint-2", "checkpoint-4"}
+    assert not os.path.exists(tmp_path / "resumed" / "checkpoint-4" / "model.safetensors")
+    resumed = train(
+        tmp_path / "resumed", *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", "--seed", "9"
+    )
+    assert checkpoints(tmp_path / "resumed") == {"checkpoint-4", "checkpoint-6"}
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
+    for key in ("reward_mean", "reward_std", "grad_norm", "gamma_mean"):
+        assert [line[key] for line in resumed] == [line[key] for line in straight]
+    assert same_adapter(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_run_in_the_folder_of_another_is_refused_and_harms_nothing(tmp_path):
+    train(tmp_path, "--max_train_steps", "1")
+    before = (tmp_path / LORA).read_bytes()
+    with pytest.raises(SystemExit, match="already holds a run.*--resume_from_checkpoint"):
+        train(tmp_path, "--max_train_steps", "1")
+    # What is wrong with the input is said first.
+    with pytest.raises(SystemExit, match="no such file"):
+        train(tmp_path, "--prompts", "nowhere.txt")
+    with pytest.raises(SystemExit, match="cannot be loaded"):
+        train(tmp_path, "--pretrained_model_name_or_path", "/nowhere")
+    assert (tmp_path / LORA).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--reward", "beauty:2"], "unknown reward 'beauty:2', known are: aesthetic, clip_score"),
+        (["--reward", "aesthetic:much"], "'aesthetic:much'.* no finite number"),
+        (["--reward_path", "aesthetic"], "'aesthetic' is not of the form NAME=DIR"),
+        (["--reward_path", "aesthetic=/nowhere"], "reward 'aesthetic': '/nowhere' is no folder"),
+        (["--gradient_estimator", "magic"], "'magic', known are: rlr, full_bp"),
+        (["--prompts", "nowhere.txt"], "prompts 'nowhere.txt': no such file"),
+        (["--prompts", os.devnull], "no such file"),
+        (["--train_batch_size", "0"], "--train_batch_size 0 must be at least 1"),
+        (["--max_train_steps", "-3"], "--max_train_steps -3 must be at least 1"),
+        (["--num_inference_steps", "0"], "--num_inference_steps 0 must be at least 1"),
+        (["--num_inference_steps", "2000"], "2000 cannot be larger"),
+        (["--eta", "0"], "--eta 0 leaves no noise.*rlr"),
+        (["--eta", "0", "--gradient_estimator", "ddpo"], "--eta 0 leaves no noise.*ddpo"),
+        (["--mixing", "2"], "--mixing '2'"),
+        (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--num_inner_epochs", "2"], "needs --gradient_estimator ddpo"),
+        (["--reward", "jpeg_compressibility", "--gradient_estimator", "full_bp"], "not differentiable.*full_bp"),
+        (["--reward", "aesthetic,jpeg_compressibility", "--gradient_estimator", "alignprop"], "not differentiable"),
+        (["--reward", "jpeg_compressibility", "--gradient_estimator", "truncated_bp"], "not differentiable"),
+        (["--pretrained_model_name_or_path", "/nowhere"], "'/nowhere' cannot be loaded"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "'checkpoint-7' does not exist"),
+        (["--resume_from_checkpoint", "latest"], "'latest' does not exist"),
+        (["--resolution", "33"], "--resolution 33 is no multiple of 4"),
+        (["--lora_layers", "to_nothing"], "to_nothing"),
+        (["--dataset_name", "x"], "give one of them"),
+        (["--report_to", "wandb", "--hub_token", "hf_x"], "would log the token"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_named_before_anything_is_written(tmp_path, capsys, flags, message):
+    import re
+
+    assert re.search(message, refused(tmp_path / "out", capsys, *flags))
+
+
+def test_a_model_whose_last_step_is_silent_is_refused_where_noise_is_needed(tmp_path, capsys):
+    model = tmp_path / "model"
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    pipeline.save_pretrained(model)
+    flags = ["--pretrained_model_name_or_path", str(model)]
+    for bad in (["--gradient_estimator", "ddpo"], ["--reward", "jpeg_compressibility"]):
+        assert "no noise at step 1 from the end" in refused(tmp_path / "out", capsys, *flags, *bad)
+    assert len(train(tmp_path / "out", *flags)) == 2
+
+
+def test_a_reward_that_fails_stops_the_run_with_the_step_and_the_prompt(tmp_path):
+    """A real failure: a head that overflows to infinity gives NaN."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "reward"
+    shutil.copytree(TINY_AESTHETIC, broken)
+    state = load_file(broken / "aesthetic_head.safetensors")
+    state["layers.7.bias"] = torch.full_like(state["layers.7.bias"], float("nan"))
+    save_file(state, broken / "aesthetic_head.safetensors")
+    with pytest.raises(SystemExit, match="step 1: reward 'aesthetic' returned nan for prompt 'a [a-z]+ [a-z]+'"):
+        train(tmp_path / "out", "--reward_path", f"aesthetic={broken}")
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "out" / LORA).exists()
+
+
+def test_prompts_from_a_local_dataset(tmp_path, capsys):
+    import pandas
+
+    data = tmp_path / "data"
+    data.mkdir()
+    pandas.DataFrame({"caption": ["a red one", "", "a blue two"]}).to_parquet(data / "train.parquet")
+    flags = [flag for flag in BASE if flag not in ("--prompts", DIGITS)]
+    flags += ["--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
+    with pytest.raises(SystemExit, match="'text' is not in .* which has: caption"):
+        main(parse_args(flags))
+    main(parse_args([*flags, "--caption_column", "caption"]))
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_defaults_are_those_of_the_documentation():
+    args = parse_args([])
+    assert args.pretrained_model_name_or_path == "CompVis/stable-diffusion-v1-4"
+    assert (args.reward, args.gradient_estimator, args.mixing) == ("aesthetic", "rlr", "auto")
+    assert (args.num_inference_steps, args.guidance_scale, args.eta, args.train_batch_size) == (50, 5.0, 1.0, 4)
+    assert args.output_dir == "rlr-sd-lora" and args.prompts is None and args.dataset_name is None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher(tmp_path, processes):
+    """As a user starts it; two ranks draw other pictures, average over all and write one line a step."""
+    if processes == 1:
+        launcher = ["accelerate.commands.launch", "--num_processes", "1"]
+    else:
+        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    command = [sys.executable, "-m", *launcher, os.path.join(ROOT, "train_rlr_sd.py"), *BASE]
+    command += ["--output_dir", str(tmp_path / "out"), "--checkpointing_steps", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{2 * processes} = 2 batch x 1 accumulation x {processes} ranks" in result.stdout
+    assert "reward=" in result.stderr and "seconds=" in result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["num_images"] == 2 * processes for line in lines)
+    states = [f for f in os.listdir(tmp_path / "out" / "checkpoint-2") if f.startswith("random_states")]
+    assert len(states) == processes
+    if processes == 1:
+        bad = subprocess.run([*command, "--reward", "beauty"], env=environment, capture_output=True, text=True)
+        assert bad.returncode != 0 and "unknown reward 'beauty'" in bad.stderr

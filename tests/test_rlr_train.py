@@ -85,6 +85,16 @@ def test_a_run_leaves_an_adapter_metrics_and_pictures(tmp_path, capsys):
         assert np.asarray(Image.open(out / picture)).std() > 5
 
 
+def test_validation_pictures_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    prompts = ["a red one", "a blue two"]
+    flags = ["--report_to", "tensorboard", "--validation_steps", "2", "--num_validation_images", "1"]
+    train(tmp_path, *flags, "--validation_prompts", *prompts)
+    runs = [EventAccumulator(str(folder)).Reload().Tags() for folder in (tmp_path / "logs").rglob("rlr-sd")]
+    assert runs[0]["images"] == ["validation"] and "reward_mean" in runs[0]["scalars"]
+
+
 def test_the_adapter_is_a_diffusers_lora_that_changes_the_picture(tmp_path):
     train(tmp_path, "--learning_rate", "1e-2", "--rank", "2", "--lora_alpha", "8", "--lora_layers", "to_k,to_v")
     keys = load_file(tmp_path / LORA).keys()

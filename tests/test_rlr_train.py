@@ -166,6 +166,25 @@ def test_decoding_in_parts_changes_nothing(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
+def test_accumulated_batches_are_averaged(tmp_path):
+    """Sixteen pictures in eight batches or in one: a gradient of the same size, not of eight times that."""
+    flags = ["--gradient_estimator", "full_bp", "--max_train_steps", "1"]
+    (whole,) = train(tmp_path / "whole", *flags, "--train_batch_size", "16")
+    (parts,) = train(tmp_path / "parts", *flags, "--train_batch_size", "2", "--gradient_accumulation_steps", "8")
+    assert whole["num_images"] == parts["num_images"] == 16
+    assert 0.5 < parts["grad_norm"] / whole["grad_norm"] < 2
+
+
+def test_a_black_box_in_a_sum_counts_as_it_does_alone(tmp_path):
+    """Beside a differentiable member of weight zero the black box enters through dR/dx_0, and nothing changes."""
+    flags = ["--mixing", "0.5", "--learning_rate", "1e-3"]
+    train(tmp_path / "alone", *flags, "--reward", "jpeg_compressibility")
+    train(tmp_path / "sum", *flags, "--reward", "aesthetic:0,jpeg_compressibility")
+    alone, summed = load_file(tmp_path / "alone" / LORA), load_file(tmp_path / "sum" / LORA)
+    for key in alone:
+        torch.testing.assert_close(alone[key], summed[key], rtol=1e-4, atol=1e-6)
+
+
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
     runs = [train(tmp_path / name, "--seed", seed) for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))]
     assert same_adapter(tmp_path / "a", tmp_path / "b")
@@ -177,8 +196,10 @@ def checkpoints(directory):
     return {name for name in os.listdir(directory) if not name.startswith(("metrics", "reward", "README", LORA))}
 
 
-def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path):
-    flags = ["--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--learning_rate", "1e-3"]
+# A single picture leans on the running mean of its rewards, ddpo on the largest deviation so far.
+@pytest.mark.parametrize("also", [[], ["--train_batch_size", "1"], ["--gradient_estimator", "ddpo"]])
+def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path, also):
+    flags = ["--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--learning_rate", "1e-3", *also]
     straight = train(tmp_path / "straight", *flags, "--max_train_steps", "6")
     assert checkpoints(tmp_path / "straight") == {"checkpoint-4", "checkpoint-6"}
     train(tmp_path / "resumed", *flags, "--max_train_steps", "5")

@@ -47,30 +47,41 @@ from reward_models import load_rewards, parse_reward, parse_reward_paths
 from rlr_utils import (
     AdaptiveMixing,
     ClippedRatio,
+    PerturbedChain,
+    PredictedReward,
     PromptSampler,
     RunningReward,
     StableDiffusionChain,
+    SubchainSampler,
+    SweepStatistics,
     Trajectory,
+    WeightPerturbation,
     alignprop,
     backward_sweep,
+    branch,
     ddpo,
     decode_latents,
+    draft_lv,
     full_bp,
     leave_one_out,
     likelihood_ratio,
     load_prompts,
     normalize,
     per_prompt,
+    renoise,
     rlr,
+    rlr_paper,
     rollout,
+    subchain_length,
     truncated_bp,
 )
+from safetensors import SafetensorError
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 import diffusers
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory
 from diffusers.utils import (
     check_min_version,
@@ -90,7 +101,12 @@ check_min_version("0.42.0")
 
 logger = get_logger(__name__, log_level="INFO")
 
-ESTIMATORS = ("rlr", "full_bp", "truncated_bp", "alignprop", "ddpo")
+ESTIMATORS = ("rlr", "rlr_paper", "full_bp", "truncated_bp", "draft_lv", "alignprop", "ddpo")
+# The schedules that need no further arguments than those there are.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+# Pictures that are compared have these seeds, whatever the seed of the run: other noise than any run trains on.
+EVALUATION_SEED = 1_000_000
+NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "rlr_state.json"
 
@@ -101,14 +117,17 @@ class Batch(NamedTuple):
     prompts: list
     chain: StableDiffusionChain
     trajectory: Trajectory
+    perturbation: WeightPerturbation
     scores: dict
     reward_grad: Optional[torch.Tensor]
+    predicted: Optional[dict]
 
 
 def save_model_card(args, repo_id, results):
     """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any."""
+    local = os.path.isdir(args.pretrained_model_name_or_path)
     data = ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
+        base_model=None if local else args.pretrained_model_name_or_path,
         library_name="diffusers",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
         inference=True,
@@ -120,7 +139,7 @@ LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the re
 `{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639).
 
 ```py
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -142,34 +161,35 @@ Over {results["num_images"]} pictures of fixed seeds; the first of them, base ab
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(args.output_dir, "README.md"))
 
 
-def generate(pipeline, prompts, args, first_seed=0, desc=None):
-    """One picture per prompt, from the seeds first_seed, first_seed + 1, ...: (N, 3, H, W) in [0, 1] on the CPU."""
+@torch.no_grad()
+def generate(pipeline, prompts, args, desc=None):
+    """One picture per prompt, from the evaluation's seeds one after the other: (N, 3, H, W) in [0, 1] on the CPU."""
     images = []
     for start in tqdm(range(0, len(prompts), args.train_batch_size), desc=desc, disable=desc is None):
         batch = prompts[start : start + args.train_batch_size]
         # Generators of the CPU, so that a seed is the same picture on every device.
-        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-        images.append(
-            pipeline(
-                batch,
-                height=args.resolution,
-                width=args.resolution,
-                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                eta=args.eta,
-                generator=generators,
-                output_type="pt",
-            ).images.cpu()
-        )
-    return torch.cat(images).float()
+        generators = [torch.Generator().manual_seed(EVALUATION_SEED + start + i) for i in range(len(batch))]
+        # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
+        latents = pipeline(
+            batch,
+            height=args.resolution,
+            width=args.resolution,
+            negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            eta=args.eta,
+            generator=generators,
+            output_type="latent",
+        ).images
+        images += [decode_latents(pipeline.vae, part).cpu() for part in latents.split(args.decode_batch_size)]
+    return torch.cat(images)
 
 
 def log_validation(pipeline, args, accelerator, step):
     """Pictures of the validation prompts to every tracker, from the same seeds each time."""
     logger.info(f"Running validation: {args.num_validation_images} pictures of each validation prompt")
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    images = generate(pipeline, prompts, args, first_seed=args.seed or 0).permute(0, 2, 3, 1).numpy()
+    images = generate(pipeline, prompts, args).permute(0, 2, 3, 1).numpy()
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", images, step, dataformats="NHWC")
@@ -186,7 +206,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_args(input_args=None):
-    parser = OneLineParser(description="Fine-tune a LoRA of Stable Diffusion on a reward with RLR.")
+    parser = OneLineParser(prog="train_rlr_sd.py", description="Fine-tune a LoRA of Stable Diffusion on a reward with RLR.")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_model_name_or_path",
@@ -196,7 +216,9 @@ def parse_args(input_args=None):
     )
     model.add_argument("--revision", type=str, default=None, help="Revision of the model to take from the Hub.")
     model.add_argument("--variant", type=str, default=None, help="Variant of the model files, such as fp16.")
-    model.add_argument("--cache_dir", type=str, default=None, help="Where downloaded models and datasets are kept.")
+    model.add_argument(
+        "--cache_dir", type=str, default=None, help="Where the downloaded pipeline and datasets are kept."
+    )
     model.add_argument("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
     model.add_argument("--lora_alpha", type=int, default=None, help="Scale of the LoRA update; default: the rank.")
     model.add_argument(
@@ -233,13 +255,77 @@ def parse_args(input_args=None):
         " inverse variance by step.",
     )
     estimator.add_argument("--truncation_steps", type=int, default=1, help="For truncated_bp: the last K steps.")
+    estimator.add_argument("--lv_samples", type=int, default=2, help="For draft_lv: re-noisings of each picture.")
+    estimator.add_argument(
+        "--subchain_length",
+        type=str,
+        default="2",
+        help="For rlr_paper: steps h of the half-order sub-chain, 0 for none, or auto for the paper's equation 8.",
+    )
+    estimator.add_argument(
+        "--subchain_range",
+        type=int,
+        nargs=2,
+        default=None,
+        metavar=("A", "B"),
+        help="For rlr_paper: the sub-chain starts at a step from A to B, counted from the last; default: anywhere.",
+    )
+    estimator.add_argument(
+        "--subchain_sampling",
+        type=str,
+        default="uniform",
+        choices=["uniform", "grad_norm"],
+        help="For rlr_paper: how the start is drawn; grad_norm by the softmax of the steps' running gradient norms.",
+    )
+    estimator.add_argument(
+        "--rest",
+        type=str,
+        default="zeroth_order",
+        choices=["zeroth_order", "likelihood_ratio", "none"],
+        help="For rlr_paper: what the steps outside of the last one and the sub-chain take; none is biased.",
+    )
+    estimator.add_argument(
+        "--zo_scale", type=float, default=0.02, help="For rlr_paper: deviation of the weight perturbations."
+    )
+    estimator.add_argument(
+        "--memory_budget_gb", type=float, default=24.0, help="For --subchain_length auto: the memory to spend."
+    )
+    estimator.add_argument(
+        "--half_order_gb",
+        type=float,
+        default=8.0,
+        help="For auto: memory of a half-order step; the paper's on SD 1.4.",
+    )
+    estimator.add_argument(
+        "--zeroth_order_gb", type=float, default=0.24, help="For auto: memory of a zeroth-order step; likewise."
+    )
+    estimator.add_argument(
+        "--branches",
+        type=int,
+        default=0,
+        help="For rlr with a black-box reward: compare this many pairs of branches at one random step of each picture"
+        " instead of sweeping all steps; 0 for the sweep.",
+    )
     estimator.add_argument(
         "--baseline",
         type=str,
         default="leave_one_out",
-        choices=["leave_one_out", "per_prompt"],
-        help="What a picture's reward is compared with: all other pictures of the optimizer step, or those of the same"
-        " prompt.",
+        choices=["none", "leave_one_out", "per_prompt", "predicted_x0"],
+        help="What a picture's reward is compared with: nothing, all other pictures of the optimizer step, those of the"
+        " same prompt, or the reward of the picture predicted at each step.",
+    )
+    estimator.add_argument(
+        "--baseline_vae",
+        type=str,
+        default=None,
+        help="For predicted_x0: an AutoencoderTiny (path or Hub name, such as madebyollin/taesd) that decodes the"
+        " predictions; default: the pipeline's own decoder.",
+    )
+    estimator.add_argument(
+        "--baseline_steps",
+        type=int,
+        default=None,
+        help="For predicted_x0: predict at the last so many steps only, leave-one-out before; default: all.",
     )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
     estimator.add_argument(
@@ -256,6 +342,12 @@ def parse_args(input_args=None):
     data.add_argument("--dataset_name", type=str, default=None, help="Take the prompts from this dataset or folder.")
     data.add_argument("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
     data.add_argument("--caption_column", type=str, default="text", help="Column of the dataset with the prompts.")
+    data.add_argument(
+        "--images_per_prompt",
+        type=int,
+        default=1,
+        help="How often a prompt comes in a row, for --baseline per_prompt.",
+    )
     data.add_argument(
         "--resolution", type=int, default=None, help="Side of the pictures in pixels; default: the model's own."
     )
@@ -292,9 +384,7 @@ def parse_args(input_args=None):
     training.add_argument(
         "--scale_lr", action="store_true", help="Multiply the learning rate by the pictures per optimizer step."
     )
-    training.add_argument(
-        "--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType], help="Schedule."
-    )
+    training.add_argument("--lr_scheduler", type=str, default="constant", choices=LR_SCHEDULERS, help="Schedule.")
     training.add_argument("--lr_warmup_steps", type=int, default=0, help="Warm-up steps of the schedule.")
     training.add_argument("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes with 8-bit states.")
     training.add_argument("--adam_beta1", type=float, default=0.9, help="AdamW beta1.")
@@ -353,16 +443,24 @@ def check_args(args):
         *("train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "num_train_epochs", "rank"),
         *("max_train_steps", "resolution", "decode_batch_size", "num_inner_epochs", "checkpointing_steps"),
         *("truncation_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "lora_alpha"),
+        *("lv_samples", "baseline_steps", "images_per_prompt"),
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} {value} must be at least 1")
-    for name in ("num_eval_images", "lr_warmup_steps", "guidance_scale"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name} {getattr(args, name)} must not be negative")
-    for name in ("learning_rate", "max_grad_norm", "ppo_clip_range"):
+    for name in ("num_eval_images", "lr_warmup_steps", "guidance_scale", "branches", "adam_weight_decay"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)} must be a number that is not negative")
+    for name in ("learning_rate", "max_grad_norm", "ppo_clip_range", "zo_scale", "memory_budget_gb", "adam_epsilon"):
         if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             raise ValueError(f"--{name} {getattr(args, name)} must be a positive number")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be in [0, 1)")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must be in 0..2^32 - 1")
+    if args.num_eval_images == 1:
+        raise ValueError("--num_eval_images 1 has no standard deviation: use 0 or at least 2")
     if not 0 <= args.eta <= 1:
         raise ValueError(f"--eta {args.eta} must be in [0, 1]")
 
@@ -370,8 +468,12 @@ def check_args(args):
         raise ValueError(
             f"unknown --gradient_estimator {args.gradient_estimator!r}, known are: {', '.join(ESTIMATORS)}"
         )
-    if args.eta == 0 and args.gradient_estimator in ("rlr", "ddpo"):
+    if args.eta == 0 and args.gradient_estimator in NEED_NOISE:
         raise ValueError(f"--eta 0 leaves no noise in the chain, which {args.gradient_estimator} needs: use --eta 1")
+    if args.gradient_estimator == "truncated_bp" and args.truncation_steps > args.num_inference_steps:
+        raise ValueError(
+            f"--truncation_steps {args.truncation_steps} is more than --num_inference_steps {args.num_inference_steps}"
+        )
     if args.num_inner_epochs > 1 and args.gradient_estimator != "ddpo":
         raise ValueError(f"--num_inner_epochs {args.num_inner_epochs} needs --gradient_estimator ddpo")
     if args.mixing != "auto":
@@ -383,12 +485,32 @@ def check_args(args):
             raise ValueError(f"--mixing {args.mixing!r} is neither auto nor a number in [0, 1]")
         args.mixing = gamma
 
+    if args.subchain_length == "auto":
+        if not args.half_order_gb > args.zeroth_order_gb > 0:
+            raise ValueError(
+                f"--half_order_gb {args.half_order_gb} must be more than --zeroth_order_gb {args.zeroth_order_gb}, and"
+                " that more than 0"
+            )
+        args.subchain_length = subchain_length(
+            args.num_inference_steps, args.memory_budget_gb, args.half_order_gb, args.zeroth_order_gb
+        )
+    elif args.subchain_length.isdecimal():
+        args.subchain_length = int(args.subchain_length)
+    else:
+        raise ValueError(f"--subchain_length {args.subchain_length!r} is neither auto nor a number of steps")
+    if args.branches and args.gradient_estimator != "rlr":
+        raise ValueError(f"--branches {args.branches} needs --gradient_estimator rlr, not {args.gradient_estimator}")
+    if args.baseline_vae is not None and args.baseline != "predicted_x0":
+        raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline predicted_x0")
+
     parse_reward(args.reward)
     parse_reward_paths(args.reward_path)
     if args.prompts is not None and args.dataset_name is not None:
         raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("--report_to wandb with --hub_token would log the token: log in with `hf auth login` instead")
+    if args.report_to == "wandb" and not is_wandb_available():
+        raise ValueError("--report_to wandb: wandb is not installed")
 
 
 def load_training_prompts(args):
@@ -398,7 +520,7 @@ def load_training_prompts(args):
         ValueError: for a missing or empty file and a missing column.
     """
     if args.dataset_name is None:
-        return load_prompts(args.prompts or "simple_animals")
+        return load_prompts("simple_animals" if args.prompts is None else args.prompts)
     dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
     if args.caption_column not in dataset.column_names:
         raise ValueError(
@@ -427,7 +549,7 @@ def load_pipeline(args, dtype):
             safety_checker=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} cannot be loaded: {error}"
         ) from error
@@ -440,7 +562,7 @@ def load_pipeline(args, dtype):
 
 
 def checkpoints_of(output_dir):
-    """The checkpoint folders of an output folder as {step: path}, in order."""
+    """The whole checkpoints of an output folder as {step: path}, in order."""
     if not os.path.isdir(output_dir):
         return {}
     found = {
@@ -448,52 +570,82 @@ def checkpoints_of(output_dir):
         for m in (re.fullmatch(r"checkpoint-(\d+)", f) for f in os.listdir(output_dir))
         if m
     }
-    return {step: os.path.join(output_dir, found[step]) for step in sorted(found)}
+    paths = {step: os.path.join(output_dir, found[step]) for step in sorted(found)}
+    return {step: path for step, path in paths.items() if os.path.isfile(os.path.join(path, STATE_FILE))}
 
 
 def resume_point(args):
     """(path, step) of the checkpoint to go on from, or (None, 0).
 
     Raises:
-        ValueError: if it does not exist.
+        ValueError: if it does not exist, lies beyond --max_train_steps, or a newer one would get in the way.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None:
         return None, 0
-    candidates = checkpoints_of(args.output_dir)
-    if wanted == "latest" and candidates:
-        step = max(candidates)
-        return candidates[step], step
-    for path in (os.path.join(args.output_dir, wanted), wanted):
-        match = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(os.path.normpath(path)))
-        if match and os.path.isfile(os.path.join(path, STATE_FILE)):
-            return path, int(match.group(1))
-    there = ", ".join(os.path.basename(path) for path in candidates.values()) or "none"
-    raise ValueError(
-        f"--resume_from_checkpoint {wanted!r} does not exist; checkpoints in {args.output_dir!r}: {there}"
-    )
+    there = checkpoints_of(args.output_dir)
+    if wanted == "latest" and there:
+        wanted = there[max(there)]
+    folder, name = os.path.split(os.path.normpath(wanted))
+    elsewhere = checkpoints_of(folder) if folder else {}
+    found = [(path, step) for step, path in [*there.items(), *elsewhere.items()] if os.path.basename(path) == name]
+    if not found:
+        names = ", ".join(os.path.basename(path) for path in there.values()) or "none"
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint!r} does not exist; whole checkpoints in"
+            f" {args.output_dir!r}: {names}"
+        )
+    # A name alone means this folder, a path the folder it names.
+    path, step = found[-1]
+    if args.max_train_steps is not None and args.max_train_steps <= step:
+        raise ValueError(f"--max_train_steps {args.max_train_steps} leaves nothing to train after {path!r}")
+    if there and max(there) > step:
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint!r}: {there[max(there)]!r} is newer, move it away to"
+            " go on from the older one"
+        )
+    return path, step
 
 
-def check_output_dir(args):
-    """Refuse to start a new run in the folder of another one.
+def check_output_dir(args, resume_path):
+    """Refuse to write over what another run, or somebody, has left in the output folder.
 
     Raises:
-        ValueError: if the folder holds a run that this one does not resume.
+        ValueError: if the folder holds a run that this one does not resume, or a README.md that no run has written.
     """
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir!r} is a file")
     holds_run = checkpoints_of(args.output_dir) or any(
         os.path.exists(os.path.join(args.output_dir, name)) for name in (LORA_FILE, "metrics.jsonl")
     )
-    if holds_run and args.resume_from_checkpoint is None:
+    resumed = resume_path is not None and os.path.abspath(os.path.dirname(resume_path)) == os.path.abspath(
+        args.output_dir
+    )
+    if os.path.exists(os.path.join(args.output_dir, "README.md")) and not holds_run:
+        raise ValueError(f"--output_dir {args.output_dir!r} holds a README.md, which the model card would replace")
+    if holds_run and not resumed:
         raise ValueError(
             f"--output_dir {args.output_dir!r} already holds a run: name another folder, or continue it with"
             " --resume_from_checkpoint latest"
         )
 
 
-def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradient):
+def loss_scale(accelerator):
+    """The factor by which cotangents are enlarged so that half precision can hold them; 1 but in fp16.
+
+    The sweep is linear in its cotangents, and the optimizer's wrapper divides the gradients by the same factor.
+    """
+    if accelerator.scaler is None:
+        return 1.0
+    # The scaler has no scale before it has scaled something.
+    return accelerator.scaler.scale(torch.ones((), device=accelerator.device)).item()
+
+
+def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradient, scale=1.0):
     """Decode latents (B, C, h, w) and score the pictures, a few at a time.
+
+    Args:
+        scale: of the cotangents while they pass through the decoder, see `loss_scale`; the result is free of it.
 
     Returns:
         scores: {"total", "differentiable", "black_box", member names...} -> (B,); a part that no member has is zero.
@@ -505,7 +657,7 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
         with torch.set_grad_enabled(with_gradient):
             result = rewards(decode_latents(vae, x_0), prompts[start : start + decode_batch_size])
         if with_gradient:
-            reward_grad += torch.autograd.grad(result.differentiable.sum(), x_0)
+            reward_grad += [g / scale for g in torch.autograd.grad(scale * result.differentiable.sum(), x_0)]
         zero = torch.zeros(len(x_0), device=x_0.device)
         parts = {
             "differentiable": zero if result.differentiable is None else result.differentiable.detach().float(),
@@ -516,20 +668,43 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
     return scores, torch.cat(reward_grad) if with_gradient else None
 
 
-def make_schedule(args, adaptive, has_gradient):
+def load_baseline_vae(args, dtype):
+    """The decoder of --baseline_vae.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    try:
+        return AutoencoderTiny.from_pretrained(args.baseline_vae, cache_dir=args.cache_dir, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--baseline_vae {args.baseline_vae!r} cannot be loaded: {error}") from error
+
+
+def make_schedule(args, adaptive, subchain, has_gradient):
     """The schedule of --gradient_estimator for the next optimizer step."""
     num_steps = args.num_inference_steps
     if args.gradient_estimator == "rlr":
         return rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, has_gradient)
+    if args.gradient_estimator == "rlr_paper":
+        return rlr_paper(num_steps, subchain.draw(), args.subchain_length, args.rest, has_gradient)
     if args.gradient_estimator == "truncated_bp":
         return truncated_bp(num_steps, args.truncation_steps)
-    return {"full_bp": full_bp, "alignprop": alignprop, "ddpo": ddpo}[args.gradient_estimator](num_steps)
+    simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
+    return simple[args.gradient_estimator](num_steps)
 
 
 def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_step):
     """The arithmetic of the run as one table."""
-    guided = 2 if args.guidance_scale > 1 else 1
-    forwards, swept = images_per_step * args.num_inference_steps, images_per_step * schedule.stop_after
+    epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
+    num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
+    forwards, swept = num_steps, sum(gamma is not None for gamma in schedule.mixing[1 : schedule.stop_after + 1])
+    if args.gradient_estimator == "alignprop":
+        swept = num_steps
+    if args.gradient_estimator == "draft_lv":
+        forwards, swept = forwards + args.lv_samples, args.lv_samples
+    if args.branches:
+        forwards, swept = forwards + args.branches * (num_steps - 1), 1
+    forwards, swept = guided * images_per_step * forwards, guided * images_per_step * swept
     rows = {
         "model": args.pretrained_model_name_or_path,
         "reward": args.reward,
@@ -537,10 +712,11 @@ def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_s
         "prompts": num_prompts,
         "images per step": f"{images_per_step} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"
         f" accumulation x {accelerator.num_processes} ranks",
-        "U-Net calls per step": f"{guided * forwards} forward + {guided * swept} recomputed with backward"
+        "U-Net calls per step": f"{forwards} forward + {swept} recomputed with backward"
         + (" at most" if args.gradient_estimator == "alignprop" else "")
+        + (" (on average)" if args.branches else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else ""),
-        "steps": f"{args.max_train_steps} = {args.num_train_epochs} passes over the prompts",
+        "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
         "trainable parameters": f"{sum(p.numel() for p in trainable):,}",
     }
     width = max(map(len, rows))
@@ -593,7 +769,7 @@ def compare_with_base(args, rewards, prompts, device, dtype):
     for name in ("base", "tuned"):
         if name == "tuned":
             pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
-        images[name] = generate(pipeline, prompts, args, first_seed=args.seed or 0, desc=f"{name} pictures")
+        images[name] = generate(pipeline, prompts, args, desc=f"{name} pictures")
         batches = range(0, len(prompts), args.decode_batch_size)
         with torch.no_grad():
             parts = [
@@ -630,7 +806,10 @@ def main(args):
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
     )
     for library in (datasets, transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+        if accelerator.is_local_main_process:
+            library.utils.logging.set_verbosity_warning()
+        else:
+            library.utils.logging.set_verbosity_error()
 
     # The frozen models run in half precision under mixed precision; what is trained stays in float32.
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -643,23 +822,43 @@ def main(args):
         rewards = load_rewards(
             parse_reward(args.reward), parse_reward_paths(args.reward_path), device=accelerator.device
         )
-        if not rewards.differentiable and args.gradient_estimator not in ("rlr", "ddpo"):
+        if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
             raise ValueError(
                 f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
+            )
+        if rewards.has_gradient and args.branches:
+            raise ValueError(
+                f"--branches {args.branches} is for black boxes, and --reward {args.reward!r} has a gradient"
             )
         resume_path, first_step = resume_point(args)
 
         pipeline = load_pipeline(args, dtype)
         unet, vae = pipeline.unet, pipeline.vae
         args.resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
-        if args.resolution % pipeline.vae_scale_factor:
-            raise ValueError(f"--resolution {args.resolution} is no multiple of {pipeline.vae_scale_factor}")
+        if args.resolution % math.lcm(8, pipeline.vae_scale_factor):
+            raise ValueError(
+                f"--resolution {args.resolution} is no multiple of {math.lcm(8, pipeline.vae_scale_factor)}"
+            )
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         scheduler.set_timesteps(args.num_inference_steps)
+        if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"--num_inference_steps {args.num_inference_steps} reaches beyond the model's timesteps: lower it"
+            )
         adaptive = AdaptiveMixing(args.num_inference_steps)
-        schedule = make_schedule(args, adaptive, rewards.has_gradient)
+        subchain = SubchainSampler(
+            args.num_inference_steps,
+            args.subchain_length if args.gradient_estimator == "rlr_paper" else 0,
+            *(args.subchain_range or ()),
+            by_gradient_norm=args.subchain_sampling == "grad_norm",
+        )
+        baseline_vae = vae if args.baseline_vae is None else load_baseline_vae(args, dtype)
+        schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
         chain = StableDiffusionChain(unet, scheduler, prompt_embeds=torch.zeros(1, 1, 1), eta=args.eta)
-        silent = [k for k in range(1, chain.num_steps + 1) if chain.sigma(k) == 0 and schedule.mixing[k] < 1]
+        noisy = [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None and gamma < 1]
+        if rewards.has_gradient and not rewards.differentiable:
+            noisy.append(1)
+        silent = [k for k in noisy if chain.sigma(k) == 0]
         if silent:
             raise ValueError(
                 f"the model's scheduler adds no noise at step {silent[0]} from the end, where {args.gradient_estimator}"
@@ -670,12 +869,16 @@ def main(args):
         seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**31)
         seed = broadcast_object_list([seed])[0]
         set_seed(seed)
+        layers = [name.strip() for name in args.lora_layers.split(",")]
+        for layer in layers:
+            if not any(name == layer or name.endswith(f".{layer}") for name, _ in unet.named_modules()):
+                raise ValueError(f"--lora_layers {args.lora_layers!r}: the U-Net has no layer {layer!r}")
         unet.add_adapter(
             LoraConfig(
                 r=args.rank,
                 lora_alpha=args.lora_alpha or args.rank,
                 init_lora_weights="gaussian",
-                target_modules=args.lora_layers.split(","),
+                target_modules=layers,
                 use_dora=args.use_dora,
             )
         )
@@ -687,7 +890,7 @@ def main(args):
             if not is_xformers_available():
                 raise ValueError("--enable_xformers_memory_efficient_attention: xformers is not installed")
             unet.enable_xformers_memory_efficient_attention()
-        check_output_dir(args)
+        check_output_dir(args, resume_path)
         # No rank may look into the output folder after another has begun to write there.
         accelerator.wait_for_everyone()
         repo_id = None
@@ -697,10 +900,10 @@ def main(args):
                 repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
             except Exception as error:  # the client lets the errors of its HTTP library through
                 raise ValueError(f"--push_to_hub: cannot create {name!r} on the Hub: {error}") from error
+        if accelerator.is_main_process:
+            os.makedirs(args.output_dir, exist_ok=True)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_rlr_sd.py: error: {' '.join(str(error).split())}") from error
-    if accelerator.is_main_process:
-        os.makedirs(args.output_dir, exist_ok=True)
 
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -708,14 +911,14 @@ def main(args):
         unet.enable_gradient_checkpointing()
         vae.enable_gradient_checkpointing()
     pipeline.to(accelerator.device)
+    baseline_vae.to(accelerator.device)
 
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.scale_lr:
         args.learning_rate *= images_per_step
-    steps_per_epoch = math.ceil(len(prompts) / images_per_step)
     if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * steps_per_epoch
-    args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
+        images = args.num_train_epochs * len(prompts) * args.images_per_prompt
+        args.max_train_steps = math.ceil(images / images_per_step)
 
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
@@ -740,8 +943,16 @@ def main(args):
     unet = accelerator.prepare_model(unet, evaluation_mode=True)
     optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
 
-    sampler = PromptSampler(prompts, seed, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+    sampler = PromptSampler(
+        prompts, seed, accelerator.process_index, accelerator.num_processes, args.images_per_prompt
+    )
     running = {"total": RunningReward(), "black_box": RunningReward()}
+    predictors = {name: PredictedReward(args.num_inference_steps) for name in running}
+
+    # All that an estimator remembers of earlier batches; it goes into the checkpoints.
+    statistics = {"mixing": adaptive, "subchain": subchain}
+    for name in running:
+        statistics.update({f"running_{name}": running[name], f"predictor_{name}": predictors[name]})
 
     def save_adapter(directory):
         StableDiffusionPipeline.save_lora_weights(
@@ -754,8 +965,8 @@ def main(args):
         weights.clear()  # or accelerate writes the whole U-Net beside the adapter
         if accelerator.is_main_process:
             save_adapter(directory)
-            state = {"position": sampler.position, "mixing": adaptive.state_dict(), "seed": seed}
-            state["running"] = {name: statistics.state_dict() for name, statistics in running.items()}
+            state = {"position": sampler.position, "seed": seed}
+            state.update({name: kept.state_dict() for name, kept in statistics.items()})
             with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(state, file)
 
@@ -768,15 +979,17 @@ def main(args):
         with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
         sampler.position, sampler.seed = state["position"], state["seed"]
-        adaptive.load_state_dict(state["mixing"])
-        for name, statistics in running.items():
-            statistics.load_state_dict(state["running"][name])
+        for name, kept in statistics.items():
+            kept.load_state_dict(state[name])
 
     accelerator.register_save_state_pre_hook(save_state_hook)
     accelerator.register_load_state_pre_hook(load_state_hook)
 
     def save_checkpoint(step):
         """checkpoint-N appears under its name only when it is whole, and older ones go only after that."""
+        checksums = accelerator.gather(parameters_to_vector(trainable).detach().double().square().sum()[None])
+        if (checksums != checksums[0]).any():
+            raise SystemExit(f"train_rlr_sd.py: error: step {step}: the ranks' adapters differ, {checksums.tolist()}")
         path = os.path.join(args.output_dir, f"checkpoint-{step}")
         partial = os.path.join(args.output_dir, f"partial-{step}")
         accelerator.save_state(partial)
@@ -812,19 +1025,49 @@ def main(args):
         accelerator.init_trackers("rlr-sd", config=config)
     metrics_file = os.path.join(args.output_dir, "metrics.jsonl")
     if resume_path is not None:
-        accelerator.load_state(resume_path)
+        try:
+            accelerator.load_state(resume_path)
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            message = " ".join(str(error).split())
+            raise SystemExit(f"train_rlr_sd.py: error: cannot resume from {resume_path!r}: {message}") from error
     if accelerator.is_main_process:
         # The steps after the checkpoint will be taken again: their lines go.
         kept = []
         if resume_path is not None and os.path.isfile(metrics_file):
             with open(metrics_file, encoding="utf-8") as file:
-                kept = [line for line in file if json.loads(line)["step"] <= first_step]
+                # A line that a killed run has not finished has no end.
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
         with open(metrics_file + ".partial", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(metrics_file + ".partial", metrics_file)
         print_plan(accelerator, args, schedule, len(prompts), trainable, images_per_step)
 
-    with_gradient = rewards.has_gradient and args.gradient_estimator != "ddpo"
+    def score(latents, batch_prompts, with_gradient=False, decoder=vae):
+        try:
+            return score_latents(
+                decoder,
+                rewards,
+                latents,
+                batch_prompts,
+                args.decode_batch_size,
+                with_gradient,
+                loss_scale(accelerator),
+            )
+        except ValueError as error:
+            raise SystemExit(f"train_rlr_sd.py: error: step {step}: {error}") from error
+
+    def score_predictions(trajectory, batch_prompts):
+        """The rewards of the pictures predicted at each step, {"total", "black_box"} -> (B, T + 1)."""
+        shape = (args.train_batch_size, args.num_inference_steps + 1)
+        predicted = {name: torch.zeros(shape, device=accelerator.device) for name in running}
+        for k in range(1, min(args.baseline_steps or args.num_inference_steps, args.num_inference_steps) + 1):
+            scores, _ = score(trajectory.predictions[k], batch_prompts, decoder=baseline_vae)
+            for name in predicted:
+                predicted[name][:, k] = scores[name]
+        return predicted
+
+    # draft_lv takes its gradient at other noises of the same pictures, below.
+    with_gradient = rewards.has_gradient and args.gradient_estimator not in ("ddpo", "draft_lv")
     local_images = args.train_batch_size * args.gradient_accumulation_steps
     mine = slice(accelerator.process_index * local_images, (accelerator.process_index + 1) * local_images)
     bar = tqdm(
@@ -834,81 +1077,118 @@ def main(args):
         started = time.perf_counter()
 
         # prompt -> rollout -> reward
+        schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
         batches = []
         for _ in range(args.gradient_accumulation_steps):
             batch_prompts = sampler.next_batch(args.train_batch_size)
             chain = make_chain(batch_prompts)
+            perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
             x_T = randn_tensor(latents_shape, device=accelerator.device) * scheduler.init_noise_sigma
-            trajectory = rollout(chain, x_T)
-            try:
-                scores, reward_grad = score_latents(
-                    vae, rewards, trajectory.latents[0], batch_prompts, args.decode_batch_size, with_gradient
-                )
-            except ValueError as error:
-                raise SystemExit(f"train_rlr_sd.py: error: step {step}: {error}") from error
-            batches.append(Batch(batch_prompts, chain, trajectory, scores, reward_grad))
+            trajectory = rollout(PerturbedChain(chain, perturbation), x_T, predict=args.baseline == "predicted_x0")
+            scores, reward_grad = score(trajectory.latents[0], batch_prompts, with_gradient)
+            predicted = score_predictions(trajectory, batch_prompts) if args.baseline == "predicted_x0" else None
+            batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))
 
         # reward -> advantages, over the pictures of all ranks
         scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
         scores = accelerator.gather(scores)
         all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
+        # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
+        means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), running["total"].mean)
         advantages = {}
-        for name, statistics in running.items():
-            if args.baseline == "per_prompt":
-                advantages[name] = per_prompt(scores[name], all_prompts, statistics.mean)
+        for name, values in scores.items():
+            if name not in running:
+                continue
+            if args.baseline == "none":
+                advantages[name] = values
+            elif args.baseline == "per_prompt":
+                advantages[name] = per_prompt(values, all_prompts, running[name].mean)
+            elif args.baseline == "predicted_x0":
+                predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
+                advantages[name] = predictors[name].advantages(values, predicted)
+                predictors[name].update(values, predicted)
             else:
-                advantages[name] = leave_one_out(scores[name], statistics.mean)
-            statistics.update(scores[name])
+                advantages[name] = leave_one_out(values, running[name].mean)
+            running[name].update(values)
         if args.gradient_estimator == "ddpo":
-            advantages["total"] = normalize(advantages["total"], running["total"].largest_std)
-        advantages = {name: values[mine].split(args.train_batch_size) for name, values in advantages.items()}
+            advantages["total"] = normalize(advantages["total"], scores["total"], running["total"].largest_std)
+        advantages = {name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()}
+        means = means[accelerator.process_index * len(batches) :]
 
         # advantages -> sweep -> optimizer
-        schedule = make_schedule(args, adaptive, rewards.has_gradient)
-        # fp16 needs large cotangents; the optimizer divides the gradients by the same factor, and the sweep is linear.
-        scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
         clipped = []
         for _ in range(args.num_inner_epochs):
-            squares = []
-            for batch, advantage, black_box in zip(batches, advantages["total"], advantages["black_box"]):
+            scale = loss_scale(accelerator)
+            seen = []
+            for batch, advantage, black_box, mean in zip(
+                batches, advantages["total"], advantages["black_box"], means.tolist()
+            ):
                 chain, trajectory = batch.chain, batch.trajectory
-                if args.gradient_estimator == "ddpo":
+                if args.branches:
+                    for i, prompt in enumerate(batch.prompts):
+                        k = random.randint(1, chain.num_steps)
+                        copies = [prompt] * (2 * args.branches)
+                        branch(
+                            make_chain([prompt]),
+                            make_chain(copies),
+                            Trajectory([x[i : i + 1] for x in trajectory.latents], None),
+                            k,
+                            lambda x_0: score(x_0, copies)[0]["total"],  # noqa: B023
+                            args.branches,
+                            weight=scale * chain.num_steps / args.train_batch_size,
+                        )
+                elif args.gradient_estimator == "draft_lv":
+                    for _ in range(args.lv_samples):
+                        renoised = renoise(chain, trajectory.latents[0])
+                        _, reward_grad = score(renoised.latents[0], batch.prompts, with_gradient=True)
+                        reward_grad = scale / args.lv_samples * reward_grad
+                        backward_sweep(chain, renoised, schedule.mixing, reward_grad=reward_grad, stop_after=1)
+                elif args.gradient_estimator == "ddpo":
                     ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
                     backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio)
                     clipped += ratio.clipped
-                    continue
-                reward_grad = batch.reward_grad
-                if with_gradient and not rewards.differentiable:
-                    reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, black_box)
-                statistics = backward_sweep(
-                    chain,
-                    trajectory,
-                    schedule.mixing,
-                    reward_grad=scale * reward_grad if with_gradient else None,
-                    advantages=scale * advantage,
-                    stop_after=schedule.stop_after,
-                )
-                squares.append(torch.stack(statistics) / scale**2)
+                else:
+                    reward_grad = batch.reward_grad
+                    if with_gradient and not rewards.differentiable:
+                        reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, black_box)
+                    rows = backward_sweep(
+                        chain,
+                        trajectory,
+                        schedule.mixing,
+                        reward_grad=scale * reward_grad if with_gradient else None,
+                        advantages=scale * advantage,
+                        stop_after=schedule.stop_after,
+                        parameters=trainable if args.subchain_sampling == "grad_norm" else None,
+                    )
+                    batch.perturbation.add_gradient(scale * mean)
+                    seen.append(
+                        torch.stack(
+                            [rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale]
+                        )
+                    )
             gradients = [p.grad for p in trainable]
-            mean = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
-            vector_to_parameters(mean, gradients)
+            flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
+            vector_to_parameters(flat, gradients)
             grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
             if not math.isfinite(grad_norm) and accelerator.scaler is None:
                 raise SystemExit(f"train_rlr_sd.py: error: step {step}: the gradient is not finite ({grad_norm})")
             optimizer.step()
             optimizer.zero_grad()
         lr_scheduler.step()
-        if squares and math.isfinite(grad_norm):
-            adaptive.update(accelerator.reduce(torch.stack(squares).mean(0), "mean"))
+        if seen and math.isfinite(grad_norm):
+            seen = SweepStatistics(*accelerator.reduce(torch.stack(seen).mean(0), "mean"))
+            adaptive.update(seen)
+            subchain.update(seen)
 
         seconds = time.perf_counter() - started
+        gammas = [gamma for gamma in schedule.mixing[1 : schedule.stop_after + 1] if gamma is not None]
         line = {
             "step": step,
             "reward_mean": scores["total"].mean().item(),
             "reward_std": scores["total"].std(correction=int(images_per_step > 1)).item(),
             "num_images": images_per_step,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "gamma_mean": sum(schedule.mixing[1 : schedule.stop_after + 1]) / schedule.stop_after,
+            "gamma_mean": sum(gammas) / len(gammas),
             "seconds": seconds,
             "images_per_second": images_per_step / seconds,
             "learning_rate": lr_scheduler.get_last_lr()[0],
@@ -955,7 +1235,7 @@ def main(args):
                 repo_id=repo_id,
                 folder_path=args.output_dir,
                 commit_message="End of training",
-                ignore_patterns=["step_*", "epoch_*", "checkpoint-*"],
+                ignore_patterns=["step_*", "epoch_*", "checkpoint-*", "partial-*"],
                 token=args.hub_token,
             )
     accelerator.end_training()

@@ -18,6 +18,7 @@ import os
 from importlib import import_module
 
 import torch
+from safetensors import SafetensorError
 
 from .base import Scores, WeightedSum
 
@@ -49,13 +50,14 @@ def load_reward(name, *, path=None, device="cpu", dtype=torch.float32):
         raise ValueError(f"unknown reward {name!r}, known are: {', '.join(REWARDS)}")
     module, attribute = REWARDS[name].split(":")
     loader = getattr(import_module(f".{module}", __name__), attribute)
+    if path is not None and (attribute != "load" or not os.path.isdir(path)):
+        problem = "no such folder" if attribute == "load" else "this reward has no files"
+        raise ValueError(f"reward path {f'{name}={path}'!r}: {problem}")
     if attribute != "load":
         return loader
-    if path is not None and not os.path.isdir(path):
-        raise ValueError(f"reward {name!r}: {path!r} is no folder")
     try:
         return loader(path, device, dtype)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"reward {name!r} cannot be loaded from {path or 'the Hub'!r}: {error}") from error
 
 

@@ -52,6 +52,7 @@ class ClipScoreReward(torch.nn.Module):
 def load(path, device, dtype):
     """From the Hub, or from a folder with a transformers CLIPModel and its tokenizer."""
     if path is not None:
+        existing_file(path, "tokenizer.json", "vocab.json")  # or transformers makes up an empty one
         path = os.path.dirname(existing_file(path, "config.json"))
     source = path or CLIP_ID
     clip, tokenizer = CLIPModel.from_pretrained(source, dtype=dtype), CLIPTokenizer.from_pretrained(source)

@@ -13,35 +13,58 @@
 # limitations under the License.
 """The RLR step: a denoising chain, its rollout, and one backward sweep that serves every gradient estimator."""
 
-from .baselines import RunningReward, leave_one_out, normalize, per_prompt
+from .baselines import PredictedReward, RunningReward, leave_one_out, normalize, per_prompt
+from .branching import branch
 from .chain import StableDiffusionChain, decode_latents
-from .estimators import AdaptiveMixing, Schedule, alignprop, ddpo, full_bp, rlr, truncated_bp
+from .estimators import (
+    AdaptiveMixing,
+    Schedule,
+    SubchainSampler,
+    alignprop,
+    ddpo,
+    draft_lv,
+    full_bp,
+    rlr,
+    rlr_paper,
+    subchain_length,
+    truncated_bp,
+)
 from .policy_gradient import ClippedRatio
 from .prompts import PromptSampler, load_prompts
-from .rollout import Trajectory, rollout
+from .rollout import Trajectory, renoise, rollout
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
+from .zeroth_order import PerturbedChain, WeightPerturbation
 
 
 __all__ = [
     "AdaptiveMixing",
     "ClippedRatio",
+    "PerturbedChain",
+    "PredictedReward",
     "PromptSampler",
     "RunningReward",
     "Schedule",
     "StableDiffusionChain",
+    "SubchainSampler",
     "SweepStatistics",
     "Trajectory",
+    "WeightPerturbation",
     "alignprop",
     "backward_sweep",
+    "branch",
     "ddpo",
     "decode_latents",
+    "draft_lv",
     "full_bp",
     "leave_one_out",
     "likelihood_ratio",
     "load_prompts",
     "normalize",
     "per_prompt",
+    "renoise",
     "rlr",
+    "rlr_paper",
     "rollout",
+    "subchain_length",
     "truncated_bp",
 ]

@@ -15,6 +15,8 @@
 
 from collections import defaultdict
 
+import torch
+
 
 class RunningReward:
     """Running mean of the batch means of a reward, and the largest batch standard deviation so far."""
@@ -68,11 +70,59 @@ def per_prompt(rewards, prompts, running_mean=None):
     return advantages
 
 
-def normalize(advantages, largest_std, floor=0.1):
-    """Advantages (N,) over their standard deviation, which is not let fall below `floor` times the largest one seen.
+class PredictedReward:
+    r"""b_k as the regression of R on the reward of the predicted picture, P_k = R(decode(x0_hat(x_k))), step by step.
 
-    Without the floor a saturated reward, all of whose pictures score alike, would have its noise blown up to size 1.
+        A_k = (R - s_k P_k) - mean of (R - s_k P_k) over the other pictures,     s_k = cov(R, P_k) / var(P_k)
+
+    x0_hat(x_k) is known before z_k is drawn, and s_k comes from earlier batches only, so this is a baseline: the step's
+    own noise is what A_k has left. Until there is a batch s_k = 0, plain leave-one-out.
+
+    Args:
+        num_steps: T.
+        decay: weight of the past in the running moments.
     """
-    std = advantages.std().item() if len(advantages) > 1 else 0.0
+
+    def __init__(self, num_steps, decay=0.9):
+        self.decay = decay
+        self.moments = torch.zeros(2, num_steps + 1, dtype=torch.float64)
+
+    def slopes(self):
+        """s_k for k = 0..T, (T + 1,) in float64; 0 where nothing has been predicted."""
+        covariance, variance = self.moments
+        return torch.where(variance > 0, covariance / variance, torch.zeros_like(variance))
+
+    def advantages(self, rewards, predicted):
+        """A_k for k = 0..T, (T + 1, N).
+
+        Args:
+            rewards: R, (N,).
+            predicted: P_k, (T + 1, N); a row of zeros where a step has none, which leaves it leave-one-out.
+        """
+        residuals = rewards - self.slopes().to(rewards)[:, None] * predicted
+        count = len(rewards)
+        return (residuals - residuals.mean(1, keepdim=True)) * count / max(count - 1, 1)
+
+    def update(self, rewards, predicted):
+        """Take in a batch, after it has been used."""
+        rewards, predicted = rewards.double().cpu(), predicted.double().cpu()
+        centred = predicted - predicted.mean(1, keepdim=True)
+        new = torch.stack([(centred * (rewards - rewards.mean())).mean(1), centred.square().mean(1)])
+        self.moments = self.decay * self.moments + (1 - self.decay) * new
+
+    def state_dict(self):
+        return {"moments": self.moments.tolist()}
+
+    def load_state_dict(self, state):
+        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
+
+
+def normalize(advantages, rewards, largest_std, floor=0.1):
+    """Advantages (N,) or (T + 1, N) over the standard deviation of the rewards (N,).
+
+    The divisor is not let fall below `floor` times the largest one seen: without the floor a saturated reward, all of
+    whose pictures score alike, would have its noise blown up to size 1.
+    """
+    std = rewards.std().item() if len(rewards) > 1 else 0.0
     scale = max(std, floor * max(largest_std, std))
     return advantages / scale if scale > 0 else advantages

@@ -54,7 +54,7 @@ class StableDiffusionChain:
         self.guided = negative_prompt_embeds is not None and guidance_scale > 1
         self.eta = eta
         zero, one = torch.zeros(1), torch.ones(1)
-        self._sigmas = [self._step(zero, t, zero, noise=one).item() for t in self.timesteps]
+        self._sigmas = [self._step(zero, t, zero, noise=one)[0].item() for t in self.timesteps]
 
     @property
     def num_steps(self):
@@ -65,6 +65,10 @@ class StableDiffusionChain:
 
     def mean(self, k, x):
         """mu_k(x_k): latents (B, C, H, W) of step k -> the mean (B, C, H, W) of the latents of step k - 1."""
+        return self.predict(k, x)[0]
+
+    def predict(self, k, x):
+        """(mu_k(x_k), x0_hat(x_k)), (B, C, H, W) each: the mean and, from the same U-Net call, the predicted x_0."""
         timestep, embeds = self.timesteps[self.num_steps - k], self.prompt_embeds[self.num_steps - k]
         if self.guided:
             embeds = torch.cat([self.negative_prompt_embeds, embeds])
@@ -75,8 +79,12 @@ class StableDiffusionChain:
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return self._step(prediction, timestep, x, noise=torch.zeros_like(x))
 
+    def renoise(self, x_0, noise):
+        """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, C, H, W) each."""
+        return self.scheduler.add_noise(x_0, noise, torch.tensor(self.timesteps[-1:]))
+
     def _step(self, prediction, timestep, x, noise):
-        return self.scheduler.step(prediction, timestep, x, eta=self.eta, variance_noise=noise, return_dict=False)[0]
+        return self.scheduler.step(prediction, timestep, x, eta=self.eta, variance_noise=noise, return_dict=False)
 
 
 def decode_latents(vae, latents):

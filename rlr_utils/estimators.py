@@ -23,23 +23,41 @@ import torch
 
 
 class Schedule(NamedTuple):
-    """`mixing[k]` = gamma_k for k = 1..T (index 0 is ignored) and the last step `stop_after` that is swept."""
+    """What a sweep is to do.
+
+    Attributes:
+        mixing: gamma_k for k = 1..T (index 0 is ignored), `None` where a step is left out.
+        stop_after: the last step that is swept.
+        perturbed: the steps whose weights are perturbed in the rollout, see `zeroth_order.WeightPerturbation`.
+    """
 
     mixing: list
     stop_after: int
+    perturbed: tuple = ()
 
 
 def full_bp(num_steps):
-    """Backpropagation through the whole chain: gamma_k = 1, k = 1..T. Unbiased; needs a differentiable reward."""
+    """Backpropagation through the whole chain: gamma_k = 1, k = 1..T. Unbiased; needs a differentiable reward.
+
+    DRaFT (huggingface.co/papers/2309.17400) with K = T.
+    """
     return Schedule([1.0] * (num_steps + 1), num_steps)
 
 
 def truncated_bp(num_steps, truncation_steps):
     """Backpropagation through the last K steps only: gamma_k = 1, k = 1..K, the rest dropped, which biases it.
 
-    DRaFT-K (huggingface.co/papers/2309.17400); K = 1 is also ReFL's choice.
+    DRaFT-K (huggingface.co/papers/2309.17400).
     """
-    return Schedule([1.0] * (num_steps + 1), min(truncation_steps, num_steps))
+    return Schedule([1.0] * (num_steps + 1), truncation_steps)
+
+
+def draft_lv(num_steps):
+    """The last step only, as `truncated_bp` with K = 1, for each of several re-noisings of the same picture. Biased.
+
+    DRaFT-LV (huggingface.co/papers/2309.17400); the re-noisings are `rollout.renoise`, and their gradients averaged.
+    """
+    return truncated_bp(num_steps, 1)
 
 
 def alignprop(num_steps):
@@ -60,10 +78,12 @@ def ddpo(num_steps):
 
 
 def rlr(num_steps, mixing, differentiable):
-    """Every step mixes both unbiased cotangents: gamma_1 = 1 if the reward has a gradient, else 0; gamma_k, k >= 2.
+    r"""Every step mixes both unbiased cotangents; the default of this project.
 
-    The chain's first-, half- and zeroth-order estimates of RLR (huggingface.co/papers/2502.00639) in one sweep, where
-    gamma_k decides how much each step takes of them.
+        c_{k-1} = gamma_k c^P_{k-1} + (1 - gamma_k) A z_k / sigma_k,        gamma_1 = 1 or 0
+
+    gamma_1 = 1 if any part of the reward has a gradient (the parts without enter through `likelihood_ratio`, see
+    there), else 0. Between them lie the first- and half-order estimates of RLR (huggingface.co/papers/2502.00639).
 
     Args:
         mixing: one gamma for all k >= 2, or the `AdaptiveMixing` that chooses them.
@@ -72,6 +92,111 @@ def rlr(num_steps, mixing, differentiable):
     gammas = mixing.gammas() if isinstance(mixing, AdaptiveMixing) else [mixing] * (num_steps + 1)
     gammas[1] = float(differentiable)
     return Schedule(gammas, num_steps)
+
+
+def rlr_paper(num_steps, start, length, rest, differentiable=True):
+    r"""Equation 6 of RLR (huggingface.co/papers/2502.00639): one first-order step, one sub-chain, a rest.
+
+        G = D mu_1^T dR/dx_0                                    first order, k = 1
+          + A D mu_{j:j+h}^T z_j / sigma_j                      half order, k = j..j+h-1
+          + sum over the other k of  A eps_k / s                zeroth order, or A D mu_k^T z_k / sigma_k
+
+    The sub-chain takes the likelihood ratio of the noise that its last executed step j injects, and backpropagates it
+    through its h steps. Unbiased for every j (with `rest="zeroth_order"` for the reward under perturbed weights, which
+    is off by O(s^2)), except with `rest="none"`, which drops the other steps.
+
+    Args:
+        start: j in 2..T - h + 1.
+        length: h; 0 leaves the sub-chain to the rest.
+        rest: "zeroth_order", "likelihood_ratio" or "none".
+        differentiable: whether any part of the reward has a gradient; without one k = 1 takes the likelihood ratio.
+    """
+    other = 0.0 if rest == "likelihood_ratio" else None
+    mixing = [other, float(differentiable)] + [other] * (num_steps - 1)
+    subchain = range(start, start + length)
+    for k in subchain:
+        mixing[k] = 0.0 if k == start else 1.0
+    perturbed = [k for k in range(2, num_steps + 1) if k not in subchain] if rest == "zeroth_order" else []
+    return Schedule(mixing, num_steps, tuple(perturbed))
+
+
+def subchain_length(num_steps, budget, half_order_memory, zeroth_order_memory, variance_ratio=0.0):
+    r"""The length of the sub-chain by equation 8 of RLR (huggingface.co/papers/2502.00639).
+
+        h = min( floor((B - B_z (T - 1)) / (B_h - B_z)),  floor(T V_z / (2 (V_z - V_h)) - 1) )
+
+    Args:
+        num_steps: T.
+        budget: B, the memory to spend, in the unit of the next two.
+        half_order_memory, zeroth_order_memory: B_h and B_z, what a step of either kind takes.
+        variance_ratio: V_h / V_z < 1; the paper's half order has far less variance than its zeroth.
+
+    Raises:
+        ValueError: if the budget does not hold a sub-chain of length 1.
+    """
+    by_memory = int((budget - zeroth_order_memory * (num_steps - 1)) // (half_order_memory - zeroth_order_memory))
+    by_variance = int(num_steps / (2 * (1 - variance_ratio)) - 1)
+    if by_memory < 1:
+        needed = half_order_memory + zeroth_order_memory * (num_steps - 2)
+        raise ValueError(
+            f"a memory budget of {budget} GB holds no sub-chain in {num_steps} steps, {needed:.2f} GB would"
+        )
+    return max(1, min(by_memory, by_variance))
+
+
+class SubchainSampler:
+    """Where the sub-chain of `rlr_paper` starts: uniformly, or by the softmax of the steps' running gradient norms.
+
+    The norms are divided by their mean first, so that the softmax does not depend on the scale of the reward.
+
+    Args:
+        num_steps, length: T and h.
+        low, high: the range of starts, both included; default 2..T - h + 1.
+        by_gradient_norm: `False` for uniform.
+        decay: weight of the past in the running means.
+
+    Raises:
+        ValueError: if the range is empty or reaches out of the chain.
+    """
+
+    def __init__(self, num_steps, length, low=None, high=None, by_gradient_norm=False, decay=0.7):
+        last = num_steps - length + 1 if length > 0 else max(num_steps, 2)
+        low, high = 2 if low is None else low, last if high is None else high
+        if not 2 <= low <= high <= last:
+            raise ValueError(
+                f"a sub-chain of {length} of {num_steps} steps may start at 2..{last} from the end, not at {low}..{high}"
+            )
+        self.low, self.high = low, high
+        self.by_gradient_norm = by_gradient_norm
+        self.decay = decay
+        self.norms = [None] * (num_steps + 1)
+
+    def probabilities(self):
+        """p_j for j = low..high."""
+        norms = self.norms[self.low : self.high + 1]
+        known = [norm for norm in norms if norm is not None]
+        mean = sum(known) / len(known) if known else 0.0
+        if not self.by_gradient_norm or mean == 0:
+            return [1 / len(norms)] * len(norms)
+        # A step that has not been seen yet stands at the mean.
+        return torch.tensor([1.0 if n is None else n / mean for n in norms], dtype=torch.float64).softmax(0).tolist()
+
+    def draw(self):
+        """j, from Python's global generator."""
+        return random.choices(range(self.low, self.high + 1), self.probabilities())[0]
+
+    def update(self, statistics):
+        """Take in the `SweepStatistics` of a batch, with gradient norms."""
+        for k, norm in enumerate(statistics.gradient_norm.tolist()):
+            if norm == norm:
+                old = self.norms[k]
+                self.norms[k] = norm if old is None else self.decay * old + (1 - self.decay) * norm
+
+    def state_dict(self):
+        return {"norms": self.norms}
+
+    def load_state_dict(self, state):
+        self.norms = state["norms"]
 
 
 class AdaptiveMixing:
@@ -103,10 +228,14 @@ class AdaptiveMixing:
         gammas = likelihood_ratio / (likelihood_ratio + pathwise)
         return torch.nan_to_num(gammas, nan=self.initial).tolist()
 
-    def update(self, squares):
-        """Take in the statistics of a batch: a `SweepStatistics`, or its two rows as a tensor (2, T + 1)."""
-        squares = torch.stack(list(squares)).detach().double().cpu()
-        self.squares = squares if self.squares is None else self.decay * self.squares + (1 - self.decay) * squares
+    def update(self, statistics):
+        """Take in the `SweepStatistics` of a batch."""
+        squares = torch.stack([statistics.pathwise, statistics.likelihood_ratio]).double().cpu()
+        if self.squares is None:
+            self.squares = torch.full_like(squares, float("nan"))
+        # What a batch did not see, or saw overflow, leaves the mean as it is; what is seen first starts it.
+        old = torch.where(self.squares.isfinite(), self.squares, squares)
+        self.squares = torch.where(squares.isfinite(), self.decay * old + (1 - self.decay) * squares, self.squares)
 
     def state_dict(self):
         """JSON-ready; `None` stands for a cotangent that was not there."""

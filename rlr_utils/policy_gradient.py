@@ -29,7 +29,7 @@ class ClippedRatio:
     Args:
         chain: see `rlr_utils.chain`.
         trajectory: from `rollout`, under the older parameters.
-        advantages: (B,).
+        advantages: (B,), or (T + 1, B) where the baseline differs by step.
         clip_range: c.
 
     Attributes:
@@ -49,10 +49,11 @@ class ClippedRatio:
         offset = self.trajectory.latents[k - 1] - mean
         log_ratio = ((drawn - offset) * (drawn + offset) / (2 * sigma**2)).flatten(1).sum(1)
         ratio = log_ratio.exp()
-        bound = 1 + self.clip_range * self.advantages.sign()
+        advantages = self.advantages if self.advantages.ndim == 1 else self.advantages[k]
+        bound = 1 + self.clip_range * advantages.sign()
         # min() takes the clipped branch, which has no gradient, where the ratio has gone beyond its bound in the
         # direction the advantage pushes it.
-        kept = (ratio - bound) * self.advantages.sign() <= 0
+        kept = (ratio - bound) * advantages.sign() <= 0
         self.clipped.append(1 - kept.to(mean.dtype).mean())
-        weight = torch.where(kept, ratio * self.advantages, torch.zeros_like(ratio))
+        weight = torch.where(kept, ratio * advantages, torch.zeros_like(ratio))
         return weight.view(-1, *[1] * (mean.ndim - 1)) * offset / sigma**2

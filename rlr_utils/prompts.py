@@ -55,13 +55,15 @@ class PromptSampler:
         prompts: list of strings.
         seed: the order of pass n depends on (seed, n) alone, so that `position` is the whole state.
         rank, num_ranks: this process and how many there are; each batch is `num_ranks` consecutive slices.
+        images_per_prompt: how often each prompt of a pass comes in a row.
     """
 
-    def __init__(self, prompts, seed, rank=0, num_ranks=1):
+    def __init__(self, prompts, seed, rank=0, num_ranks=1, images_per_prompt=1):
         self.prompts = prompts
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks
+        self.images_per_prompt = images_per_prompt
         self.position = 0
         self._pass, self._order = None, None
 
@@ -72,7 +74,7 @@ class PromptSampler:
         return [self._at(position) for position in range(start, start + batch_size)]
 
     def _at(self, position):
-        number, index = divmod(position, len(self.prompts))
+        number, index = divmod(position // self.images_per_prompt, len(self.prompts))
         if number != self._pass:
             self._pass, self._order = number, list(self.prompts)
             random.Random(f"{self.seed}/{number}").shuffle(self._order)

@@ -14,6 +14,7 @@
 """Running a chain forward."""
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
@@ -27,14 +28,16 @@ class Trajectory:
     Attributes:
         latents: `latents[k]` is x_k (B, ...) for k = 0..T; `latents[T]` is where the run started.
         noises: `noises[k]` is z_k (B, ...) for k = 1..T with unit variance; `noises[0]` is `None`.
+        predictions: `predictions[k]` is the predicted x_0 (B, ...) at x_k for k = 1..T, if asked for, else `None`.
     """
 
     latents: list
     noises: list
+    predictions: Optional[list] = None
 
 
 @torch.no_grad()
-def rollout(chain, x_T, generator=None):
+def rollout(chain, x_T, generator=None, predict=False):
     """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph.
 
     Args:
@@ -42,10 +45,28 @@ def rollout(chain, x_T, generator=None):
         x_T: (B, ...), the latents to start from.
         generator: a `torch.Generator`, a list of B of them, or `None` for the global one. A generator that drew x_T
             before goes on to draw what a diffusers pipeline draws, so the run ends in the pipeline's own picture.
+        predict: keep the predicted x_0 of every step; the chain then also needs
+            `predict(k, x) -> (mu_k(x), x0_hat(x))`.
     """
     num_steps = chain.num_steps
-    latents, noises = [None] * num_steps + [x_T], [None] * (num_steps + 1)
+    latents, noises, predictions = [None] * num_steps + [x_T], [None] * (num_steps + 1), [None] * (num_steps + 1)
     for k in range(num_steps, 0, -1):
         noises[k] = randn_tensor(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
-        latents[k - 1] = chain.mean(k, latents[k]) + chain.sigma(k) * noises[k]
-    return Trajectory(latents, noises)
+        if predict:
+            mean, predictions[k] = chain.predict(k, latents[k])
+        else:
+            mean = chain.mean(k, latents[k])
+        latents[k - 1] = mean + chain.sigma(k) * noises[k]
+    return Trajectory(latents, noises, predictions if predict else None)
+
+
+@torch.no_grad()
+def renoise(chain, x_0):
+    """A new last step for pictures x_0 (B, ...): x_1 from the chain's `renoise(x_0, noise)`, then the step itself.
+
+    Returns:
+        Trajectory with `latents[0]`, `latents[1]` and `noises[1]` alone: enough for a sweep with `stop_after=1`.
+    """
+    x_1 = chain.renoise(x_0, torch.randn_like(x_0))
+    noise = torch.randn_like(x_0)
+    return Trajectory([chain.mean(1, x_1) + chain.sigma(1) * noise, x_1], [None, noise])

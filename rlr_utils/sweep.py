@@ -19,24 +19,46 @@ import torch
 
 
 class SweepStatistics(NamedTuple):
-    """Mean over the batch of ||c||^2 for the two cotangents of each step, (T + 1,) each; NaN where there was none."""
+    """What a sweep saw at each step, (T + 1,) each; NaN where there was nothing to see.
+
+    Attributes:
+        pathwise, likelihood_ratio: mean over the batch of ||c||^2 of the two cotangents.
+        gradient_norm: norm of what the step added to the gradients of `parameters`, if they were given.
+    """
 
     pathwise: torch.Tensor
     likelihood_ratio: torch.Tensor
+    gradient_norm: torch.Tensor
 
 
 def likelihood_ratio(chain, trajectory, k, advantages):
-    """The likelihood-ratio cotangent of x_{k-1}: c^L = A z_k / sigma_k, (B, ...) from advantages A (B,).
+    """The likelihood-ratio cotangent of x_{k-1}: c^L = A z_k / sigma_k, (B, ...) from A, (B,) or (T + 1, B) by step.
 
     It is the score of the step's Gaussian at its mean, summed over dimensions, times what the picture was worth. Where
     a reward R_d + R_b has a part R_b without a gradient, `dR_d/dx_0 + likelihood_ratio(chain, trajectory, 1, A_b)` is
     an unbiased stand-in for dR/dx_0.
+
+    Raises:
+        ValueError: if the step injects no noise.
     """
+    if chain.sigma(k) == 0:
+        raise ValueError(f"the likelihood ratio needs noise, but sigma({k}) is 0")
     noise = trajectory.noises[k]
+    advantages = advantages if advantages.ndim == 1 else advantages[k]
     return advantages.view(-1, *[1] * (noise.ndim - 1)) * noise / chain.sigma(k)
 
 
-def backward_sweep(chain, trajectory, mixing, *, reward_grad=None, advantages=None, stop_after=None, cotangent=None):
+def backward_sweep(
+    chain,
+    trajectory,
+    mixing,
+    *,
+    reward_grad=None,
+    advantages=None,
+    stop_after=None,
+    cotangent=None,
+    parameters=None,
+):
     r"""Add the gradient of -(mean over the batch of R) to `.grad` of the chain's parameters, in one pass k = 1..T.
 
     The sweep carries a cotangent for x_{k-1}. At each step mu_k is computed again at the stored x_k and one
@@ -54,15 +76,17 @@ def backward_sweep(chain, trajectory, mixing, *, reward_grad=None, advantages=No
     Args:
         chain: see `rlr_utils.chain`.
         trajectory: from `rollout`, under the parameters of now (PPO's cotangent corrects for older ones).
-        mixing: gamma_k in [0, 1] for k = 1..T, a sequence of T + 1 whose index 0 is ignored.
+        mixing: gamma_k in [0, 1] for k = 1..T, a sequence of T + 1 whose index 0 is ignored. `None` leaves step k out:
+            it adds nothing to the gradient, is not computed again, and no pathwise cotangent passes it.
         reward_grad: (B, ...), dR_i/dx_0 of each picture; needed where gamma_1 > 0.
         advantages: (B,), or (T + 1, B) where the baseline differs by step; needed where gamma_k < 1.
         stop_after: the last step k that is swept (default T); a smaller one truncates, which is biased.
-        cotangent: `cotangent(k, mean) -> (B, ...)`, given the recomputed mean without a graph. It is added to c_{k-1};
-            without `advantages` it thereby takes the place of the likelihood-ratio term.
+        cotangent: `cotangent(k, mean) -> (B, ...)`, given the recomputed mean without a graph. Without `advantages` it
+            takes the place of A z_k / sigma_k, weighted with 1 - gamma_k like it; with them it is added to c_{k-1}.
+        parameters: tensors whose gradient is to be measured step by step, for `SweepStatistics.gradient_norm`.
 
     Returns:
-        SweepStatistics, for estimators that choose gamma by them.
+        SweepStatistics, for estimators that choose their schedule by them.
 
     Raises:
         ValueError: if a schedule asks for a cotangent that is not there, or for the likelihood ratio of a step
@@ -70,20 +94,23 @@ def backward_sweep(chain, trajectory, mixing, *, reward_grad=None, advantages=No
     """
     num_steps = chain.num_steps
     stop_after = num_steps if stop_after is None else stop_after
-    _check(chain, mixing, reward_grad, advantages, stop_after, cotangent)
+    _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent)
     latents, batch = trajectory.latents, len(trajectory.latents[0])
-    squares = torch.full((2, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
+    seen = torch.full((3, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
     pathwise = reward_grad
     for k in range(1, stop_after + 1):
+        if mixing[k] is None:
+            pathwise = None
+            continue
         score = None
         if advantages is not None and chain.sigma(k) > 0:
-            score = likelihood_ratio(chain, trajectory, k, advantages if advantages.ndim == 1 else advantages[k])
+            score = likelihood_ratio(chain, trajectory, k, advantages)
         for row, term in enumerate((pathwise, score)):
             if term is not None:
-                squares[row, k] = term.square().sum() / batch
+                seen[row, k] = term.square().sum() / batch
 
         # The pathwise cotangent costs the gradient of x_k: only where the next step takes it up.
-        x = latents[k].detach().requires_grad_(k < stop_after and mixing[k + 1] > 0)
+        x = latents[k].detach().requires_grad_(k < stop_after and bool(mixing[k + 1]))
         with torch.enable_grad():
             mean = chain.mean(k, x)
         mixed = torch.zeros_like(latents[k])
@@ -92,24 +119,49 @@ def backward_sweep(chain, trajectory, mixing, *, reward_grad=None, advantages=No
         if mixing[k] < 1 and score is not None:
             mixed += (1 - mixing[k]) * score
         if cotangent is not None:
-            mixed += cotangent(k, mean.detach())
+            mixed += cotangent(k, mean.detach()) * (1 - mixing[k] if advantages is None else 1)
+        before = _gradient_of(parameters)
         torch.autograd.backward(mean, -mixed / batch)
-        pathwise = None if x.grad is None else -batch * x.grad
-    return SweepStatistics(*squares)
+        if parameters is not None:
+            seen[2, k] = (_gradient_of(parameters) - before).norm()
+        pathwise = None
+        if x.requires_grad:
+            pathwise = torch.zeros_like(mixed) if x.grad is None else -batch * x.grad
+    return SweepStatistics(*seen)
 
 
-def _check(chain, mixing, reward_grad, advantages, stop_after, cotangent):
+def _gradient_of(parameters):
+    if parameters is None:
+        return None
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+
+
+def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent):
     num_steps = chain.num_steps
     if len(mixing) != num_steps + 1:
         raise ValueError(f"mixing has {len(mixing)} entries, a chain of {num_steps} steps needs {num_steps + 1}")
+    shape = tuple(trajectory.latents[0].shape)
+    if reward_grad is not None and reward_grad.shape != shape:
+        raise ValueError(f"reward_grad has shape {tuple(reward_grad.shape)}, the latents {shape}")
+    if advantages is not None and advantages.shape not in ((shape[0],), (num_steps + 1, shape[0])):
+        raise ValueError(
+            f"advantages have shape {tuple(advantages.shape)}, a batch of {shape[0]} in {num_steps} steps needs"
+            f" ({shape[0]},) or ({num_steps + 1}, {shape[0]})"
+        )
     if not 1 <= stop_after <= num_steps:
         raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     for k in range(1, stop_after + 1):
+        if mixing[k] is None:
+            continue
         if not 0 <= mixing[k] <= 1:
             raise ValueError(f"mixing[{k}]={mixing[k]} is not in [0, 1]")
         if mixing[k] < 1 and advantages is None and cotangent is None:
             raise ValueError(f"mixing[{k}]={mixing[k]} < 1 needs advantages or a cotangent")
-        if mixing[k] < 1 and advantages is not None and chain.sigma(k) == 0:
+        if mixing[k] < 1 and chain.sigma(k) == 0:
             raise ValueError(f"mixing[{k}]={mixing[k]} < 1 needs noise, but sigma({k}) is 0")
-    if mixing[1] > 0 and reward_grad is None:
+        if mixing[k] > 0 and k > 1 and mixing[k - 1] is None:
+            raise ValueError(
+                f"mixing[{k}]={mixing[k]} > 0 needs the pathwise cotangent of step {k - 1}, which is left out"
+            )
+    if mixing[1] and reward_grad is None:
         raise ValueError(f"mixing[1]={mixing[1]} > 0 needs reward_grad")

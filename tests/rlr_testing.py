@@ -55,13 +55,20 @@ class LinearGaussianChain(torch.nn.Module):
         self.num_steps = num_steps
         self.a = torch.nn.Parameter(torch.linspace(0.85, 1.0, dim, dtype=torch.float64))
         self.b = torch.nn.Parameter(torch.linspace(-0.1, 0.1, dim, dtype=torch.float64))
-        self.target = torch.ones(dim, dtype=torch.float64)
+        self.target = torch.full((dim,), 3.0, dtype=torch.float64)
 
     def sigma(self, k):
-        return 0.2 + 0.05 * k
+        return 0.05 + 0.0125 * k
 
     def mean(self, k, x):
         return self.a * x + self.b
+
+    def predict(self, k, x):
+        """The mean and E[x_0 | x_k], which is what a denoiser predicts."""
+        prediction = x
+        for _ in range(k):
+            prediction = self.a * prediction + self.b
+        return self.mean(k, x), prediction
 
     def reward(self, x_0):
         return -(x_0 - self.target).square().sum(1) / 2
@@ -74,6 +81,19 @@ class LinearGaussianChain(torch.nn.Module):
         for k in range(self.num_steps, 0, -1):
             mean, variance = self.a * mean + self.b, self.a**2 * variance + self.sigma(k) ** 2
         return -(variance + (mean - self.target).square()).sum() / 2
+
+
+class Mix(torch.autograd.Function):
+    """c_{k-1} = gamma c^P + (1 - gamma) c^L in one graph of the chain: a node that mixes what comes back through it."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, score):
+        ctx.gamma, ctx.score = gamma, score
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, pathwise):
+        return ctx.gamma * pathwise + (1 - ctx.gamma) * ctx.score, None, None
 
 
 def gradients(module):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from reward_models import load_reward
-from rlr_testing import TINY_AESTHETIC, gradients, tiny_pipeline
-from rlr_utils import StableDiffusionChain, backward_sweep, decode_latents, full_bp, likelihood_ratio, rollout
+from rlr_testing import TINY_AESTHETIC, Mix, gradients, tiny_pipeline
+from rlr_utils import StableDiffusionChain, backward_sweep, decode_latents, full_bp, likelihood_ratio, renoise, rollout
 
 
 PROMPTS = ["a red seven", "a blue two", "a green zero"]
@@ -110,7 +110,7 @@ def test_the_sweep_is_full_backpropagation_of_stable_diffusion(checkpointing):
 
 
 def test_the_sweep_is_exact_on_stable_diffusion_in_float64():
-    """Any gamma against one graph of the surrogate, to 1e-9."""
+    """Any gamma against one graph of the whole chain, to 1e-9."""
     pipeline = tiny_pipeline(dtype=torch.float64)
     add_lora(pipeline.unet)
     pipeline.unet.double()
@@ -118,15 +118,44 @@ def test_the_sweep_is_exact_on_stable_diffusion_in_float64():
     trajectory = rollout(chain, torch.randn(3, 4, 8, 8, dtype=torch.float64))
     advantages = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
     weight = torch.randn(3, 4, 8, 8, dtype=torch.float64)
-    mixing = [0.0, 1.0, 0.7, 0.0]
+    mixing = [0.0, 1.0, 0.7, 0.2]
     backward_sweep(chain, trajectory, mixing, reward_grad=weight, advantages=advantages)
     swept = gradients(pipeline.unet)
-    latents = trajectory.latents
-    cotangent = weight
-    expected = 0
-    for k in (1, 2, 3):
-        mixed = mixing[k] * cotangent + (1 - mixing[k]) * likelihood_ratio(chain, trajectory, k, advantages)
-        x = latents[k].clone().requires_grad_()
-        (chain.mean(k, x) * mixed).sum().backward()
-        expected, cotangent = expected - gradients(pipeline.unet) / 3, x.grad
+    x = trajectory.latents[3]
+    for k in (3, 2, 1):
+        score = -likelihood_ratio(chain, trajectory, k, advantages) / 3
+        x = Mix.apply(chain.mean(k, x), mixing[k], score) + chain.sigma(k) * trajectory.noises[k]
+    (-(weight * x).sum() / 3).backward()
+    expected = gradients(pipeline.unet)
     torch.testing.assert_close(swept, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+def test_the_predicted_picture_is_the_schedulers():
+    pipeline = tiny_pipeline()
+    chain = make_chain(pipeline, 5)
+    x_T = torch.randn(3, 4, 8, 8)
+    trajectory = rollout(chain, x_T, torch.Generator().manual_seed(0), predict=True)
+    plain = rollout(chain, x_T, torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(trajectory.latents, plain.latents)) and plain.predictions is None
+    alphas = pipeline.scheduler.alphas_cumprod
+    for k in (1, 3, 5):
+        t, x = chain.timesteps[5 - k], trajectory.latents[k]
+        with torch.no_grad():
+            doubled = torch.cat([chain.negative_prompt_embeds, chain.prompt_embeds[0]])
+            first, second = pipeline.unet(torch.cat([x, x]), t, doubled).sample.chunk(2)
+        noise = first + 5 * (second - first)
+        expected = (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
+        torch.testing.assert_close(trajectory.predictions[k], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_renoising_repeats_the_last_step_from_another_noise():
+    pipeline = tiny_pipeline()
+    chain = make_chain(pipeline, 5)
+    x_0 = rollout(chain, torch.randn(3, 4, 8, 8)).latents[0]
+    first, second = renoise(chain, x_0), renoise(chain, x_0)
+    assert not torch.equal(first.latents[1], second.latents[1])
+    alpha = pipeline.scheduler.alphas_cumprod[chain.timesteps[-1]]
+    assert (first.latents[1] - x_0).std() < 2 * (1 - alpha).sqrt() + 0.05
+    with torch.no_grad():
+        step = chain.mean(1, first.latents[1]) + chain.sigma(1) * first.noises[1]
+    torch.testing.assert_close(first.latents[0], step)

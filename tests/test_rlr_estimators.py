@@ -11,32 +11,41 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
+
 import pytest
 import torch
 from rlr_testing import LinearGaussianChain, NonlinearChain, gradients
 from rlr_utils import (
     AdaptiveMixing,
     ClippedRatio,
+    PerturbedChain,
+    PredictedReward,
     RunningReward,
+    SubchainSampler,
     SweepStatistics,
+    WeightPerturbation,
     alignprop,
     backward_sweep,
     ddpo,
+    draft_lv,
     full_bp,
     leave_one_out,
     normalize,
     per_prompt,
     rlr,
+    rlr_paper,
     rollout,
+    subchain_length,
     truncated_bp,
 )
 
 
 def test_schedules():
-    assert full_bp(3) == ([1.0] * 4, 3)
-    assert truncated_bp(3, 2) == ([1.0] * 4, 2)
-    assert truncated_bp(3, 50).stop_after == 3
-    assert ddpo(3) == ([0.0] * 4, 3)
+    assert full_bp(3) == ([1.0] * 4, 3, ())
+    assert truncated_bp(3, 2) == ([1.0] * 4, 2, ())
+    assert draft_lv(3) == truncated_bp(3, 1)
+    assert ddpo(3) == ([0.0] * 4, 3, ())
     assert {alignprop(4).stop_after for _ in range(200)} == {1, 2, 3, 4}
     assert rlr(3, 0.4, differentiable=True).mixing[1:] == [1.0, 0.4, 0.4]
     assert rlr(3, 0.4, differentiable=False).mixing[1:] == [0.0, 0.4, 0.4]
@@ -44,7 +53,8 @@ def test_schedules():
 
 def statistics(pathwise, likelihood_ratio):
     nan = float("nan")
-    return SweepStatistics(torch.tensor([nan, *pathwise]), torch.tensor([nan, *likelihood_ratio]))
+    rows = torch.tensor([[nan, *pathwise], [nan, *likelihood_ratio], [nan] * (len(pathwise) + 1)])
+    return SweepStatistics(*rows)
 
 
 def test_adaptive_mixing_is_inverse_variance_of_earlier_batches():
@@ -62,9 +72,115 @@ def test_adaptive_mixing_without_a_preference_keeps_its_start():
     assert adaptive.gammas()[1:] == [0.9, 0.9]
 
 
-def test_adaptive_mixing_survives_a_checkpoint_and_refuses_another_chain():
-    import json
+def test_adaptive_mixing_recovers_from_what_a_batch_did_not_see():
+    """Equal rewards make v^L zero and so gamma zero, which leaves the pathwise cotangent unseen."""
+    nan, adaptive = float("nan"), AdaptiveMixing(2, decay=0.5)
+    adaptive.update(statistics([1.0, 2.0], [0.0, 2.0]))
+    assert adaptive.gammas()[1:] == [0.0, 0.5]
+    adaptive.update(statistics([nan, 2.0], [6.0, float("inf")]))
+    assert adaptive.gammas()[1:] == pytest.approx([3 / (3 + 1), 0.5])
 
+
+def test_the_papers_schedule():
+    """Equation 6: the last step, a sub-chain that ends in the noise of its last executed step, the rest."""
+    assert rlr_paper(6, start=3, length=2, rest="none").mixing == [None, 1.0, None, 0.0, 1.0, None, None]
+    assert rlr_paper(6, 3, 2, "likelihood_ratio").mixing[1:] == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    zeroth = rlr_paper(6, 3, 2, "zeroth_order")
+    assert zeroth.mixing == [None, 1.0, None, 0.0, 1.0, None, None] and zeroth.perturbed == (2, 5, 6)
+    assert rlr_paper(4, 2, 0, "zeroth_order").perturbed == (2, 3, 4)
+    assert rlr_paper(4, 2, 1, "none", differentiable=False).mixing == [None, 0.0, 0.0, None, None]
+
+
+def test_the_length_of_equation_8():
+    # By hand, SD 1.4 in 50 steps: (24 - .24 * 49) / (8 - .24) = 1.58; a variance ratio of .5 allows 50 / 1 - 1.
+    assert subchain_length(50, 24, 8, 0.24) == 1
+    assert subchain_length(50, 40, 8, 0.24) == 3
+    assert subchain_length(50, 1000, 8, 0.24) == 24
+    assert subchain_length(50, 1000, 8, 0.24, variance_ratio=0.5) == 49
+    with pytest.raises(ValueError, match="19.52 GB would"):
+        subchain_length(50, 12, 8, 0.24)
+
+
+def test_where_the_sub_chain_starts():
+    uniform = SubchainSampler(6, 2)
+    assert {uniform.draw() for _ in range(300)} == {2, 3, 4, 5}
+    assert {SubchainSampler(6, 2, 3, 4).draw() for _ in range(100)} == {3, 4}
+    by_norm = SubchainSampler(6, 2, by_gradient_norm=True, decay=0.5)
+    assert by_norm.probabilities() == [0.25] * 4
+    nan = float("nan")
+    rows = torch.tensor([[nan] * 7, [nan] * 7, [nan, 9.0, 1.0, nan, 3.0, nan, nan]])
+    by_norm.update(SweepStatistics(*rows))
+    expected = torch.tensor([0.5, 1.0, 1.5, 1.0]).softmax(0).tolist()
+    assert by_norm.probabilities() == pytest.approx(expected)
+    restored = SubchainSampler(6, 2, by_gradient_norm=True)
+    restored.load_state_dict(by_norm.state_dict())
+    assert restored.probabilities() == by_norm.probabilities()
+    for bad in ((7, None, None), (2, 1, 4), (2, 2, 6), (2, 5, 3)):
+        with pytest.raises(ValueError, match="may start at"):
+            SubchainSampler(6, bad[0], *bad[1:])
+
+
+def test_a_perturbation_comes_back_from_its_seed_and_leaves_no_trace():
+    chain = NonlinearChain()
+    before = [p.clone() for p in chain.parameters()]
+    perturbation = WeightPerturbation(chain.parameters(), 0.1, seed=5, steps=(2, 4))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    perturbed = PerturbedChain(chain, perturbation)
+    plain = [chain.mean(k, x) for k in range(1, 6)]
+    moved = [perturbed.mean(k, x) for k in range(1, 6)]
+    again = [PerturbedChain(chain, WeightPerturbation(chain.parameters(), 0.1, 5, (2, 4))).mean(k, x) for k in (2, 4)]
+    assert [torch.equal(a, b) for a, b in zip(plain, moved)] == [True, False, True, False, True]
+    assert torch.equal(again[0], moved[1]) and torch.equal(again[1], moved[3])
+    assert all(torch.equal(a, b) for a, b in zip(before, chain.parameters()))
+    with pytest.raises(RuntimeError):
+        with perturbation.applied(2):
+            raise RuntimeError("in the middle of a step")
+    assert all(torch.equal(a, b) for a, b in zip(before, chain.parameters()))
+
+
+def test_the_zeroth_order_term_is_the_gradient_in_the_mean():
+    """Without other noise and with a reward linear in the shift, E[A eps / s] has a variance of the gradient's own
+    size, so that a wrong factor shows."""
+    chain = LinearGaussianChain()
+    chain.a.requires_grad_(False)
+    chain.sigma = lambda k: 0.0
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    x_T = torch.randn(1, 4, dtype=torch.float64)
+    value = (rollout(chain, x_T).latents[0] * weight).sum().item()
+    draws = []
+    for seed in range(3000):
+        perturbation = WeightPerturbation([chain.b], 0.05, seed, steps=(1, 4, 9))
+        x_0 = rollout(PerturbedChain(chain, perturbation), x_T).latents[0]
+        perturbation.add_gradient((x_0 * weight).sum().item() - value)
+        draws.append(-gradients(chain))
+    draws = torch.stack(draws)
+    # d x_0 / d b through step k alone is a^{k-1}.
+    truth = weight * sum(chain.a.detach() ** (k - 1) for k in (1, 4, 9))
+    assert ((draws.mean(0) - truth) / (draws.std(0) / len(draws) ** 0.5)).abs().max() < 5
+    assert ((draws.mean(0) - truth) / truth).abs().max() < 0.5
+
+
+def test_predicted_reward_is_a_regression_on_earlier_batches():
+    torch.manual_seed(0)
+    baseline = PredictedReward(2)
+    predicted = torch.randn(3, 4000, dtype=torch.float64)
+    predicted[0] = 0
+    rewards = 3 * predicted[1] + 0.1 * torch.randn(4000, dtype=torch.float64) + 7
+    torch.testing.assert_close(baseline.advantages(rewards, predicted)[2], leave_one_out(rewards))
+    baseline.update(rewards, predicted)
+    slopes = baseline.slopes()
+    assert slopes[0] == 0 and slopes[1] == pytest.approx(3, abs=0.01) and slopes[2] == pytest.approx(0, abs=0.2)
+    advantages = baseline.advantages(rewards, predicted)
+    assert advantages[1].std() == pytest.approx(0.1, rel=0.1)
+    torch.testing.assert_close(advantages[0], leave_one_out(rewards))
+    others = rewards[1:] - slopes[1] * predicted[1, 1:]
+    torch.testing.assert_close(advantages[1, 0], rewards[0] - slopes[1] * predicted[1, 0] - others.mean())
+    restored = PredictedReward(2)
+    restored.load_state_dict(json.loads(json.dumps(baseline.state_dict())))
+    assert torch.equal(restored.slopes(), slopes)
+
+
+def test_adaptive_mixing_survives_a_checkpoint_and_refuses_another_chain():
     adaptive, other = AdaptiveMixing(2), AdaptiveMixing(2)
     other.load_state_dict(json.loads(json.dumps(adaptive.state_dict())))
     assert other.squares is None
@@ -103,11 +219,11 @@ def test_per_prompt_compares_within_a_prompt_and_singles_with_all():
 
 def test_normalised_advantages_have_a_floor():
     advantages = torch.tensor([-1.0, 0.0, 1.0])
-    torch.testing.assert_close(normalize(advantages, largest_std=1.0), advantages)
+    torch.testing.assert_close(normalize(advantages, advantages + 5, largest_std=1.0), advantages)
     # A saturated reward: a thousandth of the spread there once was must not be blown up to spread 1.
-    torch.testing.assert_close(normalize(1e-3 * advantages, largest_std=1.0), 1e-2 * advantages)
-    assert normalize(torch.zeros(3), largest_std=0.0).tolist() == [0.0, 0.0, 0.0]
-    assert normalize(torch.tensor([2.0]), largest_std=0.0).tolist() == [2.0]
+    torch.testing.assert_close(normalize(1e-3 * advantages, 1e-3 * advantages, largest_std=1.0), 1e-2 * advantages)
+    assert normalize(torch.zeros(3), torch.ones(3), largest_std=0.0).tolist() == [0.0, 0.0, 0.0]
+    assert normalize(torch.tensor([2.0]), torch.tensor([2.0]), largest_std=0.0).tolist() == [2.0]
 
 
 def clipped_objective(chain, trajectory, advantages, clip_range):
@@ -162,4 +278,4 @@ def test_variance_falls_from_raw_to_leave_one_out_to_mixed():
     centred = variance(ddpo, leave_one_out)
     mixed = variance(lambda num_steps: rlr(num_steps, 0.9, differentiable=True), leave_one_out)
     assert raw > 3 * centred
-    assert centred > 3 * mixed
+    assert centred > 6 * mixed

@@ -46,6 +46,12 @@ def test_every_pass_meets_every_prompt_once_in_another_order():
     assert passes[0] != passes[1] != passes[2]
 
 
+def test_a_prompt_may_come_several_times_in_a_row():
+    sampler = PromptSampler(["a", "b", "c"], seed=0, images_per_prompt=4)
+    drawn = sampler.next_batch(12)
+    assert [len(set(drawn[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1] and set(drawn) == {"a", "b", "c"}
+
+
 def test_ranks_share_a_pass_and_a_run_resumes_where_it_was():
     prompts = [str(i) for i in range(12)]
     ranks = [PromptSampler(prompts, seed=1, rank=rank, num_ranks=2) for rank in range(2)]

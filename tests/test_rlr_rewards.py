@@ -185,10 +185,25 @@ def test_a_repeated_reward_and_a_bad_path_entry_are_refused():
 def test_unknown_rewards_and_missing_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match="unknown reward 'beauty', known are: aesthetic, clip_score"):
         load_reward("beauty")
-    with pytest.raises(ValueError, match="'/no/such/folder' is no folder"):
+    with pytest.raises(ValueError, match="'aesthetic=/no/such/folder': no such folder"):
         load_reward("aesthetic", path="/no/such/folder")
+    with pytest.raises(ValueError, match="'jpeg_compressibility=.*': this reward has no files"):
+        load_reward("jpeg_compressibility", path=str(tmp_path))
     with pytest.raises(ValueError, match="holds no aesthetic_head.safetensors nor aesthetic_head.pth"):
         load_reward("aesthetic", path=str(tmp_path))
+
+
+def test_a_clip_without_its_tokenizer_or_cut_short_is_refused(tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(TINY_CLIP, folder)
+    (folder / "tokenizer.json").rename(folder / "elsewhere.json")
+    with pytest.raises(ValueError, match="holds no tokenizer.json nor vocab.json"):
+        load_reward("clip_score", path=str(folder))
+    (folder / "elsewhere.json").rename(folder / "tokenizer.json")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="reward 'clip_score' cannot be loaded"):
+        load_reward("clip_score", path=str(folder))
 
 
 def head_folder(tmp_path):

@@ -11,18 +11,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import random
+
 import pytest
 import torch
-from rlr_testing import LinearGaussianChain, NonlinearChain, gradients
+from rlr_testing import LinearGaussianChain, Mix, NonlinearChain, gradients
 from rlr_utils import (
     AdaptiveMixing,
+    PerturbedChain,
+    PredictedReward,
+    RunningReward,
+    SubchainSampler,
+    Trajectory,
+    WeightPerturbation,
     alignprop,
     backward_sweep,
+    branch,
     ddpo,
     full_bp,
     leave_one_out,
     likelihood_ratio,
     rlr,
+    rlr_paper,
     rollout,
     truncated_bp,
 )
@@ -110,18 +120,6 @@ def test_gamma_zero_is_the_reinforce_surrogate(per_step):
 
 
 def test_any_gamma_is_a_surrogate_that_autograd_can_follow():
-    """c_{k-1} = gamma c^P + (1 - gamma) c^L written as one graph: a node that scales what comes back through it."""
-
-    class Mix(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, gamma, score):
-            ctx.gamma, ctx.score = gamma, score
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, pathwise):
-            return ctx.gamma * pathwise + (1 - ctx.gamma) * ctx.score, None, None
-
     chain, trajectory, rewards, reward_grad = setup()
     mixing = [None, 1.0, 0.3, 0.0, 0.9, 0.5]
     statistics = backward_sweep(
@@ -163,6 +161,53 @@ def test_a_cotangent_replaces_or_joins_the_likelihood_ratio():
     torch.testing.assert_close(gradients(chain), plain, **EXACT)
     backward_sweep(chain, trajectory, mixing, advantages=rewards, cotangent=same)
     torch.testing.assert_close(gradients(chain), 2 * plain, **EXACT)
+
+
+def test_a_cotangent_in_place_of_the_likelihood_ratio_is_weighted_like_it():
+    chain, trajectory, rewards, reward_grad = setup()
+    half = [0.5] * (chain.num_steps + 1)
+
+    def same(k, mean):
+        return likelihood_ratio(chain, trajectory, k, rewards)
+
+    backward_sweep(chain, trajectory, half, reward_grad=reward_grad, advantages=rewards)
+    mixed = gradients(chain)
+    backward_sweep(chain, trajectory, half, reward_grad=reward_grad, cotangent=same)
+    torch.testing.assert_close(gradients(chain), mixed, **EXACT)
+
+
+def test_steps_that_are_left_out_add_nothing_and_let_nothing_pass():
+    chain, trajectory, rewards, reward_grad = setup()
+    alone = []
+    for mixing in ([None, 1.0, None, None, None, None], [None, None, 0.0, 1.0, None, None]):
+        backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards)
+        alone.append(gradients(chain))
+    rows = backward_sweep(
+        chain,
+        trajectory,
+        [None, 1.0, 0.0, 1.0, None, None],
+        reward_grad=reward_grad,
+        advantages=rewards,
+        parameters=list(chain.parameters()),
+    )
+    torch.testing.assert_close(gradients(chain), sum(alone), **EXACT)
+    torch.testing.assert_close(rows.gradient_norm[1], alone[0].norm(), **EXACT)
+    assert rows.gradient_norm.isnan().tolist() == [True, False, False, False, True, True]
+
+
+def test_a_mean_that_ignores_its_input_passes_on_a_zero():
+    class Forgetful(NonlinearChain):
+        def mean(self, k, x):
+            return super().mean(k, torch.zeros_like(x.detach()) if k == 2 else x)
+
+    chain = Forgetful()
+    trajectory = rollout(chain, torch.randn(6, 3, dtype=torch.float64))
+    x_0 = trajectory.latents[0].clone().requires_grad_()
+    (reward_grad,) = torch.autograd.grad(reward_of(x_0).sum(), x_0)
+    backward_sweep(chain, trajectory, full_bp(chain.num_steps).mixing, reward_grad=reward_grad)
+    swept = gradients(chain)
+    (-reward_of(replay(chain, trajectory)).mean()).backward()
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
 
 
 def most_saved(run):
@@ -212,7 +257,16 @@ def test_bad_schedules_are_refused_before_any_work():
         backward_sweep(chain, trajectory, half, reward_grad=reward_grad, advantages=rewards, stop_after=9)
     with pytest.raises(ValueError, match="not in"):
         backward_sweep(chain, trajectory, [2.0] * (chain.num_steps + 1), reward_grad=reward_grad, advantages=rewards)
+    with pytest.raises(ValueError, match="left out"):
+        backward_sweep(chain, trajectory, [0, 1.0, None, 1.0, None, None], reward_grad=reward_grad)
+    for wrong in (rewards[:1], rewards.expand(3, -1)):
+        with pytest.raises(ValueError, match="advantages have shape"):
+            backward_sweep(chain, trajectory, half, reward_grad=reward_grad, advantages=wrong)
+    with pytest.raises(ValueError, match="reward_grad has shape"):
+        backward_sweep(chain, trajectory, half, reward_grad=reward_grad[:1], advantages=rewards)
     chain.sigma = lambda k: 0.0 if k == 2 else 1.0
+    with pytest.raises(ValueError, match=r"sigma\(2\) is 0"):
+        likelihood_ratio(chain, trajectory, 2, rewards)
     with pytest.raises(ValueError, match=r"sigma\(2\) is 0"):
         backward_sweep(chain, trajectory, half, reward_grad=reward_grad, advantages=rewards)
     assert all(p.grad is None for p in chain.parameters())
@@ -268,16 +322,85 @@ def adaptive_rlr():
     return estimate
 
 
+def paper_rlr(rest, length=2, scale=0.02):
+    """Equation 6 with a new start at every batch; the zeroth-order term is compared with a running mean."""
+    running = RunningReward()
+
+    def estimate(chain, trajectory):
+        start = SubchainSampler(chain.num_steps, length).draw()
+        schedule = rlr_paper(chain.num_steps, start, length, rest)
+        perturbation = WeightPerturbation(chain.parameters(), scale, random.getrandbits(62), schedule.perturbed)
+        if schedule.perturbed:
+            trajectory = rollout(PerturbedChain(chain, perturbation), trajectory.latents[chain.num_steps])
+        x_0 = trajectory.latents[0]
+        rewards = chain.reward(x_0)
+        backward_sweep(
+            chain,
+            trajectory,
+            schedule.mixing,
+            reward_grad=chain.reward_grad(x_0),
+            advantages=leave_one_out(rewards),
+            stop_after=schedule.stop_after,
+        )
+        perturbation.add_gradient(leave_one_out(rewards.mean()[None], running.mean).item())
+        running.update(rewards)
+
+    return estimate
+
+
+def predicted_x0(schedule_of):
+    baseline = PredictedReward(LinearGaussianChain().num_steps)
+
+    def estimate(chain, trajectory):
+        trajectory = rollout(chain, trajectory.latents[chain.num_steps], predict=True)
+        x_0 = trajectory.latents[0]
+        rewards = chain.reward(x_0)
+        with torch.no_grad():
+            predicted = torch.stack(
+                [torch.zeros_like(rewards)] + [chain.reward(p) for p in trajectory.predictions[1:]]
+            )
+        backward_sweep(
+            chain,
+            trajectory,
+            schedule_of(chain.num_steps).mixing,
+            reward_grad=chain.reward_grad(x_0),
+            advantages=baseline.advantages(rewards, predicted),
+        )
+        baseline.update(rewards, predicted)
+
+    return estimate
+
+
+def branching(pairs):
+    def estimate(chain, trajectory):
+        """The average over a few pictures, each with its own step."""
+        pictures = 4
+        for i in range(pictures):
+            single = Trajectory([x[i : i + 1] for x in trajectory.latents], None)
+            k = random.randint(1, chain.num_steps)
+            branch(chain, chain, single, k, chain.reward, pairs, weight=chain.num_steps / pictures)
+
+    return estimate
+
+
 UNBIASED = {
     "full_bp": sweep_with(full_bp),
-    "ddpo": sweep_with(ddpo),
+    "likelihood_ratio": sweep_with(ddpo),
     "rlr_half": sweep_with(lambda num_steps: rlr(num_steps, 0.5, differentiable=True)),
     "rlr_adaptive": adaptive_rlr(),
+    "rlr_paper_likelihood_ratio": paper_rlr("likelihood_ratio"),
+    "rlr_paper_long_subchain": paper_rlr("likelihood_ratio", length=5),
+    "rlr_paper_no_subchain": paper_rlr("likelihood_ratio", length=0),
+    "rlr_paper_zeroth_order": paper_rlr("zeroth_order"),
+    "likelihood_ratio_predicted_x0": predicted_x0(ddpo),
+    "rlr_predicted_x0": predicted_x0(lambda num_steps: rlr(num_steps, 0.5, differentiable=True)),
+    "branching": branching(pairs=3),
 }
 
 
 @pytest.mark.parametrize("name", UNBIASED)
 def test_unbiased_on_the_linear_gaussian_chain(name):
+    random.seed(0)
     assert z_scores(UNBIASED[name]) < 5
 
 
@@ -285,6 +408,13 @@ def test_unbiased_on_the_linear_gaussian_chain(name):
 def test_truncation_fails_the_same_test(schedule_of):
     # Many small batches, since alignprop draws one K a batch.
     assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
+
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_the_paper_without_its_rest_fails_it_too(length):
+    """The ablations of the paper's table 5 that drop the zeroth-order term."""
+    random.seed(0)
+    assert z_scores(paper_rlr("none", length), batches=512, batch_size=64) > 20
 
 
 @pytest.mark.parametrize("gamma_1", [0.0, 0.4, 1.0])

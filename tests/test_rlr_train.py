@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers import DDIMScheduler
-from train_rlr_sd import main, parse_args
+from train_rlr_sd import loss_scale, main, parse_args
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -89,7 +89,9 @@ def test_validation_pictures_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     prompts = ["a red one", "a blue two"]
+    # In mixed precision, where the U-Net under training and the VAE do not speak the same type.
     flags = ["--report_to", "tensorboard", "--validation_steps", "2", "--num_validation_images", "1"]
+    flags += ["--mixed_precision", "bf16"]
     train(tmp_path, *flags, "--validation_prompts", *prompts)
     runs = [EventAccumulator(str(folder)).Reload().Tags() for folder in (tmp_path / "logs").rglob("rlr-sd")]
     assert runs[0]["images"] == ["validation"] and "reward_mean" in runs[0]["scalars"]
@@ -117,7 +119,7 @@ def test_the_adapter_is_a_diffusers_lora_that_changes_the_picture(tmp_path):
 
 
 def test_training_raises_the_reward(tmp_path):
-    """Eight steps of the default estimator: more than three standard errors on 48 pictures the run did not train on."""
+    """Ten steps of the default estimator: more than three standard errors on 48 pictures the run did not train on."""
     train(
         tmp_path,
         *("--num_inference_steps", "8", "--train_batch_size", "16", "--decode_batch_size", "16"),
@@ -137,11 +139,23 @@ def test_training_raises_the_reward(tmp_path):
         ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2"],
         ["--gradient_estimator", "rlr", "--mixing", "0.5"],
         ["--reward", "jpeg_compressibility"],
-        ["--reward", "aesthetic:1,clip_score:5,jpeg_incompressibility:0.1", "--baseline", "per_prompt"],
+        ["--reward", "aesthetic:1,clip_score:5,jpeg_incompressibility:0.1"],
+        ["--baseline", "per_prompt", "--images_per_prompt", "2", "--train_batch_size", "4"],
         ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--train_batch_size", "1", "--use_dora"],
         ["--mixed_precision", "bf16", "--use_8bit_adam", "--scale_lr", "--lr_scheduler", "cosine"],
         ["--guidance_scale", "1", "--resolution", "48"],
         ["--negative_prompt", "a blue one", "--train_batch_size", "1"],
+        ["--num_inference_steps", "1"],
+        ["--gradient_estimator", "draft_lv", "--lv_samples", "3"],
+        ["--gradient_estimator", "rlr_paper", "--gradient_accumulation_steps", "2"],
+        ["--gradient_estimator", "rlr_paper", "--subchain_length", "auto", "--subchain_range", "2", "3"],
+        ["--gradient_estimator", "rlr_paper", "--rest", "likelihood_ratio", "--subchain_sampling", "grad_norm"],
+        ["--gradient_estimator", "rlr_paper", "--rest", "none", "--subchain_length", "0"],
+        ["--gradient_estimator", "rlr_paper", "--reward", "jpeg_compressibility"],
+        ["--baseline", "none"],
+        ["--baseline", "predicted_x0", "--gradient_estimator", "ddpo"],
+        ["--baseline", "predicted_x0", "--baseline_steps", "2", "--reward", "aesthetic,jpeg_compressibility"],
+        ["--reward", "jpeg_compressibility", "--branches", "2"],
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -152,7 +166,7 @@ def test_every_way_to_train(tmp_path, flags):
     assert all(torch.isfinite(w).all() and w.dtype == torch.float32 for w in weights.values())
     assert any(w.abs().max() > 0 for key, w in weights.items() if "lora.up" in key)
     assert ("clip_fraction" in metrics[0]) == ("ddpo" in flags)
-    if "per_prompt" in flags:
+    if "aesthetic:1,clip_score:5,jpeg_incompressibility:0.1" in flags:
         for line in metrics:
             total = line["aesthetic_mean"] + 5 * line["clip_score_mean"] + 0.1 * line["jpeg_incompressibility_mean"]
             assert line["reward_mean"] == pytest.approx(total, rel=1e-5)
@@ -197,7 +211,16 @@ def checkpoints(directory):
 
 
 # A single picture leans on the running mean of its rewards, ddpo on the largest deviation so far.
-@pytest.mark.parametrize("also", [[], ["--train_batch_size", "1"], ["--gradient_estimator", "ddpo"]])
+@pytest.mark.parametrize(
+    "also",
+    [
+        [],
+        ["--train_batch_size", "1"],
+        ["--gradient_estimator", "ddpo", "--baseline", "predicted_x0"],
+        ["--gradient_estimator", "rlr_paper", "--subchain_sampling", "grad_norm", "--subchain_length", "1"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
 def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path, also):
     flags = ["--checkpointing_steps", "2", "--checkpoints_total_limit", "2", "--learning_rate", "1e-3", *also]
     straight = train(tmp_path / "straight", *flags, "--max_train_steps", "6")
@@ -228,14 +251,90 @@ def test_a_run_in_the_folder_of_another_is_refused_and_harms_nothing(tmp_path):
     assert (tmp_path / LORA).read_bytes() == before
 
 
+def test_a_resume_point_that_does_not_fit_is_refused_and_harms_nothing(tmp_path):
+    out, flags = tmp_path / "out", ["--checkpointing_steps", "2", "--max_train_steps", "4"]
+    train(out, *flags)
+    before = {name: (out / name).read_bytes() for name in (LORA, "metrics.jsonl", "README.md")}
+    (out / "checkpoint-final").mkdir()
+    (out / "checkpoint-9").mkdir()  # not whole: it does not count as the latest
+    flags = ["--max_train_steps", "6", "--resume_from_checkpoint"]
+    for bad, message in (
+        (["--max_train_steps", "4", "--resume_from_checkpoint", "latest"], "leaves nothing to train"),
+        ([*flags, "checkpoint-2"], "'.*checkpoint-4' is newer"),
+        ([*flags, "checkpoint-9"], "does not exist; whole checkpoints in .*: checkpoint-2, checkpoint-4"),
+        ([*flags, "latest", "--num_inference_steps", "4"], "for 3 inference steps, not 4"),
+        ([*flags, "latest", "--rank", "2"], "cannot resume from .*checkpoint-4.*size mismatch"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train(out, *bad)
+        assert before == {name: (out / name).read_bytes() for name in before}
+    # From another folder it may go on where there is no run to write over.
+    other = tmp_path / "other"
+    point = ["--resume_from_checkpoint", str(out / "checkpoint-4"), "--max_train_steps", "5"]
+    assert [line["step"] for line in train(other, *point)] == [5]
+    with pytest.raises(SystemExit, match="already holds a run"):
+        train(other, *point, "--max_train_steps", "7")
+
+
+def test_a_killed_run_may_have_left_half_a_line(tmp_path):
+    train(tmp_path, "--checkpointing_steps", "2")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    resumed = train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+    assert [line["step"] for line in resumed] == [1, 2, 3]
+
+
+def test_a_readme_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit, match="holds a README.md"):
+        train(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_scale_for_half_precision_comes_from_the_scaler():
+    """Against a real GradScaler, which has no scale of its own before it is used."""
+    from types import SimpleNamespace
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert loss_scale(SimpleNamespace(scaler=scaler, device="cpu")) == 8.0
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), 16.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.unscale_(optimizer)
+    assert weight.grad.tolist() == [2.0, 2.0]
+    scaler.step(optimizer)
+    assert loss_scale(SimpleNamespace(scaler=None, device="cpu")) == 1.0
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--reward", "beauty:2"], "unknown reward 'beauty:2', known are: aesthetic, clip_score"),
         (["--reward", "aesthetic:much"], "'aesthetic:much'.* no finite number"),
         (["--reward_path", "aesthetic"], "'aesthetic' is not of the form NAME=DIR"),
-        (["--reward_path", "aesthetic=/nowhere"], "reward 'aesthetic': '/nowhere' is no folder"),
-        (["--gradient_estimator", "magic"], "'magic', known are: rlr, full_bp"),
+        (["--reward_path", "aesthetic=/nowhere"], "'aesthetic=/nowhere': no such folder"),
+        (["--prompts", ""], "prompts '': no such file"),
+        (["--lr_scheduler", "piecewise_constant"], "piecewise_constant"),
+        (["--adam_beta1", "2"], "--adam_beta1 2.0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--guidance_scale", "inf"], "--guidance_scale inf"),
+        (["--num_inference_steps", "1000"], "--num_inference_steps 1000 reaches beyond"),
+        (["--num_eval_images", "1"], "--num_eval_images 1"),
+        (["--gradient_estimator", "truncated_bp", "--truncation_steps", "4"], "--truncation_steps 4 is more than"),
+        (["--gradient_estimator", "rlr_paper", "--eta", "0"], "--eta 0 leaves no noise.*rlr_paper"),
+        (["--gradient_estimator", "rlr_paper", "--subchain_length", "some"], "--subchain_length 'some'"),
+        (["--gradient_estimator", "rlr_paper", "--subchain_length", "3"], "a sub-chain of 3 of 3 steps"),
+        (["--gradient_estimator", "rlr_paper", "--subchain_range", "1", "2"], "not at 1..2"),
+        (
+            ["--gradient_estimator", "rlr_paper", "--subchain_length", "auto", "--memory_budget_gb", "2"],
+            "a memory budget of 2.0 GB",
+        ),
+        (["--gradient_estimator", "draft_lv", "--reward", "jpeg_compressibility"], "not differentiable.*draft_lv"),
+        (["--branches", "2"], "--branches 2 is for black boxes"),
+        (["--branches", "2", "--gradient_estimator", "ddpo"], "--branches 2 needs --gradient_estimator rlr"),
+        (["--baseline_vae", "x"], "needs --baseline predicted_x0"),
+        (["--baseline_vae", "/nowhere", "--baseline", "predicted_x0"], "--baseline_vae '/nowhere' cannot be loaded"),
+        (["--gradient_estimator", "magic"], "'magic', known are: rlr, rlr_paper, full_bp"),
         (["--prompts", "nowhere.txt"], "prompts 'nowhere.txt': no such file"),
         (["--prompts", os.devnull], "no such file"),
         (["--train_batch_size", "0"], "--train_batch_size 0 must be at least 1"),
@@ -253,8 +352,8 @@ def test_a_run_in_the_folder_of_another_is_refused_and_harms_nothing(tmp_path):
         (["--pretrained_model_name_or_path", "/nowhere"], "'/nowhere' cannot be loaded"),
         (["--resume_from_checkpoint", "checkpoint-7"], "'checkpoint-7' does not exist"),
         (["--resume_from_checkpoint", "latest"], "'latest' does not exist"),
-        (["--resolution", "33"], "--resolution 33 is no multiple of 4"),
-        (["--lora_layers", "to_nothing"], "to_nothing"),
+        (["--resolution", "36"], "--resolution 36 is no multiple of 8"),
+        (["--lora_layers", "to_k, to_nothing"], "has no layer 'to_nothing'"),
         (["--dataset_name", "x"], "give one of them"),
         (["--report_to", "wandb", "--hub_token", "hf_x"], "would log the token"),
     ],
@@ -272,7 +371,8 @@ def test_a_model_whose_last_step_is_silent_is_refused_where_noise_is_needed(tmp_
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
     pipeline.save_pretrained(model)
     flags = ["--pretrained_model_name_or_path", str(model)]
-    for bad in (["--gradient_estimator", "ddpo"], ["--reward", "jpeg_compressibility"]):
+    sums = ["--reward", "aesthetic,jpeg_compressibility"]
+    for bad in (["--gradient_estimator", "ddpo"], ["--reward", "jpeg_compressibility"], sums):
         assert "no noise at step 1 from the end" in refused(tmp_path / "out", capsys, *flags, *bad)
     assert len(train(tmp_path / "out", *flags)) == 2
 
@@ -308,6 +408,22 @@ def test_prompts_from_a_local_dataset(tmp_path, capsys):
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_tiny_autoencoder_may_decode_the_predictions(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )
+    tiny.save_pretrained(tmp_path / "taesd")
+    flags = ["--baseline", "predicted_x0", "--gradient_estimator", "ddpo", "--learning_rate", "1e-3"]
+    train(tmp_path / "own", *flags)
+    train(tmp_path / "tiny", *flags, "--baseline_vae", str(tmp_path / "taesd"))
+    assert not same_adapter(tmp_path / "own", tmp_path / "tiny")
+
+
 def test_defaults_are_those_of_the_documentation():
     args = parse_args([])
     assert args.pretrained_model_name_or_path == "CompVis/stable-diffusion-v1-4"
@@ -318,11 +434,12 @@ def test_defaults_are_those_of_the_documentation():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_launcher(tmp_path, processes):
-    """As a user starts it; two ranks draw other pictures, average over all and write one line a step."""
+    """As a user starts it. Two ranks draw other noise, end in the same adapter (the checkpoint compares them, and would
+    stop the run if the gradients were not averaged), and write one line a step."""
     if processes == 1:
         launcher = ["accelerate.commands.launch", "--num_processes", "1"]
     else:
-        launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-m", *launcher, os.path.join(ROOT, "train_rlr_sd.py"), *BASE]
     command += ["--output_dir", str(tmp_path / "out"), "--checkpointing_steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -334,7 +451,22 @@ def test_the_launcher(tmp_path, processes):
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["num_images"] == 2 * processes for line in lines)
     states = [f for f in os.listdir(tmp_path / "out" / "checkpoint-2") if f.startswith("random_states")]
-    assert len(states) == processes
+    assert len({(tmp_path / "out" / "checkpoint-2" / state).read_bytes() for state in states}) == processes
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
     if processes == 1:
-        bad = subprocess.run([*command, "--reward", "beauty"], env=environment, capture_output=True, text=True)
-        assert bad.returncode != 0 and "unknown reward 'beauty'" in bad.stderr
+        # Far more memory than there is; the resumed run is still there afterwards.
+        resume += ["--resolution", "400000"]
+    result = subprocess.run([*command, *resume], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    if processes == 1:
+        assert result.returncode != 0
+        for remedy in (
+            "out of memory",
+            "--train_batch_size",
+            "--gradient_accumulation_steps",
+            "--gradient_checkpoint",
+        ):
+            assert remedy in result.stderr
+        assert (tmp_path / "out" / LORA).exists()
+    else:
+        assert result.returncode == 0, result.stderr
+        assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3

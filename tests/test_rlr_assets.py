@@ -1,0 +1,64 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import os
+
+import pytest
+import torch
+from make_tiny_assets import COLORS, NUM_TRAIN_DIGITS, load_scans, paint, read_colors, read_digits, real_quality
+from reward_models import load_reward
+from rlr_testing import ASSETS, TINY_AESTHETIC, tiny_pipeline
+from safetensors import safe_open
+from scipy.stats import spearmanr
+
+
+@pytest.fixture(scope="module")
+def base_pictures():
+    """Two pictures of each caption at the settings of the model card, and what was asked for."""
+    with open(os.path.join(ASSETS, "digits.txt")) as file:
+        captions = file.read().split("\n")[:-1] * 2
+    pipeline = tiny_pipeline()
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        captions, num_inference_steps=50, guidance_scale=5.0, eta=1.0, generator=generator, output_type="pt"
+    ).images
+    return images, torch.arange(len(captions)) % 60
+
+
+def test_the_pipeline_draws_what_it_is_asked_for(base_pictures):
+    images, asked = base_pictures
+    assert (read_digits(images) == asked % 10).float().mean() >= 0.95
+    assert (read_colors(images) == asked // 10).float().mean() >= 0.95
+
+
+def test_the_head_ranks_held_out_pictures_and_leaves_headroom(base_pictures):
+    ink, _ = load_scans()
+    held_out = ink[NUM_TRAIN_DIGITS:]
+    colors = torch.arange(len(held_out)) % len(COLORS)
+    real = paint(held_out, colors, torch.Generator().manual_seed(0))
+    reward = load_reward("aesthetic", path=TINY_AESTHETIC)
+    scores = reward(real, None)
+    assert spearmanr(scores, real_quality()(real)).statistic >= 0.8
+    assert reward(base_pictures[0], None).mean() <= scores.max() - 2
+
+
+def test_the_bundle_is_small_and_in_float32():
+    size = 0
+    for folder, _, names in os.walk(ASSETS):
+        for name in names:
+            path = os.path.join(folder, name)
+            size += os.path.getsize(path)
+            if name.endswith(".safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    assert {file.get_tensor(key).dtype for key in file.keys()} <= {torch.float32, torch.int64}, path
+    assert size <= 20e6

@@ -206,7 +206,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_args(input_args=None):
-    parser = OneLineParser(prog="train_rlr_sd.py", description="Fine-tune a LoRA of Stable Diffusion on a reward with RLR.")
+    parser = OneLineParser(
+        prog="train_rlr_sd.py", description="Fine-tune a LoRA of Stable Diffusion on a reward with RLR."
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_model_name_or_path",
@@ -693,6 +695,22 @@ def make_schedule(args, adaptive, subchain, has_gradient):
     return simple[args.gradient_estimator](num_steps)
 
 
+def compare(args, rewards, prompts, predicted, running, predictor):
+    """Advantages of the rewards (N,) under --baseline, (N,) or (T + 1, N); what the baseline remembers is brought up to
+    date after it has been used."""
+    if args.baseline == "none":
+        advantages = rewards
+    elif args.baseline == "per_prompt":
+        advantages = per_prompt(rewards, prompts, running.mean)
+    elif args.baseline == "predicted_x0":
+        advantages = predictor.advantages(rewards, predicted)
+        predictor.update(rewards, predicted)
+    else:
+        advantages = leave_one_out(rewards, running.mean)
+    running.update(rewards)
+    return advantages
+
+
 def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_step):
     """The arithmetic of the run as one table."""
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
@@ -1066,7 +1084,30 @@ def main(args):
                 predicted[name][:, k] = scores[name]
         return predicted
 
-    # draft_lv takes its gradient at other noises of the same pictures, below.
+    def branch_batch(batch, scale):
+        """Branches instead of a sweep: one random step of each picture."""
+        for i, prompt in enumerate(batch.prompts):
+            k = random.randint(1, batch.chain.num_steps)
+            copies = [prompt] * (2 * args.branches)
+            branch(
+                make_chain([prompt]),
+                make_chain(copies),
+                Trajectory([x[i : i + 1] for x in batch.trajectory.latents], None),
+                k,
+                lambda x_0: score(x_0, copies)[0]["total"],
+                args.branches,
+                weight=scale * batch.chain.num_steps / args.train_batch_size,
+            )
+
+    def sweep_renoised(batch, schedule, scale):
+        """The last step again from other noises of the same pictures, for draft_lv."""
+        for _ in range(args.lv_samples):
+            renoised = renoise(batch.chain, batch.trajectory.latents[0])
+            _, reward_grad = score(renoised.latents[0], batch.prompts, with_gradient=True)
+            reward_grad = scale / args.lv_samples * reward_grad
+            backward_sweep(batch.chain, renoised, schedule.mixing, reward_grad=reward_grad, stop_after=1)
+
+    # draft_lv takes its gradient at other noises of the same pictures.
     with_gradient = rewards.has_gradient and args.gradient_estimator not in ("ddpo", "draft_lv")
     local_images = args.train_batch_size * args.gradient_accumulation_steps
     mine = slice(accelerator.process_index * local_images, (accelerator.process_index + 1) * local_images)
@@ -1096,20 +1137,11 @@ def main(args):
         # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
         means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), running["total"].mean)
         advantages = {}
-        for name, values in scores.items():
-            if name not in running:
-                continue
-            if args.baseline == "none":
-                advantages[name] = values
-            elif args.baseline == "per_prompt":
-                advantages[name] = per_prompt(values, all_prompts, running[name].mean)
-            elif args.baseline == "predicted_x0":
+        for name in running:
+            predicted = None
+            if args.baseline == "predicted_x0":
                 predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
-                advantages[name] = predictors[name].advantages(values, predicted)
-                predictors[name].update(values, predicted)
-            else:
-                advantages[name] = leave_one_out(values, running[name].mean)
-            running[name].update(values)
+            advantages[name] = compare(args, scores[name], all_prompts, predicted, running[name], predictors[name])
         if args.gradient_estimator == "ddpo":
             advantages["total"] = normalize(advantages["total"], scores["total"], running["total"].largest_std)
         advantages = {name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()}
@@ -1125,24 +1157,9 @@ def main(args):
             ):
                 chain, trajectory = batch.chain, batch.trajectory
                 if args.branches:
-                    for i, prompt in enumerate(batch.prompts):
-                        k = random.randint(1, chain.num_steps)
-                        copies = [prompt] * (2 * args.branches)
-                        branch(
-                            make_chain([prompt]),
-                            make_chain(copies),
-                            Trajectory([x[i : i + 1] for x in trajectory.latents], None),
-                            k,
-                            lambda x_0: score(x_0, copies)[0]["total"],  # noqa: B023
-                            args.branches,
-                            weight=scale * chain.num_steps / args.train_batch_size,
-                        )
+                    branch_batch(batch, scale)
                 elif args.gradient_estimator == "draft_lv":
-                    for _ in range(args.lv_samples):
-                        renoised = renoise(chain, trajectory.latents[0])
-                        _, reward_grad = score(renoised.latents[0], batch.prompts, with_gradient=True)
-                        reward_grad = scale / args.lv_samples * reward_grad
-                        backward_sweep(chain, renoised, schedule.mixing, reward_grad=reward_grad, stop_after=1)
+                    sweep_renoised(batch, schedule, scale)
                 elif args.gradient_estimator == "ddpo":
                     ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
                     backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio)
@@ -1161,11 +1178,8 @@ def main(args):
                         parameters=trainable if args.subchain_sampling == "grad_norm" else None,
                     )
                     batch.perturbation.add_gradient(scale * mean)
-                    seen.append(
-                        torch.stack(
-                            [rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale]
-                        )
-                    )
+                    norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
+                    seen.append(torch.stack(norms))
             gradients = [p.grad for p in trainable]
             flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
             vector_to_parameters(flat, gradients)

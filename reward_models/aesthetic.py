@@ -17,7 +17,7 @@ import os
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPModel
 
 from .base import existing_file, load_into, preprocess_clip
 
@@ -52,8 +52,9 @@ class AestheticReward(torch.nn.Module):
         self.head = head
 
     def forward(self, images, prompts):
-        pixels = preprocess_clip(images.to(self.clip.dtype), self.clip.config.image_size)
-        embeds = self.clip(pixel_values=pixels).image_embeds.to(self.head.layers[0].weight.dtype)
+        pixels = preprocess_clip(images.to(self.clip.dtype), self.clip.config.vision_config.image_size)
+        embeds = self.clip.get_image_features(pixel_values=pixels).pooler_output
+        embeds = embeds.to(self.head.layers[0].weight.dtype)
         return self.head(embeds / embeds.norm(dim=-1, keepdim=True))
 
 
@@ -69,6 +70,7 @@ def load(path, device, dtype):
         clip_path = os.path.dirname(existing_file(os.path.join(path, "clip"), "config.json"))
     head = AestheticHead()
     load_into(head, head_file)
-    clip = CLIPVisionModelWithProjection.from_pretrained(clip_path, dtype=dtype)
+    clip = CLIPModel.from_pretrained(clip_path, dtype=dtype)
+    clip.text_model = clip.text_projection = None  # never looked at
     reward = AestheticReward(clip, head.to(torch.promote_types(dtype, torch.float32)))
     return reward.to(device).eval().requires_grad_(False)

@@ -16,6 +16,7 @@
 import os
 
 import torch
+from gradient_quality import LinearGaussianChain  # noqa: F401
 
 from diffusers import StableDiffusionPipeline
 
@@ -42,45 +43,6 @@ class NonlinearChain(torch.nn.Module):
     def mean(self, k, x):
         step = torch.full_like(x[:, :1], k / self.num_steps)
         return 0.8 * x + self.net(torch.cat([x, step], dim=1))
-
-
-class LinearGaussianChain(torch.nn.Module):
-    """x_{k-1} = a x_k + b + sigma_k z_k per coordinate, from x_T ~ N(0, I): moments, hence gradients, in closed form.
-
-    The reward is R = -|x_0 - target|^2 / 2. `expected_reward` runs the recursion of mean and variance.
-    """
-
-    def __init__(self, num_steps=10, dim=4):
-        super().__init__()
-        self.num_steps = num_steps
-        self.a = torch.nn.Parameter(torch.linspace(0.85, 1.0, dim, dtype=torch.float64))
-        self.b = torch.nn.Parameter(torch.linspace(-0.1, 0.1, dim, dtype=torch.float64))
-        self.target = torch.full((dim,), 3.0, dtype=torch.float64)
-
-    def sigma(self, k):
-        return 0.05 + 0.0125 * k
-
-    def mean(self, k, x):
-        return self.a * x + self.b
-
-    def predict(self, k, x):
-        """The mean and E[x_0 | x_k], which is what a denoiser predicts."""
-        prediction = x
-        for _ in range(k):
-            prediction = self.a * prediction + self.b
-        return self.mean(k, x), prediction
-
-    def reward(self, x_0):
-        return -(x_0 - self.target).square().sum(1) / 2
-
-    def reward_grad(self, x_0):
-        return self.target - x_0
-
-    def expected_reward(self):
-        mean, variance = torch.zeros_like(self.target), torch.ones_like(self.target)
-        for k in range(self.num_steps, 0, -1):
-            mean, variance = self.a * mean + self.b, self.a**2 * variance + self.sigma(k) ** 2
-        return -(variance + (mean - self.target).square()).sum() / 2
 
 
 class Mix(torch.autograd.Function):

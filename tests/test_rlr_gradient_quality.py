@@ -1,0 +1,43 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import csv
+
+import pytest
+from gradient_quality import main, measure_toy
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bias_and_variance_on_the_closed_form(seed):
+    """The margins that hold over seeds: unbiased estimators pass a z-test that truncated ones fail, and each step from
+    raw REINFORCE to mixed cotangents divides the variance."""
+    rows = {row["estimator"]: row for row in measure_toy(seed, batches=256, batch_size=128)}
+    biased = ("truncated_bp 1", "truncated_bp 5", "alignprop")
+    for name, row in rows.items():
+        assert row["max_z"] > 20 if name in biased else row["max_z"] < 5, row
+    variance = {name: row["variance"] for name, row in rows.items()}
+    reinforce = variance["ddpo, leave-one-out"]
+    assert variance["ddpo, no baseline"] > 3 * reinforce
+    assert reinforce > 6 * variance["rlr .9, leave-one-out"]
+    assert variance["rlr_paper, zeroth order"] > 100 * reinforce
+
+
+def test_the_benchmark_in_short(tmp_path, capfd):
+    toy, rows = main(["--quick", "--out", str(tmp_path)])
+    assert {row["reward"] for row in rows} == {"smooth", "rough", "black box"}
+    printed = capfd.readouterr().out
+    assert all(row["estimator"] in printed for row in toy + rows)
+    with open(tmp_path / "gradient_quality.csv") as file:
+        assert next(file).startswith("# python benchmarks/gradient_quality.py --quick")
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert (tmp_path / "gradient_quality.png").stat().st_size > 10_000

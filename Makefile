@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quality style assets clean
+.PHONY: demo test quality style assets gradient-quality clean
 
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,9 @@ style: $(VENV)/installed-dev
 
 assets: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python tools/make_tiny_assets.py
+
+gradient-quality: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient_quality.py
 
 clean:
 	rm -rf $(VENV) demo-output

@@ -495,7 +495,7 @@ def main(input_args=None):
     print_table("Linear-Gaussian chain, d = 4, T = 10: bias as max |z|, variance of a picture's gradient", toy)
     write_csv(toy, os.path.join(args.out, "gradient_quality_toy.csv"), header)
 
-    settings = {"num_steps": 20, "batch_size": 32, "warmup": 3, "draws": 16, "truth_draws": 64}
+    settings = {"num_steps": 20, "batch_size": 32, "warmup": 3, "draws": 14, "truth_draws": 56}
     if args.quick:
         settings = {"num_steps": 4, "batch_size": 4, "warmup": 1, "draws": 4, "truth_draws": 4}
     rows, decode = measure_tiny(workers=args.workers, **settings)

@@ -89,7 +89,7 @@ def rlr(num_steps, mixing, differentiable):
         mixing: one gamma for all k >= 2, or the `AdaptiveMixing` that chooses them.
         differentiable: whether any part of the reward has a gradient.
     """
-    gammas = mixing.gammas() if isinstance(mixing, AdaptiveMixing) else [mixing] * (num_steps + 1)
+    gammas = mixing.gammas(differentiable) if isinstance(mixing, AdaptiveMixing) else [mixing] * (num_steps + 1)
     gammas[1] = float(differentiable)
     return Schedule(gammas, num_steps)
 
@@ -200,12 +200,24 @@ class SubchainSampler:
 
 
 class AdaptiveMixing:
-    r"""gamma_k by inverse variance of the two cotangents (total propagation, huggingface.co/papers/1902.01240).
+    r"""gamma_k of least variance, from what earlier batches have shown of the two cotangents.
+
+    v^P_k and v^L_k are running means of the batch mean of ||c||^2 of each cotangent. They come from earlier batches
+    only: a gamma that depends on the sample it weighs would bias the estimate.
+
+    A black box's cotangents are fresh noise at every step, and each step is weighed by itself, by inverse variance
+    (total propagation, huggingface.co/papers/1902.01240):
 
         gamma_k = v^L_k / (v^L_k + v^P_k)
 
-    with v running means of the batch mean of ||c||^2 of each cotangent. They come from earlier batches only: a gamma
-    that depends on the sample it weighs would bias the estimate.
+    With a gradient all pathwise cotangents descend from the one dR/dx_0, so its error adds up along the sweep, T-fold
+    in the sum of the steps where fresh noise adds up sqrt(T)-fold. The gamma_k minimise the variance of that sum,
+    sum_k c_{k-1}, as if the Jacobians passed cotangents on unchanged. With V_k the variance of the cotangent that
+    reaches step k, C_k its covariance with the sum so far, and W_k the weight of c_{k-1} in the whole sum,
+
+        gamma_k = (v^L_k - C_k / W_k) / (v^L_k + V_k),        W_k = 1 + gamma_{k+1} W_{k+1}
+
+    cut to [0, 1]; V_2 = C_2 = v^P_1. Inverse variance is the case C = 0, and leans on a rough gradient too long.
 
     Args:
         num_steps: T.
@@ -219,14 +231,31 @@ class AdaptiveMixing:
         self.initial = initial
         self.squares = None
 
-    def gammas(self):
-        """gamma_k for k = 0..T as a list; index 0 means nothing."""
+    def gammas(self, differentiable):
+        """gamma_k for k = 0..T as a list; index 0 means nothing, and index 1 is the schedule's to set."""
         if self.squares is None:
             return [self.initial] * (self.num_steps + 1)
         pathwise, likelihood_ratio = self.squares
         # Where both are zero (every reward the same) or one is missing, neither is preferred.
-        gammas = likelihood_ratio / (likelihood_ratio + pathwise)
-        return torch.nan_to_num(gammas, nan=self.initial).tolist()
+        gammas = torch.nan_to_num(likelihood_ratio / (likelihood_ratio + pathwise), nan=self.initial).tolist()
+        if not differentiable or not pathwise[1] > 0:
+            return gammas
+        fresh = likelihood_ratio.tolist()
+        # W looks ahead and V, C look back: a few rounds settle them.
+        for _ in range(50):
+            weights = [1.0] * (self.num_steps + 1)
+            for k in range(self.num_steps - 1, 0, -1):
+                weights[k] = 1 + gammas[k + 1] * weights[k + 1]
+            carried = covariance = pathwise[1].item()
+            for k in range(2, self.num_steps + 1):
+                # A step without noise has no likelihood ratio to offer.
+                best = (fresh[k] - covariance / weights[k]) / (fresh[k] + carried) if fresh[k] == fresh[k] else 1.0
+                gammas[k] = min(max(best, 0.0), 1.0)
+                carried *= gammas[k] ** 2
+                if gammas[k] < 1:
+                    carried += (1 - gammas[k]) ** 2 * fresh[k]
+                covariance = gammas[k] * covariance + carried
+        return gammas
 
     def update(self, statistics):
         """Take in the `SweepStatistics` of a batch."""

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
+import random
 
 import pytest
 import torch
@@ -61,24 +62,63 @@ def test_adaptive_mixing_is_inverse_variance_of_earlier_batches():
     adaptive = AdaptiveMixing(2, decay=0.75)
     assert rlr(2, adaptive, differentiable=True).mixing[1:] == [1.0, 0.9]
     adaptive.update(statistics([1.0, 1.0], [1.0, 3.0]))
-    assert adaptive.gammas()[1:] == pytest.approx([0.5, 0.75])
+    assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([0.5, 0.75])
     adaptive.update(statistics([1.0, 5.0], [1.0, 3.0]))
-    assert adaptive.gammas()[1:] == pytest.approx([0.5, 3 / (3 + 2)])
+    assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([0.5, 3 / (3 + 2)])
+    assert rlr(2, adaptive, differentiable=False).mixing[1:] == pytest.approx([0.0, 3 / (3 + 2)])
+
+
+def variance_of_the_sum(gammas, first, fresh):
+    """Var(sum_k c_{k-1}) for unit Jacobians, from the coefficient of every noise source in every cotangent."""
+    num_steps = len(gammas) - 1
+    cotangent = torch.zeros(num_steps + 1, dtype=torch.float64)
+    cotangent[1] = 1.0
+    total = cotangent.clone()
+    for k in range(2, num_steps + 1):
+        cotangent = gammas[k] * cotangent
+        cotangent[k] = 1 - gammas[k]
+        total = total + cotangent
+    return (total.square() * torch.tensor([0.0, first, *fresh[1:]], dtype=torch.float64)).sum().item()
+
+
+@pytest.mark.parametrize("first", [0.05, 1.0, 30.0])
+def test_adaptive_mixing_with_a_gradient_has_the_least_variance_of_all(first):
+    torch.manual_seed(0)
+    num_steps, fresh = 8, torch.rand(8, dtype=torch.float64) * 20 + 1
+    adaptive = AdaptiveMixing(num_steps)
+    adaptive.update(statistics([first] * num_steps, fresh.tolist()))
+    gammas = rlr(num_steps, adaptive, differentiable=True).mixing
+    # As they went in: `statistics` is in float32.
+    first, fresh = adaptive.squares[0, 1].item(), adaptive.squares[1, 1:].tolist()
+    least = variance_of_the_sum(gammas, first, fresh)
+    greedy = [None, 1.0, *adaptive.gammas(differentiable=False)[2:]]
+    for other in (greedy, full_bp(num_steps).mixing, [None, 1.0] + [0.0] * (num_steps - 1)):
+        assert least <= variance_of_the_sum(other, first, fresh)
+    for _ in range(500):
+        moved = [min(max(g + 0.05 * random.gauss(0, 1), 0), 1) if k > 1 else g for k, g in enumerate(gammas)]
+        assert least <= variance_of_the_sum(moved, first, fresh) * (1 + 1e-9)
 
 
 def test_adaptive_mixing_without_a_preference_keeps_its_start():
     adaptive = AdaptiveMixing(2)
     adaptive.update(statistics([0.0, 1.0], [0.0, float("nan")]))
-    assert adaptive.gammas()[1:] == [0.9, 0.9]
+    assert adaptive.gammas(differentiable=True)[1:] == adaptive.gammas(differentiable=False)[1:] == [0.9, 0.9]
+
+
+def test_adaptive_mixing_leaves_a_step_without_noise_to_the_gradient():
+    adaptive = AdaptiveMixing(3)
+    adaptive.update(statistics([1.0, 1.0, 1.0], [2.0, float("nan"), 3.0]))
+    gammas = adaptive.gammas(differentiable=True)
+    assert gammas[2] == 1.0 and 0 < gammas[3] < 1
 
 
 def test_adaptive_mixing_recovers_from_what_a_batch_did_not_see():
     """Equal rewards make v^L zero and so gamma zero, which leaves the pathwise cotangent unseen."""
     nan, adaptive = float("nan"), AdaptiveMixing(2, decay=0.5)
     adaptive.update(statistics([1.0, 2.0], [0.0, 2.0]))
-    assert adaptive.gammas()[1:] == [0.0, 0.5]
+    assert adaptive.gammas(differentiable=False)[1:] == [0.0, 0.5]
     adaptive.update(statistics([nan, 2.0], [6.0, float("inf")]))
-    assert adaptive.gammas()[1:] == pytest.approx([3 / (3 + 1), 0.5])
+    assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([3 / (3 + 1), 0.5])
 
 
 def test_the_papers_schedule():
@@ -186,7 +226,7 @@ def test_adaptive_mixing_survives_a_checkpoint_and_refuses_another_chain():
     assert other.squares is None
     adaptive.update(statistics([0.1, 1.0], [1 / 3, float("nan")]))
     other.load_state_dict(json.loads(json.dumps(adaptive.state_dict(), allow_nan=False)))
-    assert other.gammas() == adaptive.gammas()
+    assert other.gammas(differentiable=True) == adaptive.gammas(differentiable=True)
     with pytest.raises(ValueError, match="2 inference steps, not 7"):
         AdaptiveMixing(7).load_state_dict(adaptive.state_dict())
 

@@ -695,7 +695,7 @@ def make_schedule(args, adaptive, subchain, has_gradient):
     return simple[args.gradient_estimator](num_steps)
 
 
-def compare(args, rewards, prompts, predicted, running, predictor):
+def advantages_of(args, rewards, prompts, predicted, running, predictor):
     """Advantages of the rewards (N,) under --baseline, (N,) or (T + 1, N); what the baseline remembers is brought up to
     date after it has been used."""
     if args.baseline == "none":
@@ -1141,7 +1141,9 @@ def main(args):
             predicted = None
             if args.baseline == "predicted_x0":
                 predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
-            advantages[name] = compare(args, scores[name], all_prompts, predicted, running[name], predictors[name])
+            advantages[name] = advantages_of(
+                args, scores[name], all_prompts, predicted, running[name], predictors[name]
+            )
         if args.gradient_estimator == "ddpo":
             advantages["total"] = normalize(advantages["total"], scores["total"], running["total"].largest_std)
         advantages = {name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()}

@@ -455,18 +455,26 @@ def print_table(title, rows):
 
 def plot(rows, path):
     """Bias against noise at equal compute, a point per estimator; hollow where the noise hides the bias."""
-    kinds = list(dict.fromkeys(row["reward"] for row in rows))
-    figure = Figure(figsize=(5.2 * len(kinds), 4.8), layout="constrained")
+    kinds, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("reward", "estimator"))
+    figure = Figure(figsize=(4.2 * len(kinds) + 2.5, 4.2), layout="constrained")
+    shown = {}
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0], kinds):
-        for i, row in enumerate(row for row in rows if row["reward"] == kind):
-            hidden = row["bias_noise"] > 0.3
-            x, y = row["noise_to_signal_x_cost"], 0.0 if hidden else row["relative_bias"]
-            marker = "os^Dv<>pP*hXd"[i % 13]
-            axes.plot(x, y, marker, ms=8, label=row["estimator"], mfc="none" if hidden else None)
-        axes.set(xscale="log", title=f"{kind} reward", xlabel="noise-to-signal x cost of a picture")
+        for row in rows:
+            if row["reward"] != kind:
+                continue
+            index, hidden = names.index(row["estimator"]), row["bias_noise"] > 0.3
+            (shown[row["estimator"]],) = axes.plot(
+                row["noise_to_signal_x_cost"],
+                0.0 if hidden else row["relative_bias"],
+                "os^Dv<>pP*hXd8"[index % 14],
+                color=f"C{index % 10}",
+                mfc="none" if hidden else None,
+                ms=8,
+            )
+        axes.set(xscale="log", title=f"{kind} reward", xlabel="noise-to-signal x cost of a picture", ylim=(-0.05, 1.1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(0.0, 0.6))
     figure.axes[0].set_ylabel("relative bias (hollow: hidden by noise)")
+    figure.legend([shown[name] for name in names], names, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

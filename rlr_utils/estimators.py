@@ -202,8 +202,8 @@ class SubchainSampler:
 class AdaptiveMixing:
     r"""gamma_k of least variance, from what earlier batches have shown of the two cotangents.
 
-    v^P_k and v^L_k are running means of the batch mean of ||c||^2 of each cotangent. They come from earlier batches
-    only: a gamma that depends on the sample it weighs would bias the estimate.
+    v^P_k and v^L_k are running means of the variance of each cotangent, see `SweepStatistics`. They come from earlier
+    batches only: a gamma that depends on the sample it weighs would bias the estimate.
 
     A black box's cotangents are fresh noise at every step, and each step is weighed by itself, by inverse variance
     (total propagation, huggingface.co/papers/1902.01240):

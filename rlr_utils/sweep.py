@@ -22,7 +22,8 @@ class SweepStatistics(NamedTuple):
     """What a sweep saw at each step, (T + 1,) each; NaN where there was nothing to see.
 
     Attributes:
-        pathwise, likelihood_ratio: mean over the batch of ||c||^2 of the two cotangents.
+        pathwise, likelihood_ratio: variance of the two cotangents, ||c - mean of c||^2 summed over the batch and divided
+            by B - 1: what all pictures share is signal, not noise. Of a single picture ||c||^2.
         gradient_norm: norm of what the step added to the gradients of `parameters`, if they were given.
     """
 
@@ -107,7 +108,8 @@ def backward_sweep(
             score = likelihood_ratio(chain, trajectory, k, advantages)
         for row, term in enumerate((pathwise, score)):
             if term is not None:
-                seen[row, k] = term.square().sum() / batch
+                centre = term.mean(0) if batch > 1 else 0.0
+                seen[row, k] = (term - centre).square().sum() / max(batch - 1, 1)
 
         # The pathwise cotangent costs the gradient of x_k: only where the next step takes it up.
         x = latents[k].detach().requires_grad_(k < stop_after and bool(mixing[k + 1]))

@@ -133,9 +133,15 @@ def test_any_gamma_is_a_surrogate_that_autograd_can_follow():
         x = Mix.apply(chain.mean(k, x), mixing[k], score) + chain.sigma(k) * trajectory.noises[k]
     (-reward_of(x).mean()).backward()
     torch.testing.assert_close(swept, gradients(chain), **EXACT)
-    expected = likelihood_ratio(chain, trajectory, 2, rewards - rewards.mean()).square().sum(1).mean()
+    expected = likelihood_ratio(chain, trajectory, 2, rewards - rewards.mean()).var(0).sum()
     torch.testing.assert_close(statistics.likelihood_ratio[2], expected, **EXACT)
-    torch.testing.assert_close(statistics.pathwise[1], reward_grad.square().sum(1).mean(), **EXACT)
+    torch.testing.assert_close(statistics.pathwise[1], reward_grad.var(0).sum(), **EXACT)
+
+
+def test_the_statistics_of_a_single_picture_are_its_squares():
+    chain, trajectory, rewards, reward_grad = setup(batch=1)
+    statistics = backward_sweep(chain, trajectory, full_bp(chain.num_steps).mixing, reward_grad=reward_grad)
+    torch.testing.assert_close(statistics.pathwise[1], reward_grad.square().sum(), **EXACT)
 
 
 def test_the_sweep_adds_to_gradients_and_is_linear():

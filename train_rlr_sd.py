@@ -650,7 +650,7 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
         scale: of the cotangents while they pass through the decoder, see `loss_scale`; the result is free of it.
 
     Returns:
-        scores: {"total", "differentiable", "black_box", member names...} -> (B,); a part that no member has is zero.
+        scores: {"total", "black_box", member names...} -> (B,).
         reward_grad: (B, C, h, w), the gradient of the differentiable part with respect to the latents, or `None`.
     """
     scores, reward_grad = [], []
@@ -660,12 +660,7 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
             result = rewards(decode_latents(vae, x_0), prompts[start : start + decode_batch_size])
         if with_gradient:
             reward_grad += [g / scale for g in torch.autograd.grad(scale * result.differentiable.sum(), x_0)]
-        zero = torch.zeros(len(x_0), device=x_0.device)
-        parts = {
-            "differentiable": zero if result.differentiable is None else result.differentiable.detach().float(),
-            "black_box": zero if result.black_box is None else result.black_box.float(),
-        }
-        scores.append({"total": parts["differentiable"] + parts["black_box"], **parts, **result.members})
+        scores.append({"total": result.total.detach(), "black_box": result.black_box, **result.members})
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     return scores, torch.cat(reward_grad) if with_gradient else None
 
@@ -788,17 +783,13 @@ def compare_with_base(args, rewards, prompts, device, dtype):
         if name == "tuned":
             pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
         images[name] = generate(pipeline, prompts, args, desc=f"{name} pictures")
-        batches = range(0, len(prompts), args.decode_batch_size)
+        size = args.decode_batch_size
         with torch.no_grad():
             parts = [
-                rewards(
-                    images[name][i : i + args.decode_batch_size].to(device), prompts[i : i + args.decode_batch_size]
-                )
-                for i in batches
+                rewards(images[name][i : i + size].to(device), prompts[i : i + size]).total
+                for i in range(0, len(prompts), size)
             ]
-        scores[name] = torch.cat(
-            [sum(s for s in (p.differentiable, p.black_box) if s is not None) for p in parts]
-        ).cpu()
+        scores[name] = torch.cat(parts).cpu()
     gain = scores["tuned"] - scores["base"]
     results = {"num_images": len(prompts)}
     for name, values in scores.items():
@@ -1090,8 +1081,8 @@ def main(args):
             k = random.randint(1, batch.chain.num_steps)
             copies = [prompt] * (2 * args.branches)
             branch(
-                make_chain([prompt]),
-                make_chain(copies),
+                batch.chain.repeat(i, 1),
+                batch.chain.repeat(i, 2 * args.branches),
                 Trajectory([x[i : i + 1] for x in batch.trajectory.latents], None),
                 k,
                 lambda x_0: score(x_0, copies)[0]["total"],
@@ -1133,7 +1124,9 @@ def main(args):
         # reward -> advantages, over the pictures of all ranks
         scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
         scores = accelerator.gather(scores)
-        all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
+        all_prompts = None
+        if args.baseline == "per_prompt":
+            all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
         # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
         means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), running["total"].mean)
         advantages = {}

@@ -57,6 +57,7 @@ from rlr_utils import (  # noqa: E402
     decode_latents,
     full_bp,
     leave_one_out,
+    load_prompts,
     renoise,
     rlr,
     rlr_paper,
@@ -116,7 +117,6 @@ class Sample(NamedTuple):
         reward_and_grad: the same with dR/dx_0.
         rewards, reward_grad: of the run.
         predicted: (T + 1, B), the rewards of the predicted x_0.
-        single: `single(i, copies)` is the chain of picture i in a batch of that many copies.
         parameters: the trainable ones.
     """
 
@@ -127,7 +127,6 @@ class Sample(NamedTuple):
     rewards: torch.Tensor
     reward_grad: torch.Tensor
     predicted: torch.Tensor
-    single: object
     parameters: list
 
 
@@ -206,7 +205,7 @@ def branching(num_steps, pairs):
         for i in range(batch):
             single = Trajectory([x[i : i + 1] for x in sample.trajectory.latents], None)
             k = random.randint(1, num_steps)
-            chains = sample.single(i, 1), sample.single(i, 2 * pairs)
+            chains = sample.chain.repeat(i, 1), sample.chain.repeat(i, 2 * pairs)
             branch(*chains, single, k, sample.reward, pairs, weight=num_steps / batch)
 
     return estimate
@@ -285,7 +284,6 @@ def measure_toy(seed, batches, batch_size, warmup=4):
             rewards=rewards,
             reward_grad=chain.reward_grad(x_0),
             predicted=predicted,
-            single=None,
             parameters=parameters,
         )
         for name, estimate in chosen.items():
@@ -327,8 +325,7 @@ class TinyStableDiffusion:
         self.aesthetic = load_reward("aesthetic", path=os.path.join(ROOT, "assets", "tiny-aesthetic"))
         direction = torch.randn(3, 32, 32)
         self.direction = direction / direction.norm()
-        with open(os.path.join(ROOT, "assets", "digits.txt"), encoding="utf-8") as file:
-            self.captions = file.read().split("\n")[:-1]
+        self.captions = load_prompts(os.path.join(ROOT, "assets", "digits.txt"))
 
     def chain(self, prompts):
         with torch.no_grad():
@@ -368,7 +365,6 @@ class TinyStableDiffusion:
                 rewards=rewards,
                 reward_grad=None if kind == "black box" else reward_grad,
                 predicted=predicted,
-                single=lambda i, copies: self.chain([prompts[i]] * copies),
                 parameters=self.parameters,
             )
         return samples

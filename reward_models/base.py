@@ -22,7 +22,7 @@ A reward is a callable `reward(images, prompts) -> (B,) tensor` with an attribut
 
 import os
 import pickle
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,14 +99,19 @@ class Scores(NamedTuple):
     """The scores of one batch under a weighted sum of rewards.
 
     Attributes:
-        differentiable: (B,), the weighted sum of the members with a gradient, or `None` without such members.
-        black_box: (B,), the weighted sum of the members without, or `None`.
+        differentiable: (B,), the weighted sum of the members with a gradient, zero without such members.
+        black_box: (B,), the weighted sum of the members without.
         members: each member's own unweighted score (B,), detached, by name.
     """
 
-    differentiable: Optional[torch.Tensor]
-    black_box: Optional[torch.Tensor]
+    differentiable: torch.Tensor
+    black_box: torch.Tensor
     members: dict
+
+    @property
+    def total(self):
+        """(B,), the whole sum."""
+        return self.differentiable + self.black_box
 
 
 class WeightedSum:
@@ -135,13 +140,13 @@ class WeightedSum:
         Raises:
             ValueError: if a member returns anything but B finite numbers, naming the member and the prompt.
         """
-        sums, scores = {True: None, False: None}, {}
+        zero, scores = torch.zeros(len(images), device=images.device), {}
+        sums = {True: zero, False: zero}
         for name, (weight, reward) in self.members.items():
             result = reward(images if reward.differentiable else images.detach(), prompts)
             _check_scores(name, result, prompts)
             scores[name] = result.detach().float()
-            previous = sums[reward.differentiable]
-            sums[reward.differentiable] = weight * result if previous is None else previous + weight * result
+            sums[reward.differentiable] = sums[reward.differentiable] + weight * result
         return Scores(sums[True], sums[False], scores)
 
 

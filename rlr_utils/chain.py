@@ -22,6 +22,8 @@ A chain is anything with three members:
 so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I).
 """
 
+import copy
+
 import torch
 
 
@@ -78,6 +80,14 @@ class StableDiffusionChain:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return self._step(prediction, timestep, x, noise=torch.zeros_like(x))
+
+    def repeat(self, i, copies):
+        """The chain of picture i alone, for a batch of `copies`; nothing is encoded again."""
+        chain = copy.copy(self)
+        chain.prompt_embeds = self.prompt_embeds[:, i : i + 1].expand(-1, copies, -1, -1)
+        if self.guided:
+            chain.negative_prompt_embeds = self.negative_prompt_embeds[i : i + 1].expand(copies, -1, -1)
+        return chain
 
     def renoise(self, x_0, noise):
         """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, C, H, W) each."""

@@ -38,7 +38,7 @@ class WeightPerturbation:
         self.scale = scale
         self.seed = seed
         self.steps = frozenset(steps)
-        self.kept = [p.detach().clone() for p in self.parameters]
+        self.kept = [p.detach().clone() for p in self.parameters] if self.steps else []
 
     def _noises(self, k):
         """eps_k, one tensor per parameter."""

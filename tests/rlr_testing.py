@@ -16,7 +16,7 @@
 import os
 
 import torch
-from gradient_quality import LinearGaussianChain  # noqa: F401
+from gradient_quality import LinearGaussianChain, flat_gradient  # noqa: F401
 
 from diffusers import StableDiffusionPipeline
 
@@ -60,9 +60,7 @@ class Mix(torch.autograd.Function):
 
 def gradients(module):
     """All gradients of a module as one vector, which are cleared."""
-    flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
-    module.zero_grad()
-    return flat
+    return flat_gradient([p for p in module.parameters() if p.requires_grad])
 
 
 def tiny_pipeline(dtype=torch.float32):

@@ -18,6 +18,7 @@ import torch
 from make_tiny_assets import COLORS, NUM_TRAIN_DIGITS, load_scans, paint, read_colors, read_digits, real_quality
 from reward_models import load_reward
 from rlr_testing import ASSETS, TINY_AESTHETIC, tiny_pipeline
+from rlr_utils import load_prompts
 from safetensors import safe_open
 from scipy.stats import spearmanr
 
@@ -25,8 +26,7 @@ from scipy.stats import spearmanr
 @pytest.fixture(scope="module")
 def base_pictures():
     """Two pictures of each caption at the settings of the model card, and what was asked for."""
-    with open(os.path.join(ASSETS, "digits.txt")) as file:
-        captions = file.read().split("\n")[:-1] * 2
+    captions = load_prompts(os.path.join(ASSETS, "digits.txt")) * 2
     pipeline = tiny_pipeline()
     generator = torch.Generator().manual_seed(0)
     images = pipeline(

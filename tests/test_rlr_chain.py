@@ -69,6 +69,16 @@ def test_sigma_is_that_of_the_ddim_paper(eta):
         assert isinstance(chain.sigma(k), float)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_chain_of_one_picture_is_its_row_of_the_batch(guidance_scale):
+    chain = make_chain(tiny_pipeline(), 3, guidance_scale=guidance_scale)
+    x = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        repeated = chain.repeat(1, 4).mean(2, x[1:2].expand(4, -1, -1, -1))
+        torch.testing.assert_close(repeated, chain.mean(2, x)[1:2].expand(4, -1, -1, -1), rtol=1e-4, atol=1e-5)
+    assert chain.prompt_embeds.shape[1] == 3
+
+
 def test_every_step_can_have_its_own_prompt():
     pipeline = tiny_pipeline()
     first, last = (make_chain(pipeline, 2, [p] * 3) for p in ("a red seven", "a blue two"))

@@ -297,7 +297,7 @@ def sweep_with(schedule_of):
     def estimate(chain, trajectory):
         x_0 = trajectory.latents[0]
         schedule = schedule_of(chain.num_steps)
-        backward_sweep(
+        return backward_sweep(
             chain,
             trajectory,
             schedule.mixing,
@@ -312,20 +312,8 @@ def sweep_with(schedule_of):
 def adaptive_rlr():
     adaptive = AdaptiveMixing(LinearGaussianChain().num_steps)
 
-    def estimate(chain, trajectory):
-        x_0 = trajectory.latents[0]
-        schedule = rlr(chain.num_steps, adaptive, differentiable=True)
-        adaptive.update(
-            backward_sweep(
-                chain,
-                trajectory,
-                schedule.mixing,
-                reward_grad=chain.reward_grad(x_0),
-                advantages=leave_one_out(chain.reward(x_0)),
-            )
-        )
-
-    return estimate
+    sweep = sweep_with(lambda num_steps: rlr(num_steps, adaptive, differentiable=True))
+    return lambda chain, trajectory: adaptive.update(sweep(chain, trajectory))
 
 
 def paper_rlr(rest, length=2, scale=0.02):

@@ -82,7 +82,7 @@ from tqdm.auto import tqdm
 import diffusers
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory, offload_models
 from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
@@ -236,7 +236,9 @@ def parse_args(input_args=None):
         "--reward",
         type=str,
         default="aesthetic",
-        help="A reward, or a weighted sum such as aesthetic:1,clip_score:5.",
+        help="A reward, or a weighted sum such as hpsv2:15,aesthetic:1. NAME@REVISION takes that revision of its Hub"
+        " repository; a reward of your own is package.module:callable or path/to/file.py:callable, and may have a"
+        " :WEIGHT too. `python -m reward_models --help` lists those there are.",
     )
     reward.add_argument(
         "--reward_path",
@@ -245,6 +247,18 @@ def parse_args(input_args=None):
         default=[],
         metavar="NAME=DIR",
         help="Local folder of a reward's model instead of the Hub's; may be repeated.",
+    )
+    reward.add_argument(
+        "--reward_offload",
+        action="store_true",
+        help="Keep the reward models on the CPU and move them to the device for scoring only.",
+    )
+    reward.add_argument(
+        "--reward_batch_size",
+        type=int,
+        default=None,
+        help="Pictures that a reward sees at a time, gradient included; memory, not result. Default: as many as are"
+        " decoded at a time.",
     )
 
     estimator = parser.add_argument_group("gradient estimator")
@@ -445,7 +459,7 @@ def check_args(args):
         *("train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "num_train_epochs", "rank"),
         *("max_train_steps", "resolution", "decode_batch_size", "num_inner_epochs", "checkpointing_steps"),
         *("truncation_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "lora_alpha"),
-        *("lv_samples", "baseline_steps", "images_per_prompt"),
+        *("lv_samples", "baseline_steps", "images_per_prompt", "reward_batch_size"),
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -507,6 +521,13 @@ def check_args(args):
 
     parse_reward(args.reward)
     parse_reward_paths(args.reward_path)
+    if args.reward_batch_size is None:
+        args.reward_batch_size = args.decode_batch_size
+    if args.reward_batch_size > args.decode_batch_size:
+        raise ValueError(
+            f"--reward_batch_size {args.reward_batch_size} is more than there are at a time: raise --decode_batch_size"
+            f" {args.decode_batch_size} with it"
+        )
     if args.prompts is not None and args.dataset_name is not None:
         raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
     if args.report_to == "wandb" and args.hub_token is not None:
@@ -657,10 +678,11 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
     for start in range(0, len(latents), decode_batch_size):
         x_0 = latents[start : start + decode_batch_size].detach().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
-            result = rewards(decode_latents(vae, x_0), prompts[start : start + decode_batch_size])
+            images = decode_latents(vae, x_0)
+        result = rewards(images, prompts[start : start + decode_batch_size], with_gradient)
         if with_gradient:
-            reward_grad += [g / scale for g in torch.autograd.grad(scale * result.differentiable.sum(), x_0)]
-        scores.append({"total": result.total.detach(), "black_box": result.black_box, **result.members})
+            reward_grad += [g / scale for g in torch.autograd.grad(images, x_0, scale * result.gradient)]
+        scores.append({"total": result.total, "black_box": result.black_box, **result.members})
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     return scores, torch.cat(reward_grad) if with_gradient else None
 
@@ -783,13 +805,8 @@ def compare_with_base(args, rewards, prompts, device, dtype):
         if name == "tuned":
             pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
         images[name] = generate(pipeline, prompts, args, desc=f"{name} pictures")
-        size = args.decode_batch_size
-        with torch.no_grad():
-            parts = [
-                rewards(images[name][i : i + size].to(device), prompts[i : i + size]).total
-                for i in range(0, len(prompts), size)
-            ]
-        scores[name] = torch.cat(parts).cpu()
+        with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
+            scores[name] = rewards(images[name].to(device), prompts).total.cpu()
     gain = scores["tuned"] - scores["base"]
     results = {"num_images": len(prompts)}
     for name, values in scores.items():
@@ -829,7 +846,12 @@ def main(args):
             )
         prompts = load_training_prompts(args)
         rewards = load_rewards(
-            parse_reward(args.reward), parse_reward_paths(args.reward_path), device=accelerator.device
+            parse_reward(args.reward),
+            parse_reward_paths(args.reward_path),
+            device="cpu" if args.reward_offload else accelerator.device,
+            size=args.resolution or 512,
+            prompts=(prompts[0], prompts[-1]),
+            batch_size=args.reward_batch_size,
         )
         if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
             raise ValueError(
@@ -1053,27 +1075,28 @@ def main(args):
 
     def score(latents, batch_prompts, with_gradient=False, decoder=vae):
         try:
-            return score_latents(
-                decoder,
-                rewards,
-                latents,
-                batch_prompts,
-                args.decode_batch_size,
-                with_gradient,
-                loss_scale(accelerator),
-            )
+            with offload_models(*rewards.modules, device=accelerator.device, offload=args.reward_offload):
+                return score_latents(
+                    decoder,
+                    rewards,
+                    latents,
+                    batch_prompts,
+                    args.decode_batch_size,
+                    with_gradient,
+                    loss_scale(accelerator),
+                )
         except ValueError as error:
             raise SystemExit(f"train_rlr_sd.py: error: step {step}: {error}") from error
 
     def score_predictions(trajectory, batch_prompts):
         """The rewards of the pictures predicted at each step, {"total", "black_box"} -> (B, T + 1)."""
-        shape = (args.train_batch_size, args.num_inference_steps + 1)
+        shape = (args.num_inference_steps + 1, args.train_batch_size)
         predicted = {name: torch.zeros(shape, device=accelerator.device) for name in running}
-        for k in range(1, min(args.baseline_steps or args.num_inference_steps, args.num_inference_steps) + 1):
-            scores, _ = score(trajectory.predictions[k], batch_prompts, decoder=baseline_vae)
-            for name in predicted:
-                predicted[name][:, k] = scores[name]
-        return predicted
+        steps = trajectory.predictions[1:][: args.baseline_steps]
+        scores, _ = score(torch.cat(steps), batch_prompts * len(steps), decoder=baseline_vae)
+        for name, values in predicted.items():
+            values[1 : len(steps) + 1] = scores[name].view(len(steps), -1)
+        return {name: values.T for name, values in predicted.items()}
 
     def branch_batch(batch, scale):
         """Branches instead of a sweep: one random step of each picture."""
@@ -1204,10 +1227,9 @@ def main(args):
         }
         if clipped:
             line["clip_fraction"] = accelerator.reduce(torch.stack(clipped).mean(), "mean").item()
-        if len(rewards.members) > 1:
-            for name in rewards.members:
-                line[f"{name}_mean"] = scores[name].mean().item()
-                line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
+        for name in rewards.members:
+            line[f"{name}_mean"] = scores[name].mean().item()
+            line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
         if accelerator.is_main_process:
             with open(metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

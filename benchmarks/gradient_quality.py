@@ -335,7 +335,7 @@ class TinyStableDiffusion:
     def reward(self, latents, rough):
         images = decode_latents(self.vae, latents)
         sine = AMPLITUDE * torch.sin(OMEGA * (images * self.direction).sum((1, 2, 3))) if rough else 0.0
-        return self.aesthetic(images, None) + sine
+        return self.aesthetic(images, [""] * len(images)) + sine
 
     def samples(self, batch_size, kinds):
         """One run, as a `Sample` for each kind of reward."""

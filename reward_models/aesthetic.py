@@ -16,29 +16,16 @@
 import os
 
 import torch
-from huggingface_hub import hf_hub_download
 from transformers import CLIPModel
 
-from .base import existing_file, load_into, preprocess_clip
+from .base import ScoreHead, check_batch
+from .clip import CLIP_ID, image_embeds
+from .loading import existing_file, hub_file, load_into, load_pretrained, load_state_dict
 
 
-CLIP_ID = "openai/clip-vit-large-patch14"
 HEAD_ID, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
-
-
-class AestheticHead(torch.nn.Module):
-    """Embeddings (B, 768) -> scores (B,): linear layers without activations, dropout only in training."""
-
-    def __init__(self):
-        super().__init__()
-        linear, dropout = torch.nn.Linear, torch.nn.Dropout
-        self.layers = torch.nn.Sequential(
-            *(linear(768, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)),
-            *(linear(64, 16), linear(16, 1)),
-        )
-
-    def forward(self, embeds):
-        return self.layers(embeds).squeeze(-1)
+# The same tensors under the names they are handed around by.
+HEAD_FILES = ("aesthetic_head.safetensors", "aesthetic_head.pth", HEAD_FILE, "sac+logos+ava1-l14-linearMSE.pth")
 
 
 class AestheticReward(torch.nn.Module):
@@ -52,25 +39,20 @@ class AestheticReward(torch.nn.Module):
         self.head = head
 
     def forward(self, images, prompts):
-        pixels = preprocess_clip(images.to(self.clip.dtype), self.clip.config.vision_config.image_size)
-        embeds = self.clip.get_image_features(pixel_values=pixels).pooler_output
-        embeds = embeds.to(self.head.layers[0].weight.dtype)
+        check_batch(images, prompts)
+        embeds = image_embeds(self.clip, images)
         return self.head(embeds / embeds.norm(dim=-1, keepdim=True))
 
 
-def load(path, device, dtype):
-    """From the Hub, or from a folder with `clip/` and `aesthetic_head.safetensors` or `.pth`.
-
-    The head, and so the score, stays in float32 where `dtype` is narrower.
-    """
+def load(path, revision, device, dtype):
+    """From the Hub (`revision` is the head's), or from a folder with `clip/` and one of `HEAD_FILES`."""
     if path is None:
-        clip_path, head_file = CLIP_ID, hf_hub_download(HEAD_ID, HEAD_FILE)
+        clip_path, head_file = CLIP_ID, hub_file(HEAD_ID, HEAD_FILE, revision)
     else:
-        head_file = existing_file(path, "aesthetic_head.safetensors", "aesthetic_head.pth")
+        head_file = existing_file(path, *HEAD_FILES)
         clip_path = os.path.dirname(existing_file(os.path.join(path, "clip"), "config.json"))
-    head = AestheticHead()
-    load_into(head, head_file)
-    clip = CLIPModel.from_pretrained(clip_path, dtype=dtype)
+    head = ScoreHead(768)
+    load_into(head, load_state_dict(head_file), head_file)
+    clip = load_pretrained(CLIPModel, clip_path, dtype=dtype)
     clip.text_model = clip.text_projection = None  # never looked at
-    reward = AestheticReward(clip, head.to(torch.promote_types(dtype, torch.float32)))
-    return reward.to(device).eval().requires_grad_(False)
+    return AestheticReward(clip, head.to(torch.promote_types(dtype, torch.float32))).to(device)

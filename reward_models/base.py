@@ -20,93 +20,58 @@ A reward is a callable `reward(images, prompts) -> (B,) tensor` with an attribut
     result     (B,), higher is better; with a graph back to `images` if `reward.differentiable`
 """
 
-import os
-import pickle
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-def preprocess_clip(images, size):
-    """CLIP's preprocessing as one differentiable resize: short side to `size`, centre crop, CLIP mean and deviation.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        size: the side of the square that the vision tower sees, in pixels.
-
-    Returns:
-        (B, 3, size, size), normalised.
-    """
-    height, width = images.shape[-2:]
-    if (height, width) != (size, size):
-        short = min(height, width)
-        shape = (height * size // short, width * size // short)
-        # Bicubic overshoots at edges, which an 8-bit picture cannot: hence the clamp.
-        images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-        images = images[..., top : top + size, left : left + size]
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (images - mean) / std
-
-
-def load_state_dict(file):
-    """The tensors of a .safetensors or a torch checkpoint, on the CPU; a pickle that would run code is refused.
+def check_batch(images, prompts):
+    """Refuse what no reward can score.
 
     Raises:
-        ValueError: naming the file, if it cannot be read that way.
+        ValueError: for images of another shape or outside of [0, 1], and for another number of prompts than images.
     """
-    try:
-        if file.endswith(".safetensors"):
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{file!r} is no plain checkpoint of tensors (it would run code or is damaged)") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file!r} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W)")
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images with {len(prompts)} prompts: give one prompt per image")
+    low, high = (value.item() for value in images.detach().aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must lie in [0, 1], these have values from {low:.4g} to {high:.4g}")
 
 
-def load_into(module, file):
-    """Load a checkpoint file into a module, strictly.
+class ScoreHead(torch.nn.Module):
+    """Embeddings (B, width) -> scores (B,): linear layers without activations, dropout only in training.
 
-    Raises:
-        ValueError: naming the file and the missing, unexpected or misshapen keys.
+    The head of LAION's aesthetic predictor, which ImageReward has taken over.
     """
-    state, own = load_state_dict(file), module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    misshapen = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or unexpected or misshapen:
-        raise ValueError(f"{file!r} does not fit: missing {missing}, unexpected {unexpected}, other shape {misshapen}")
-    module.load_state_dict(state)
 
+    def __init__(self, width):
+        super().__init__()
+        linear, dropout = torch.nn.Linear, torch.nn.Dropout
+        self.layers = torch.nn.Sequential(
+            *(linear(width, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)),
+            *(linear(64, 16), linear(16, 1)),
+        )
 
-def existing_file(directory, *names):
-    """The path of the first of `names` that is a file in `directory`.
-
-    Raises:
-        ValueError: if none is.
-    """
-    for name in names:
-        if os.path.isfile(os.path.join(directory, name)):
-            return os.path.join(directory, name)
-    raise ValueError(f"{directory!r} holds no {' nor '.join(names)}")
+    def forward(self, embeds):
+        return self.layers(embeds).squeeze(-1)
 
 
 class Scores(NamedTuple):
-    """The scores of one batch under a weighted sum of rewards.
+    """The scores of one batch under a weighted sum of rewards, all of them detached.
 
     Attributes:
         differentiable: (B,), the weighted sum of the members with a gradient, zero without such members.
         black_box: (B,), the weighted sum of the members without.
-        members: each member's own unweighted score (B,), detached, by name.
+        members: each member's own unweighted score (B,), by name.
+        gradient: (B, 3, H, W), that of the sum of `differentiable` with respect to the images, or `None`.
     """
 
     differentiable: torch.Tensor
     black_box: torch.Tensor
     members: dict
+    gradient: Optional[torch.Tensor]
 
     @property
     def total(self):
@@ -119,10 +84,12 @@ class WeightedSum:
 
     Args:
         members: `{name: (weight, reward)}`.
+        batch_size: images that a reward sees at a time, gradient included; default: all. A matter of memory only.
     """
 
-    def __init__(self, members):
+    def __init__(self, members, batch_size=None):
         self.members = members
+        self.batch_size = batch_size
 
     @property
     def differentiable(self):
@@ -134,29 +101,58 @@ class WeightedSum:
         """Whether any member has one."""
         return any(reward.differentiable for _, reward in self.members.values())
 
-    def __call__(self, images, prompts):
-        """Images (B, 3, H, W) in [0, 1] and B prompts -> `Scores`.
+    @property
+    def modules(self):
+        """The members with parameters, which can be moved between devices."""
+        modules = [reward for _, reward in self.members.values() if isinstance(reward, torch.nn.Module)]
+        return [module for module in modules if next(module.parameters(), None) is not None]
+
+    def __call__(self, images, prompts, with_gradient=False):
+        """Images (B, 3, H, W) in [0, 1] and B prompts -> `Scores`, with their gradient on demand.
+
+        The graph of one reward on `batch_size` images is alive at a time.
 
         Raises:
             ValueError: if a member returns anything but B finite numbers, naming the member and the prompt.
         """
-        zero, scores = torch.zeros(len(images), device=images.device), {}
-        sums = {True: zero, False: zero}
-        for name, (weight, reward) in self.members.items():
-            result = reward(images if reward.differentiable else images.detach(), prompts)
-            _check_scores(name, result, prompts)
-            scores[name] = result.detach().float()
-            sums[reward.differentiable] = sums[reward.differentiable] + weight * result
-        return Scores(sums[True], sums[False], scores)
-
-
-def _check_scores(name, scores, prompts):
-    if not isinstance(scores, torch.Tensor) or scores.shape != (len(prompts),):
-        shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise ValueError(
-            f"reward {name!r} returned {shape} instead of a tensor of shape ({len(prompts)},), first prompt {prompts[0]!r}"
+        size = self.batch_size or len(images)
+        parts = [
+            self._score(images[i : i + size], prompts[i : i + size], with_gradient)
+            for i in range(0, len(images), size)
+        ]
+        return Scores(
+            torch.cat([part.differentiable for part in parts]),
+            torch.cat([part.black_box for part in parts]),
+            {name: torch.cat([part.members[name] for part in parts]) for name in self.members},
+            torch.cat([part.gradient for part in parts]) if with_gradient else None,
         )
+
+    def _score(self, images, prompts, with_gradient):
+        images = images.detach().requires_grad_(with_gradient)
+        zero = torch.zeros(len(images), device=images.device)
+        sums, scores, gradient = {True: zero, False: zero}, {}, torch.zeros_like(images)
+        for name, (weight, reward) in self.members.items():
+            backward = with_gradient and reward.differentiable
+            with torch.set_grad_enabled(backward):
+                result = reward(images if backward else images.detach(), prompts)
+            problem = problem_of(result, prompts)
+            if problem is not None:
+                raise ValueError(f"reward {name!r} {problem}")
+            if backward:
+                gradient += weight * torch.autograd.grad(result.sum(), images)[0]
+            scores[name] = result.detach().to(images.device).float()
+            sums[reward.differentiable] = sums[reward.differentiable] + weight * result.detach().to(images.device)
+        return Scores(sums[True], sums[False], scores, gradient)
+
+
+def problem_of(scores, prompts):
+    """What keeps `scores` from being a tensor of one finite number per prompt, or `None`."""
+    if not isinstance(scores, torch.Tensor):
+        return f"returned a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},)"
+    if scores.shape != (len(prompts),):
+        return f"returned a tensor of shape {tuple(scores.shape)} instead of ({len(prompts)},)"
     bad = ~torch.isfinite(scores.detach())
     if bad.any():
         i = bad.nonzero()[0].item()
-        raise ValueError(f"reward {name!r} returned {scores[i].item()} for prompt {prompts[i]!r}")
+        return f"returned {scores[i].item()} for prompt {prompts[i]!r}"
+    return None

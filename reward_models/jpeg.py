@@ -18,12 +18,15 @@ import io
 import torch
 from PIL import Image
 
+from .base import check_batch
+
 
 QUALITY = 95
 
 
 def jpeg_incompressibility(images, prompts):
     """Size of each image (B, 3, H, W) in [0, 1] as a JPEG of quality 95, in kB (1000 bytes); prompts are ignored."""
+    check_batch(images, prompts)
     pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
     for picture in pixels:

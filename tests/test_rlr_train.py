@@ -172,6 +172,34 @@ def test_every_way_to_train(tmp_path, flags):
             assert line["reward_mean"] == pytest.approx(total, rel=1e-5)
 
 
+def test_a_reward_of_ones_own(tmp_path, caplog):
+    """One with a gradient and one without, neither saying so, beside a member of the project."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\n"
+        "def red(images, prompts):\n    return images[:, 0].mean((1, 2)) + torch.tensor(['red' in p for p in prompts])\n\n"
+        "def dark(images, prompts):\n    return torch.tensor([-float(image.numpy().sum()) for image in images])\n"
+    )
+    red, dark = (f"{tmp_path}/mine.py:{name}" for name in ("red", "dark"))
+    with caplog.at_level("INFO"):
+        metrics = train(tmp_path / "out", "--reward", f"{red}:3,{dark}:.01,aesthetic", "--learning_rate", "1e-3")
+    assert "red', tried on two random images: its scores have a gradient" in caplog.text
+    assert "dark', tried on two random images: its scores have no gradient: a black box" in caplog.text
+    for line in metrics:
+        total = 3 * line[f"{red}_mean"] + 0.01 * line[f"{dark}_mean"] + line["aesthetic_mean"]
+        assert line["reward_mean"] == pytest.approx(total, rel=1e-4) and line[f"{dark}_std"] > 0
+
+
+def test_reward_offload_and_micro_batches_change_nothing(tmp_path):
+    flags = ["--reward", "aesthetic,clip_score:3", "--decode_batch_size", "2", "--num_eval_images", "3"]
+    plain = train(tmp_path / "plain", *flags)
+    saving = train(tmp_path / "saving", *flags, "--reward_offload", "--reward_batch_size", "1")
+    for a, b in zip(plain, saving):
+        assert a["clip_score_mean"] == pytest.approx(b["clip_score_mean"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("plain", "saving"))
+    assert first["tuned"]["mean"] == pytest.approx(second["tuned"]["mean"], rel=1e-3)
+
+
 def test_decoding_in_parts_changes_nothing(tmp_path):
     whole = train(tmp_path / "whole", "--decode_batch_size", "2", "--learning_rate", "1e-3")
     parts = train(tmp_path / "parts", "--decode_batch_size", "1", "--learning_rate", "1e-3")
@@ -311,6 +339,10 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
     [
         (["--reward", "beauty:2"], "unknown reward 'beauty:2', known are: aesthetic, clip_score"),
         (["--reward", "aesthetic:much"], "'aesthetic:much'.* no finite number"),
+        (["--reward", "os:system:2"], "reward 'os:system:2' fails on two random images: TypeError"),
+        (["--reward", "aesthetic,nowhere.py:f"], "reward 'nowhere.py:f' cannot be imported: there is no file"),
+        (["--reward", "aesthetic@v1"], "reward 'aesthetic@v1': the folder .* has no revisions"),
+        (["--reward_batch_size", "2"], "--reward_batch_size 2 is more than .* raise --decode_batch_size 1 with it"),
         (["--reward_path", "aesthetic"], "'aesthetic' is not of the form NAME=DIR"),
         (["--reward_path", "aesthetic=/nowhere"], "'aesthetic=/nowhere': no such folder"),
         (["--prompts", ""], "prompts '': no such file"),

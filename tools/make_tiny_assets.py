@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from reward_models import load_reward
-from reward_models.aesthetic import AestheticHead
-from reward_models.base import preprocess_clip
+from reward_models.base import ScoreHead
+from reward_models.clip import preprocess_clip
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
@@ -194,7 +194,7 @@ def train_clip(out, steps):
         vision_config=CLIPVisionConfig(image_size=RESOLUTION, patch_size=4, num_hidden_layers=3, **tower).to_dict(),
         projection_dim=768,
     )
-    clip, head, quality = CLIPModel(config), AestheticHead(), real_quality()
+    clip, head, quality = CLIPModel(config), ScoreHead(768), real_quality()
     ink, labels = load_scans()
     ink, labels = ink[:NUM_TRAIN_DIGITS], labels[:NUM_TRAIN_DIGITS]
     text = tokenize(tokenizer, CAPTIONS)
@@ -377,7 +377,7 @@ def measure(out):
     embeds = clip.get_image_features(pixel_values=preprocess_clip(images, RESOLUTION)).pooler_output
     similarity = F.normalize(embeds, dim=1) @ F.normalize(text, dim=1).T
     figures["clip_top1"] = (similarity.argmax(1) == 10 * colors + labels).float().mean().item()
-    scores = reward(images, None)
+    scores = reward(images, [""] * len(images))
     figures["rank_correlation"] = spearmanr(scores, quality(images)).statistic
     figures["best_real"], figures["real_mean"] = scores.max().item(), scores.mean().item()
 
@@ -391,7 +391,7 @@ def measure(out):
     images, captions = to_tensor(pictures), torch.tensor(captions)
     figures["digit_accuracy"] = (read_digits(images) == captions % 10).float().mean().item()
     figures["color_accuracy"] = (read_colors(images) == captions // 10).float().mean().item()
-    scores = reward(images, None)
+    scores = reward(images, [""] * len(images))
     figures["base_mean"], figures["base_std"] = scores.mean().item(), scores.std().item()
     figures["base_rank_correlation"] = spearmanr(scores, quality(images)).statistic
     for name, model in {"unet": pipeline.unet, "vae": pipeline.vae, "clip": clip}.items():

@@ -1,0 +1,123 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HPSv2 and v2.1 (huggingface.co/papers/2306.09341): human preference. SD 1.x scores .24 to .28."""
+
+import functools
+import json
+import os
+import re
+
+from transformers import CLIPConfig, CLIPModel
+
+from .clip import ClipAgreement, load_tokenizer, preprocess_letterbox, tokenizer_source
+from .loading import existing_file, hub_file, load_pretrained, load_state_dict
+
+
+MODEL_ID = "xswu/HPSv2"
+# The architecture, in open_clip's words, where the folder holds no open_clip_config.json.
+VIT_H_14 = {
+    "embed_dim": 1024,
+    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+}
+# open_clip's names -> transformers', in this order.
+RENAMES = (
+    (r"^visual\.", "vision_model."),
+    (r"^(transformer|token_embedding|positional_embedding|ln_final)", r"text_model.\1"),
+    (r"transformer\.resblocks\.", "encoder.layers."),
+    (r"(class_embedding|token_embedding)", r"embeddings.\1"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"conv1\.", "embeddings.patch_embedding."),
+    (r"ln_pre\.", "pre_layrnorm."),
+    (r"ln_post\.", "post_layernorm."),
+    (r"ln_final\.", "final_layer_norm."),
+    (r"\.ln_", ".layer_norm"),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+    (r"^vision_model\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+)
+
+
+def clip_config(model):
+    """transformers' configuration of an open_clip `model_cfg`."""
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+
+    def tower(part, heads):
+        return {
+            "hidden_size": part["width"],
+            "intermediate_size": int(part["width"] * part.get("mlp_ratio", 4)),
+            "num_hidden_layers": part["layers"],
+            "num_attention_heads": heads,
+            "hidden_act": activation,
+            "projection_dim": model["embed_dim"],
+        }
+
+    return CLIPConfig(
+        vision_config={
+            **tower(vision, vision["width"] // vision.get("head_width", 64)),
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+        },
+        text_config={
+            **tower(text, text["heads"]),
+            "vocab_size": text["vocab_size"],
+            "max_position_embeddings": text["context_length"],
+            # CLIP's vocabulary ends with the start and the end of a text.
+            "bos_token_id": text["vocab_size"] - 2,
+            "eos_token_id": text["vocab_size"] - 1,
+        },
+        projection_dim=model["embed_dim"],
+    )
+
+
+def clip_state(state):
+    """An open_clip state dict under transformers' names."""
+    renamed = {}
+    for key, value in state.items():
+        for old, new in RENAMES:
+            key = re.sub(old, new, key)
+        if key in ("visual_projection.weight", "text_projection.weight"):
+            value = value.T
+        if ".in_proj_" in key:
+            for name, part in zip("qkv", value.chunk(3)):
+                renamed[key.replace("in_proj_", f"{name}_proj.")] = part.contiguous()
+        else:
+            renamed[key] = value.contiguous()
+    return renamed
+
+
+def load(path, revision, device, dtype, file_name="HPS_v2_compressed.pt"):
+    """From the Hub, or from a folder with the checkpoint as published and, for another size or an offline machine,
+    `open_clip_config.json` and the tokenizer's files.
+
+    R = cos(f(image), g(prompt)), without a scale.
+    """
+    file = hub_file(MODEL_ID, file_name, revision) if path is None else existing_file(path, file_name)
+    architecture = VIT_H_14
+    if path is not None and os.path.isfile(os.path.join(path, "open_clip_config.json")):
+        with open(os.path.join(path, "open_clip_config.json"), encoding="utf-8") as config_file:
+            architecture = json.load(config_file)["model_cfg"]
+    checkpoint = load_state_dict(file)
+    if "state_dict" not in checkpoint:
+        raise ValueError(f"{file!r} does not fit: missing ['state_dict']")
+    config, state = clip_config(architecture), clip_state(checkpoint["state_dict"])
+    clip = load_pretrained(CLIPModel, file, config=config, state_dict=state, dtype=dtype)
+    tokenizer = load_tokenizer(tokenizer_source(path))
+    return ClipAgreement(clip, tokenizer, preprocess_letterbox).to(device)
+
+
+load_v2_1 = functools.partial(load, file_name="HPS_v2.1_compressed.pt")

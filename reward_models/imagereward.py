@@ -1,0 +1,127 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ImageReward (huggingface.co/papers/2304.05977): human preference. SD 1.x scores .1 to .3, tuned models .7 to .8."""
+
+import json
+import os
+
+import torch
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from .base import ScoreHead, check_batch
+from .clip import preprocess_clip
+from .loading import existing_file, hub_file, load_into, load_pretrained, load_state_dict, loading
+
+
+MODEL_ID = "THUDM/ImageReward"
+TOKENIZER_ID = "google-bert/bert-base-uncased"
+# Mean and deviation of the raw score over the authors' training pictures.
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+MAX_TOKENS = 35
+VIT_L_16 = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 16,
+    "image_size": 224,
+}
+# The names of BLIP's own vision tower -> transformers'.
+RENAMES = (
+    ("patch_embed.proj", "embeddings.patch_embedding"),
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("blocks.", "encoder.layers."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    ("attn.qkv", "self_attn.qkv"),
+    ("attn.proj", "self_attn.projection"),
+)
+
+
+class ImageReward(torch.nn.Module):
+    """R = (MLP(h[CLS]) - m) / s with h the BERT states of the prompt, that look at the ViT's states of the picture."""
+
+    differentiable = True
+
+    def __init__(self, vision, text, head, tokenizer):
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.head = head
+        self.tokenizer = tokenizer
+
+    def forward(self, images, prompts):
+        check_batch(images, prompts)
+        wide = torch.promote_types(self.vision.dtype, torch.float32)
+        pixels = preprocess_clip(images.to(wide), self.vision.config.image_size)
+        pictures = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).to(images.device)
+        states = self.text(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=pictures
+        ).last_hidden_state
+        return (self.head(states[:, 0].to(wide)) - MEAN) / STD
+
+
+def load(path, revision, device, dtype):
+    """From the Hub, or from a folder with `ImageReward.pt`, `med_config.json` and, for another size or an offline
+    machine, `vit_config.json` and `vocab.txt`."""
+    if path is None:
+        file, config_file = (hub_file(MODEL_ID, name, revision) for name in ("ImageReward.pt", "med_config.json"))
+    else:
+        file, config_file = (existing_file(path, name) for name in ("ImageReward.pt", "med_config.json"))
+    with open(config_file, encoding="utf-8") as opened:
+        bert = json.load(opened)
+    vit, tokenizer_source = VIT_L_16, TOKENIZER_ID
+    if path is not None and os.path.isfile(os.path.join(path, "vit_config.json")):
+        with open(os.path.join(path, "vit_config.json"), encoding="utf-8") as opened:
+            vit = json.load(opened)
+    if path is not None and os.path.isfile(os.path.join(path, "vocab.txt")):
+        tokenizer_source = path
+    vision_config = BlipVisionConfig(**vit, intermediate_size=4 * vit["hidden_size"], layer_norm_eps=1e-6)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text_config = BlipTextConfig(
+        **{name: bert[name] for name in (*names, "max_position_embeddings", "hidden_act", "layer_norm_eps")},
+        # The file says the width of a ViT-B; its authors' code takes that of the vision tower.
+        encoder_hidden_size=vit["hidden_size"],
+        # Creates the cross-attention. The call then asks for no causal mask, which is transformers' default.
+        is_decoder=True,
+        bos_token_id=None,
+    )
+
+    parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
+    for key, value in load_state_dict(file).items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
+        if prefix is not None:
+            parts[prefix][key.removeprefix(prefix)] = value
+        elif not key.startswith(("blip.vision_proj.", "blip.text_proj.")):  # of BLIP's contrastive loss
+            raise ValueError(f"{file!r} does not fit: unexpected {[key]}")
+    vision_state, text_state, head_state = parts.values()
+    for old, new in RENAMES:
+        vision_state = {key.replace(old, new): value for key, value in vision_state.items()}
+    # The last layer norm alone is called just that.
+    vision_state = {
+        key.replace("norm.", "post_layernorm.") if key.startswith("norm.") else key: value
+        for key, value in vision_state.items()
+    }
+    head = ScoreHead(text_config.hidden_size)
+    load_into(head, head_state, file)
+    with loading(tokenizer_source):
+        tokenizer = BertTokenizer.from_pretrained(tokenizer_source)
+    vision = load_pretrained(BlipVisionModel, file, config=vision_config, state_dict=vision_state, dtype=dtype)
+    text = load_pretrained(
+        BlipTextModel, file, config=text_config, state_dict=text_state, dtype=dtype, add_pooling_layer=False
+    )
+    return ImageReward(vision, text, head.to(torch.promote_types(dtype, torch.float32)), tokenizer).to(device)

@@ -228,14 +228,14 @@ def plot(rows, path):
     axes.axhline(1.1, color="black", lw=0.8, ls="--")
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="time, bare network = 1", ylim=(0.8, None))
     axes.set_title("What a reward adds to its own network")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=120)
 
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Small networks and one round, to see that it runs.")
-    parser.add_argument("--rounds", type=int, default=7, help="Turns of each reward and its network.")
+    parser.add_argument("--rounds", type=int, default=5, help="Turns of each reward and its network.")
     parser.add_argument("--batch_size", type=int, default=2, help="Pictures at a time.")
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     args = parser.parse_args(input_args)
@@ -249,9 +249,9 @@ def main(input_args=None):
             rows += measure(name, build, device, args.batch_size, resolution, rounds, bar)
     machine = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name()
     header = (
-        f"python benchmarks/reward_cost.py{' --quick' if args.quick else ''}, {machine}, {torch.get_num_threads()}"
-        f" threads, torch {torch.__version__}, {rounds} rounds of {args.batch_size} pictures of {resolution} pixels,"
-        " float32, seed 0"
+        f"python benchmarks/reward_cost.py {'--quick' if args.quick else f'--rounds {rounds}'}, {machine},"
+        f" {torch.get_num_threads()} threads, torch {torch.__version__}, {args.batch_size} pictures of {resolution}"
+        " pixels, float32, seed 0"
     )
     print(header)
     print_table(rows)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test quality style assets gradient-quality clean
+.PHONY: demo test test-slow quality style assets gradient-quality clean
 
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-dev
+	RUN_SLOW=1 $(BIN)/python -m pytest -k "killed_at_any_moment and 20"
 
 quality: $(VENV)/installed-dev
 	$(BIN)/ruff check .

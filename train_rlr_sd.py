@@ -27,9 +27,13 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import sys
 import time
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import NamedTuple, Optional
 
 import datasets
@@ -109,6 +113,19 @@ EVALUATION_SEED = 1_000_000
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "rlr_state.json"
+# What a run leaves in its output folder, beside its checkpoints and the logs of its trackers.
+RUN_FILES = (
+    *(LORA_FILE, "metrics.jsonl", "training_args.json", "evaluation.json", "reward_curve.png", "before_after.png"),
+    "README.md",
+)
+TRACKER = "rlr-sd"
+# What may be another on resume: how long the run is, and what is kept, shown and sent of it. All else is the run.
+MAY_CHANGE = (
+    *("max_train_steps", "num_train_epochs", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
+    *("checkpointing_steps", "checkpoints_total_limit", "logging_dir", "report_to", "num_eval_images", "local_rank"),
+    *("validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
+    *("push_to_hub", "push_every", "hub_token", "hub_model_id"),
+)
 
 
 class Batch(NamedTuple):
@@ -123,42 +140,114 @@ class Batch(NamedTuple):
     predicted: Optional[dict]
 
 
-def save_model_card(args, repo_id, results):
+def license_of(model, token):
+    """The licence that a model's card states, or `None`."""
+    card = os.path.join(model, "README.md") if os.path.isdir(model) else model
+    try:
+        return ModelCard.load(card, token=token).data.license
+    except Exception as error:  # a card is not needed: there may be none, or no Hub to ask
+        logger.info(f"no licence is known for {model!r}: {str(error).splitlines()[0]}")
+        return None
+
+
+def command_of(args):
+    """The command that starts the same run: the arguments that are not the default's, less what is nobody's business."""
+    words = ["accelerate", "launch", "train_rlr_sd.py"]
+    for name, default in vars(parse_args([])).items():
+        value = getattr(args, name)
+        if value == default or name in ("hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir"):
+            continue
+        if name == "reward_path":
+            words += [word for entry in value for word in ("--reward_path", entry)]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def save_model_card(args, repo_id, base_license, step, results):
     """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any."""
     local = os.path.isdir(args.pretrained_model_name_or_path)
     data = ModelCardData(
         base_model=None if local else args.pretrained_model_name_or_path,
         library_name="diffusers",
+        license=base_license,
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
         inference=True,
     )
+    source = repo_id or args.output_dir
+    negative = "" if args.negative_prompt is None else f", negative_prompt={args.negative_prompt!r}"
     text = f"""
-# LoRA fine-tuned with RLR - {repo_id or os.path.basename(os.path.abspath(args.output_dir))}
+# LoRA fine-tuned with RLR - {source}
 
 LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the reward `{args.reward}` with the
-`{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639).
+`{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639); {step} optimizer steps.
 
 ```py
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-pipeline.load_lora_weights({repo_id or os.path.abspath(args.output_dir)!r})
-image = pipeline("a cat", guidance_scale={args.guidance_scale}, eta={args.eta}).images[0]
+pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
+image = pipeline(
+    "a cat"{negative}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
+).images[0]
 ```
 """
     if results is not None:
+        rows = {args.reward: results, **(results["members"] if len(results["members"]) > 1 else {})}
+        text += "\n| reward | base | tuned |\n|---|---|---|\n"
+        for name, row in rows.items():
+            cells = (f"{row[model]['mean']:.4f} (deviation {row[model]['std']:.4f})" for model in ("base", "tuned"))
+            text += f"| `{name}` | {' | '.join(cells)} |\n"
         text += f"""
-| | mean reward | standard deviation |
-|---|---|---|
-| base | {results["base"]["mean"]:.4f} | {results["base"]["std"]:.4f} |
-| tuned | {results["tuned"]["mean"]:.4f} | {results["tuned"]["std"]:.4f} |
-
-Over {results["num_images"]} pictures of fixed seeds; the first of them, base above tuned:
+Over {results["num_images"]} pictures of fixed seeds; the gain is {results["gain"]["mean"]:+.4f} with a standard error of
+{results["gain"]["standard_error"]:.4f}. Some of them, base above tuned:
 
 ![base above tuned](./before_after.png)
 """
+    text += f"""
+## How it was trained
+
+![reward by optimizer step](./reward_curve.png)
+
+```bash
+{command_of(args)}
+```
+
+Seed {args.seed}; {", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate", "peft"))}. Every step's figures are in `metrics.jsonl`, all arguments in `training_args.json`.
+"""
+    if base_license is None:
+        text += (
+            "\nThe licence of the base model, which applies to what is derived from it, is not known to this card.\n"
+        )
+    else:
+        text += f"\nThe licence is the base model's: {base_license}.\n"
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(args.output_dir, "README.md"))
+
+
+def push(args, repo_id, message):
+    """Upload the output folder.
+
+    Raises:
+        ValueError: one line with the command that does it later, whatever has gone wrong.
+    """
+    ignored = ["checkpoint-*", "partial-*"]
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message=message,
+            ignore_patterns=ignored,
+            token=args.hub_token,
+        )
+    except Exception as error:  # the client lets the errors of its HTTP library through
+        excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in ignored)
+        raise ValueError(
+            f"--push_to_hub: the upload to {repo_id!r} has failed ({str(error).splitlines()[0]}); everything is in"
+            f" {args.output_dir!r}, to push it later: hf upload {repo_id} {shlex.quote(args.output_dir)} . {excluded}"
+        ) from error
 
 
 @torch.no_grad()
@@ -419,12 +508,17 @@ def parse_args(input_args=None):
 
     saving = parser.add_argument_group("checkpoints, trackers, Hub")
     saving.add_argument("--checkpointing_steps", type=int, default=500, help="Save the state every so many steps.")
+    saving.add_argument(
+        "--overwrite_output_dir",
+        action="store_true",
+        help="Remove what an earlier run has left in the output folder, its checkpoints too, and start afresh.",
+    )
     saving.add_argument("--checkpoints_total_limit", type=int, default=None, help="Keep at most so many.")
     saving.add_argument(
         "--resume_from_checkpoint",
         type=str,
         default=None,
-        help="A checkpoint-N of the output folder, the path of one, or latest.",
+        help="A checkpoint-N of the output folder, the path of one, or latest, which starts afresh if there is none.",
     )
     saving.add_argument("--logging_dir", type=str, default="logs", help="Folder of the trackers in the output folder.")
     saving.add_argument(
@@ -435,6 +529,9 @@ def parse_args(input_args=None):
         help="Where the metrics go besides metrics.jsonl.",
     )
     saving.add_argument("--push_to_hub", action="store_true", help="Upload the result to the Hub.")
+    saving.add_argument(
+        "--push_every", type=int, default=None, help="Upload the adapter every so many steps too, with --push_to_hub."
+    )
     saving.add_argument("--hub_token", type=str, default=None, help="Token for the upload.")
     saving.add_argument(
         "--hub_model_id", type=str, default=None, help="Repository; default: the output folder's name."
@@ -459,7 +556,7 @@ def check_args(args):
         *("train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "num_train_epochs", "rank"),
         *("max_train_steps", "resolution", "decode_batch_size", "num_inner_epochs", "checkpointing_steps"),
         *("truncation_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "lora_alpha"),
-        *("lv_samples", "baseline_steps", "images_per_prompt", "reward_batch_size"),
+        *("lv_samples", "baseline_steps", "images_per_prompt", "reward_batch_size", "push_every"),
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -530,8 +627,14 @@ def check_args(args):
         )
     if args.prompts is not None and args.dataset_name is not None:
         raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
-    if args.report_to == "wandb" and args.hub_token is not None:
-        raise ValueError("--report_to wandb with --hub_token would log the token: log in with `hf auth login` instead")
+    if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
+        raise ValueError(
+            f"--report_to {args.report_to} with --hub_token would log the token: log in with `hf auth login` instead"
+        )
+    if args.push_every is not None and not args.push_to_hub:
+        raise ValueError(f"--push_every {args.push_every} needs --push_to_hub")
+    if args.overwrite_output_dir and args.resume_from_checkpoint is not None:
+        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint: give one of them")
     if args.report_to == "wandb" and not is_wandb_available():
         raise ValueError("--report_to wandb: wandb is not installed")
 
@@ -597,6 +700,13 @@ def checkpoints_of(output_dir):
     return {step: path for step, path in paths.items() if os.path.isfile(os.path.join(path, STATE_FILE))}
 
 
+def incomplete_in(output_dir):
+    """Names in an output folder of what a killed run has not finished saving."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    whole = {os.path.basename(path) for path in checkpoints_of(output_dir).values()}
+    return sorted(name for name in names if re.fullmatch(r"(checkpoint|partial)-\d+", name) and name not in whole)
+
+
 def resume_point(args):
     """(path, step) of the checkpoint to go on from, or (None, 0).
 
@@ -607,7 +717,12 @@ def resume_point(args):
     if wanted is None:
         return None, 0
     there = checkpoints_of(args.output_dir)
-    if wanted == "latest" and there:
+    if wanted == "latest":
+        for name in incomplete_in(args.output_dir):
+            logger.warning(f"--resume_from_checkpoint latest: {name!r} is not whole and is left out")
+        if not there:
+            logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir!r}, starting afresh")
+            return None, 0
         wanted = there[max(there)]
     folder, name = os.path.split(os.path.normpath(wanted))
     elsewhere = checkpoints_of(folder) if folder else {}
@@ -620,8 +735,8 @@ def resume_point(args):
         )
     # A name alone means this folder, a path the folder it names.
     path, step = found[-1]
-    if args.max_train_steps is not None and args.max_train_steps <= step:
-        raise ValueError(f"--max_train_steps {args.max_train_steps} leaves nothing to train after {path!r}")
+    if args.max_train_steps < step:
+        raise ValueError(f"--max_train_steps {args.max_train_steps} ends before {path!r}")
     if there and max(there) > step:
         raise ValueError(
             f"--resume_from_checkpoint {args.resume_from_checkpoint!r}: {there[max(there)]!r} is newer, move it away to"
@@ -634,23 +749,91 @@ def check_output_dir(args, resume_path):
     """Refuse to write over what another run, or somebody, has left in the output folder.
 
     Raises:
-        ValueError: if the folder holds a run that this one does not resume, or a README.md that no run has written.
+        ValueError: if the folder cannot be written to, holds a run that this one neither resumes nor overwrites, or a
+            README.md that no run has written.
     """
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir!r} is a file")
-    holds_run = checkpoints_of(args.output_dir) or any(
-        os.path.exists(os.path.join(args.output_dir, name)) for name in (LORA_FILE, "metrics.jsonl")
-    )
-    resumed = resume_path is not None and os.path.abspath(os.path.dirname(resume_path)) == os.path.abspath(
-        args.output_dir
-    )
+    if os.path.exists(args.output_dir) and not os.access(args.output_dir, os.W_OK):
+        raise ValueError(f"--output_dir {args.output_dir!r} cannot be written to")
+    has_adapter = os.path.exists(os.path.join(args.output_dir, LORA_FILE))
+    has_metrics = os.path.exists(os.path.join(args.output_dir, "metrics.jsonl"))
+    holds_run = checkpoints_of(args.output_dir) or has_adapter or has_metrics
+    if resume_path is None:
+        # A run that was killed before its first checkpoint has nothing to go on from, and nothing to lose.
+        resumed = args.resume_from_checkpoint == "latest" and not has_adapter
+    else:
+        resumed = os.path.abspath(os.path.dirname(resume_path)) == os.path.abspath(args.output_dir)
     if os.path.exists(os.path.join(args.output_dir, "README.md")) and not holds_run:
         raise ValueError(f"--output_dir {args.output_dir!r} holds a README.md, which the model card would replace")
-    if holds_run and not resumed:
+    if holds_run and not (resumed or args.overwrite_output_dir):
         raise ValueError(
-            f"--output_dir {args.output_dir!r} already holds a run: name another folder, or continue it with"
-            " --resume_from_checkpoint latest"
+            f"--output_dir {args.output_dir!r} already holds a run: name another folder, continue it with"
+            " --resume_from_checkpoint latest, or start afresh with --overwrite_output_dir"
         )
+
+
+def clear_run(args):
+    """Remove what an earlier run has left in the output folder; what is not a run's stays."""
+    for path in checkpoints_of(args.output_dir).values():
+        shutil.rmtree(path)
+    shutil.rmtree(os.path.join(args.output_dir, args.logging_dir, TRACKER), ignore_errors=True)
+    for name in RUN_FILES:
+        if os.path.isfile(os.path.join(args.output_dir, name)):
+            os.remove(os.path.join(args.output_dir, name))
+
+
+def configuration(args, num_processes):
+    """All that makes the run what it is, without the token, as JSON holds it."""
+    config = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return json.loads(json.dumps({**config, "num_processes": num_processes}))
+
+
+def stored_configuration(checkpoint):
+    """The configuration of the run that has written a checkpoint.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with open(os.path.join(checkpoint, STATE_FILE), encoding="utf-8") as file:
+            return json.load(file)["config"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"cannot resume from {checkpoint!r}: {STATE_FILE} holds no configuration") from error
+
+
+def check_same_run(config, resume_path):
+    """Refuse to go on from a checkpoint of another configuration.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    before = stored_configuration(resume_path)
+    differing = [
+        f"{name} was {before.get(name)!r} and is {config.get(name)!r}"
+        for name in sorted(before.keys() | config.keys())
+        if name not in MAY_CHANGE and before.get(name) != config.get(name)
+    ]
+    if differing:
+        raise ValueError(f"cannot resume from {resume_path!r} with another configuration: {'; '.join(differing)}")
+
+
+@contextmanager
+def stopping_at_a_step(accelerator):
+    """Within it, the first Ctrl-C or SIGTERM sets accelerate's trigger, on whatever rank; a second stops at once."""
+
+    def stop(number, frame):
+        signal.signal(number, before[number])
+        accelerator.set_trigger()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def loss_scale(accelerator):
@@ -794,21 +977,24 @@ def compare_with_base(args, rewards, prompts, device, dtype):
     """Base against tuned model on fixed seeds, the adapter loaded from disk into a plain pipeline; on one process.
 
     Returns:
-        {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}}; also written to
-        evaluation.json, with the pictures in before_after.png.
+        {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}, "members": {name:
+        {"base": {...}, "tuned": {...}}}}; also written to evaluation.json, with the pictures in before_after.png.
     """
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
     pipeline = load_pipeline(args, dtype).to(device)
-    images, scores = {}, {}
+    images, scores, members = {}, {}, {member: {} for member in rewards.members}
     for name in ("base", "tuned"):
         if name == "tuned":
             pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
         images[name] = generate(pipeline, prompts, args, desc=f"{name} pictures")
         with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
-            scores[name] = rewards(images[name].to(device), prompts).total.cpu()
+            result = rewards(images[name].to(device), prompts)
+        scores[name] = result.total.cpu()
+        for member, values in result.members.items():
+            members[member][name] = {"mean": values.mean().item(), "std": values.std().item()}
     gain = scores["tuned"] - scores["base"]
-    results = {"num_images": len(prompts)}
+    results = {"num_images": len(prompts), "members": members}
     for name, values in scores.items():
         results[name] = {"mean": values.mean().item(), "std": values.std().item()}
     results["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / len(gain) ** 0.5}
@@ -845,6 +1031,10 @@ def main(args):
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
             )
         prompts = load_training_prompts(args)
+        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        if args.max_train_steps is None:
+            images = args.num_train_epochs * len(prompts) * args.images_per_prompt
+            args.max_train_steps = math.ceil(images / images_per_step)
         rewards = load_rewards(
             parse_reward(args.reward),
             parse_reward_paths(args.reward_path),
@@ -862,6 +1052,10 @@ def main(args):
                 f"--branches {args.branches} is for black boxes, and --reward {args.reward!r} has a gradient"
             )
         resume_path, first_step = resume_point(args)
+        if args.seed is None and resume_path is not None:
+            args.seed = stored_configuration(resume_path)["seed"]
+        elif args.seed is None:
+            args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
 
         pipeline = load_pipeline(args, dtype)
         unet, vae = pipeline.unet, pipeline.vae
@@ -870,6 +1064,9 @@ def main(args):
             raise ValueError(
                 f"--resolution {args.resolution} is no multiple of {math.lcm(8, pipeline.vae_scale_factor)}"
             )
+        config = configuration(args, accelerator.num_processes)
+        if resume_path is not None:
+            check_same_run(config, resume_path)
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         scheduler.set_timesteps(args.num_inference_steps)
         if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
@@ -896,10 +1093,8 @@ def main(args):
                 f" needs it for --reward {args.reward!r}"
             )
 
-        # The same adapter on every rank, then other noise on every rank.
-        seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**31)
-        seed = broadcast_object_list([seed])[0]
-        set_seed(seed)
+        # The same adapter on every rank; what else is drawn, such as perturbations and branches, is each rank's own.
+        set_seed(args.seed)
         layers = [name.strip() for name in args.lora_layers.split(",")]
         for layer in layers:
             if not any(name == layer or name.endswith(f".{layer}") for name, _ in unet.named_modules()):
@@ -915,7 +1110,7 @@ def main(args):
         )
         cast_training_params(unet, dtype=torch.float32)
         trainable = [p for p in unet.parameters() if p.requires_grad]
-        set_seed(seed, device_specific=True)
+        set_seed(args.seed, device_specific=True)
 
         if args.enable_xformers_memory_efficient_attention:
             if not is_xformers_available():
@@ -924,7 +1119,9 @@ def main(args):
         check_output_dir(args, resume_path)
         # No rank may look into the output folder after another has begun to write there.
         accelerator.wait_for_everyone()
-        repo_id = None
+        repo_id = base_license = None
+        if accelerator.is_main_process:
+            base_license = license_of(args.pretrained_model_name_or_path, args.hub_token)
         if accelerator.is_main_process and args.push_to_hub:
             name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
             try:
@@ -933,6 +1130,10 @@ def main(args):
                 raise ValueError(f"--push_to_hub: cannot create {name!r} on the Hub: {error}") from error
         if accelerator.is_main_process:
             os.makedirs(args.output_dir, exist_ok=True)
+            if args.overwrite_output_dir:
+                clear_run(args)
+            with open(os.path.join(args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=2)
     except (ValueError, OSError) as error:
         raise SystemExit(f"train_rlr_sd.py: error: {' '.join(str(error).split())}") from error
 
@@ -944,20 +1145,13 @@ def main(args):
     pipeline.to(accelerator.device)
     baseline_vae.to(accelerator.device)
 
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    if args.scale_lr:
-        args.learning_rate *= images_per_step
-    if args.max_train_steps is None:
-        images = args.num_train_epochs * len(prompts) * args.images_per_prompt
-        args.max_train_steps = math.ceil(images / images_per_step)
-
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
     optimizer = AdamW(
         trainable,
-        lr=args.learning_rate,
+        lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -975,7 +1169,7 @@ def main(args):
     optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
 
     sampler = PromptSampler(
-        prompts, seed, accelerator.process_index, accelerator.num_processes, args.images_per_prompt
+        prompts, args.seed, accelerator.process_index, accelerator.num_processes, args.images_per_prompt
     )
     running = {"total": RunningReward(), "black_box": RunningReward()}
     predictors = {name: PredictedReward(args.num_inference_steps) for name in running}
@@ -985,18 +1179,19 @@ def main(args):
     for name in running:
         statistics.update({f"running_{name}": running[name], f"predictor_{name}": predictors[name]})
 
+    # The pipeline keeps the U-Net as it is, without what accelerate may have wrapped around it, such as a compiled one.
     def save_adapter(directory):
         StableDiffusionPipeline.save_lora_weights(
             directory,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-            **_collate_lora_metadata({"unet": unet}),
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
+            **_collate_lora_metadata({"unet": pipeline.unet}),
         )
 
     def save_state_hook(models, weights, directory):
         weights.clear()  # or accelerate writes the whole U-Net beside the adapter
         if accelerator.is_main_process:
             save_adapter(directory)
-            state = {"position": sampler.position, "seed": seed}
+            state = {"position": sampler.position, "config": config}
             state.update({name: kept.state_dict() for name, kept in statistics.items()})
             with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(state, file)
@@ -1005,16 +1200,30 @@ def main(args):
         models.clear()
         layers, _ = StableDiffusionPipeline.lora_state_dict(directory)
         layers = {key.removeprefix("unet."): value for key, value in layers.items()}
-        set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
-        cast_training_params(unet, dtype=torch.float32)
+        set_peft_model_state_dict(pipeline.unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+        cast_training_params(pipeline.unet, dtype=torch.float32)
         with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
-        sampler.position, sampler.seed = state["position"], state["seed"]
+        sampler.position = state["position"]
         for name, kept in statistics.items():
             kept.load_state_dict(state[name])
 
     accelerator.register_save_state_pre_hook(save_state_hook)
     accelerator.register_load_state_pre_hook(load_state_hook)
+
+    @contextmanager
+    def saving(step, path):
+        """Within it, what cannot be written ends the run with one line; what has been saved before stays."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            message = " ".join(str(error).split())
+            raise SystemExit(
+                f"train_rlr_sd.py: error: step {step}: cannot write {path!r}: {message}; mend that, and go on from the"
+                " last checkpoint with --resume_from_checkpoint latest"
+            ) from error
 
     def save_checkpoint(step):
         """checkpoint-N appears under its name only when it is whole, and older ones go only after that."""
@@ -1023,17 +1232,41 @@ def main(args):
             raise SystemExit(f"train_rlr_sd.py: error: step {step}: the ranks' adapters differ, {checksums.tolist()}")
         path = os.path.join(args.output_dir, f"checkpoint-{step}")
         partial = os.path.join(args.output_dir, f"partial-{step}")
-        accelerator.save_state(partial)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(partial, path)
-            if args.checkpoints_total_limit is not None:
-                for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
-                    shutil.rmtree(old)
+        with saving(step, partial):
+            if accelerator.is_main_process:
+                for name in incomplete_in(args.output_dir):
+                    if name.startswith("partial-"):
+                        shutil.rmtree(os.path.join(args.output_dir, name))
+            accelerator.wait_for_everyone()
+            accelerator.save_state(partial)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                shutil.rmtree(path, ignore_errors=True)
+                os.rename(partial, path)
+                if args.checkpoints_total_limit is not None:
+                    for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
+                        shutil.rmtree(old)
+
+    def save_result(step):
+        """The adapter, which is never half there, and what tells of it, into the output folder."""
+        partial = os.path.join(args.output_dir, "partial-adapter")
+        with saving(step, partial):
+            save_adapter(partial)
+            os.replace(os.path.join(partial, LORA_FILE), os.path.join(args.output_dir, LORA_FILE))
+            shutil.rmtree(partial)
+            plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
+            save_model_card(args, repo_id, base_license, step, results=None)
 
     latents_size = args.resolution // pipeline.vae_scale_factor
     latents_shape = (args.train_batch_size, unet.config.in_channels, latents_size, latents_size)
+
+    def generators_of(step, index):
+        """One for each picture of a micro-batch, on the CPU: its noise depends on the seed, the step and its place among
+        the step's pictures alone, whatever ranks and devices there are."""
+        first = (index * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+        places = range(first, first + args.train_batch_size)
+        seeds = [random.Random(f"{args.seed}/{step}/{place}").getrandbits(63) for place in places]
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def make_chain(batch):
         negative = None if args.negative_prompt is None else [args.negative_prompt] * len(batch)
@@ -1050,10 +1283,9 @@ def main(args):
         )
 
     if accelerator.is_main_process:
-        # TensorBoard takes no lists, and the token is nobody's business.
-        config = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in vars(args).items()}
-        config.pop("hub_token")
-        accelerator.init_trackers("rlr-sd", config=config)
+        # TensorBoard takes no lists.
+        shown = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()}
+        accelerator.init_trackers(TRACKER, config=shown)
     metrics_file = os.path.join(args.output_dir, "metrics.jsonl")
     if resume_path is not None:
         try:
@@ -1128,125 +1360,143 @@ def main(args):
     bar = tqdm(
         total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    for step in range(first_step + 1, args.max_train_steps + 1):
-        started = time.perf_counter()
+    stopped = False
+    with stopping_at_a_step(accelerator), bar:
+        for step in range(first_step + 1, args.max_train_steps + 1):
+            started = time.perf_counter()
 
-        # prompt -> rollout -> reward
-        schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
-        batches = []
-        for _ in range(args.gradient_accumulation_steps):
-            batch_prompts = sampler.next_batch(args.train_batch_size)
-            chain = make_chain(batch_prompts)
-            perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
-            x_T = randn_tensor(latents_shape, device=accelerator.device) * scheduler.init_noise_sigma
-            trajectory = rollout(PerturbedChain(chain, perturbation), x_T, predict=args.baseline == "predicted_x0")
-            scores, reward_grad = score(trajectory.latents[0], batch_prompts, with_gradient)
-            predicted = score_predictions(trajectory, batch_prompts) if args.baseline == "predicted_x0" else None
-            batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))
+            # prompt -> rollout -> reward
+            schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
+            batches = []
+            for index in range(args.gradient_accumulation_steps):
+                batch_prompts = sampler.next_batch(args.train_batch_size)
+                chain = make_chain(batch_prompts)
+                perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
+                generators = generators_of(step, index)
+                x_T = randn_tensor(latents_shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
+                predict = args.baseline == "predicted_x0"
+                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict)
+                scores, reward_grad = score(trajectory.latents[0], batch_prompts, with_gradient)
+                predicted = score_predictions(trajectory, batch_prompts) if predict else None
+                batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))
 
-        # reward -> advantages, over the pictures of all ranks
-        scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
-        scores = accelerator.gather(scores)
-        all_prompts = None
-        if args.baseline == "per_prompt":
-            all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
-        # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
-        means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), running["total"].mean)
-        advantages = {}
-        for name in running:
-            predicted = None
-            if args.baseline == "predicted_x0":
-                predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
-            advantages[name] = advantages_of(
-                args, scores[name], all_prompts, predicted, running[name], predictors[name]
-            )
-        if args.gradient_estimator == "ddpo":
-            advantages["total"] = normalize(advantages["total"], scores["total"], running["total"].largest_std)
-        advantages = {name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()}
-        means = means[accelerator.process_index * len(batches) :]
+            # reward -> advantages, over the pictures of all ranks
+            scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
+            scores = accelerator.gather(scores)
+            all_prompts = None
+            if args.baseline == "per_prompt":
+                all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
+            # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
+            means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), running["total"].mean)
+            advantages = {}
+            for name in running:
+                predicted = None
+                if args.baseline == "predicted_x0":
+                    predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
+                advantages[name] = advantages_of(
+                    args, scores[name], all_prompts, predicted, running[name], predictors[name]
+                )
+            if args.gradient_estimator == "ddpo":
+                advantages["total"] = normalize(advantages["total"], scores["total"], running["total"].largest_std)
+            advantages = {
+                name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()
+            }
+            means = means[accelerator.process_index * len(batches) :]
 
-        # advantages -> sweep -> optimizer
-        clipped = []
-        for _ in range(args.num_inner_epochs):
-            scale = loss_scale(accelerator)
-            seen = []
-            for batch, advantage, black_box, mean in zip(
-                batches, advantages["total"], advantages["black_box"], means.tolist()
-            ):
-                chain, trajectory = batch.chain, batch.trajectory
-                if args.branches:
-                    branch_batch(batch, scale)
-                elif args.gradient_estimator == "draft_lv":
-                    sweep_renoised(batch, schedule, scale)
-                elif args.gradient_estimator == "ddpo":
-                    ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
-                    backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio)
-                    clipped += ratio.clipped
-                else:
-                    reward_grad = batch.reward_grad
-                    if with_gradient and not rewards.differentiable:
-                        reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, black_box)
-                    rows = backward_sweep(
-                        chain,
-                        trajectory,
-                        schedule.mixing,
-                        reward_grad=scale * reward_grad if with_gradient else None,
-                        advantages=scale * advantage,
-                        stop_after=schedule.stop_after,
-                        parameters=trainable if args.subchain_sampling == "grad_norm" else None,
-                    )
-                    batch.perturbation.add_gradient(scale * mean)
-                    norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
-                    seen.append(torch.stack(norms))
-            gradients = [p.grad for p in trainable]
-            flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
-            vector_to_parameters(flat, gradients)
-            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
-            if not math.isfinite(grad_norm) and accelerator.scaler is None:
-                raise SystemExit(f"train_rlr_sd.py: error: step {step}: the gradient is not finite ({grad_norm})")
-            optimizer.step()
-            optimizer.zero_grad()
-        lr_scheduler.step()
-        if seen and math.isfinite(grad_norm):
-            seen = SweepStatistics(*accelerator.reduce(torch.stack(seen).mean(0), "mean"))
-            adaptive.update(seen)
-            subchain.update(seen)
+            # advantages -> sweep -> optimizer
+            clipped = []
+            for _ in range(args.num_inner_epochs):
+                scale = loss_scale(accelerator)
+                seen = []
+                for batch, advantage, black_box, mean in zip(
+                    batches, advantages["total"], advantages["black_box"], means.tolist()
+                ):
+                    chain, trajectory = batch.chain, batch.trajectory
+                    if args.branches:
+                        branch_batch(batch, scale)
+                    elif args.gradient_estimator == "draft_lv":
+                        sweep_renoised(batch, schedule, scale)
+                    elif args.gradient_estimator == "ddpo":
+                        ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
+                        backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio)
+                        clipped += ratio.clipped
+                    else:
+                        reward_grad = batch.reward_grad
+                        if with_gradient and not rewards.differentiable:
+                            reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, black_box)
+                        rows = backward_sweep(
+                            chain,
+                            trajectory,
+                            schedule.mixing,
+                            reward_grad=scale * reward_grad if with_gradient else None,
+                            advantages=scale * advantage,
+                            stop_after=schedule.stop_after,
+                            parameters=trainable if args.subchain_sampling == "grad_norm" else None,
+                        )
+                        batch.perturbation.add_gradient(scale * mean)
+                        norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
+                        seen.append(torch.stack(norms))
+                gradients = [p.grad for p in trainable]
+                flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
+                vector_to_parameters(flat, gradients)
+                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
+                if not math.isfinite(grad_norm) and accelerator.scaler is None:
+                    raise SystemExit(f"train_rlr_sd.py: error: step {step}: the gradient is not finite ({grad_norm})")
+                optimizer.step()
+                optimizer.zero_grad()
+            lr_scheduler.step()
+            if seen and math.isfinite(grad_norm):
+                seen = SweepStatistics(*accelerator.reduce(torch.stack(seen).mean(0), "mean"))
+                adaptive.update(seen)
+                subchain.update(seen)
 
-        seconds = time.perf_counter() - started
-        gammas = [gamma for gamma in schedule.mixing[1 : schedule.stop_after + 1] if gamma is not None]
-        line = {
-            "step": step,
-            "reward_mean": scores["total"].mean().item(),
-            "reward_std": scores["total"].std(correction=int(images_per_step > 1)).item(),
-            "num_images": images_per_step,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "gamma_mean": sum(gammas) / len(gammas),
-            "seconds": seconds,
-            "images_per_second": images_per_step / seconds,
-            "learning_rate": lr_scheduler.get_last_lr()[0],
-        }
-        if clipped:
-            line["clip_fraction"] = accelerator.reduce(torch.stack(clipped).mean(), "mean").item()
-        for name in rewards.members:
-            line[f"{name}_mean"] = scores[name].mean().item()
-            line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
-        if accelerator.is_main_process:
-            with open(metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
-        bar.update()
-        bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{seconds:.2f}")
+            seconds = time.perf_counter() - started
+            gammas = [gamma for gamma in schedule.mixing[1 : schedule.stop_after + 1] if gamma is not None]
+            line = {
+                "step": step,
+                "reward_mean": scores["total"].mean().item(),
+                "reward_std": scores["total"].std(correction=int(images_per_step > 1)).item(),
+                "num_images": images_per_step,
+                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                "gamma_mean": sum(gammas) / len(gammas),
+                "seconds": seconds,
+                "images_per_second": images_per_step / seconds,
+                "learning_rate": lr_scheduler.get_last_lr()[0],
+            }
+            if clipped:
+                line["clip_fraction"] = accelerator.reduce(torch.stack(clipped).mean(), "mean").item()
+            for name in rewards.members:
+                line[f"{name}_mean"] = scores[name].mean().item()
+                line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
+            if accelerator.is_main_process:
+                with saving(step, metrics_file), open(metrics_file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
+            bar.update()
+            bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{seconds:.2f}")
 
-        if step % args.checkpointing_steps == 0:
-            save_checkpoint(step)
-        if args.validation_prompts and step % args.validation_steps == 0 and accelerator.is_main_process:
-            log_validation(pipeline, args, accelerator, step)
-    bar.close()
+            stopped = accelerator.check_trigger()
+            if step % args.checkpointing_steps == 0 or stopped:
+                save_checkpoint(step)
+            if stopped:
+                break
+            if args.validation_prompts and step % args.validation_steps == 0 and accelerator.is_main_process:
+                log_validation(pipeline, args, accelerator, step)
+            if args.push_every is not None and step % args.push_every == 0 and accelerator.is_main_process:
+                save_result(step)
+                try:
+                    push(args, repo_id, f"Step {step}")
+                except ValueError as error:
+                    logger.warning(str(error))
 
+    if stopped:
+        accelerator.end_training()
+        how = "go on with the same command and --resume_from_checkpoint latest"
+        raise SystemExit(f"train_rlr_sd.py: stopped after step {step}; {how}" if accelerator.is_main_process else 1)
     accelerator.wait_for_everyone()
+    failure = None
     if accelerator.is_main_process:
-        save_adapter(args.output_dir)
-        plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
+        save_result(args.max_train_steps)
         pipeline.to("cpu")
         free_memory()
         results = None
@@ -1260,16 +1510,15 @@ def main(args):
                 f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
                 f" {results['num_images']} pictures of the same prompts and seeds"
             )
-        save_model_card(args, repo_id, results)
+            save_model_card(args, repo_id, base_license, args.max_train_steps, results)
         if repo_id is not None:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=args.output_dir,
-                commit_message="End of training",
-                ignore_patterns=["step_*", "epoch_*", "checkpoint-*", "partial-*"],
-                token=args.hub_token,
-            )
+            try:
+                push(args, repo_id, "End of training")
+            except ValueError as error:
+                failure = f"train_rlr_sd.py: error: {error}"
     accelerator.end_training()
+    if failure is not None:
+        raise SystemExit(failure)
 
 
 if __name__ == "__main__":

@@ -13,33 +13,47 @@
 # limitations under the License.
 """A small Hub on the loopback interface, that the real client of huggingface_hub talks to in the tests."""
 
+import base64
 import hashlib
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class LoopbackHub:
-    """Serves files of repositories and refuses others as the Hub does; use it as a context manager.
+    """Serves files of repositories, takes commits and refuses others as the Hub does; use it as a context manager.
 
     Args:
         files: `{(repository, revision): {file name: bytes}}`; a commit is made up for each.
-        refused: `{repository: (HTTP status, error code of the Hub)}`.
+        refused: `{repository: (HTTP status, error code of the Hub)}`, for whatever is asked of it.
+        token: what a client must have to create or to commit.
+        broken_commits: how many commits are answered with an error of the server's before one is taken.
+
+    Attributes:
+        commits: `[(repository, summary, {file name: bytes})]`, what has been taken.
     """
 
-    def __init__(self, files, refused=None):
-        self.files = files
+    def __init__(self, files=None, refused=None, token=None, broken_commits=0):
+        self.files = files or {}
         self.refused = refused or {}
+        self.token = token
+        self.broken_commits = broken_commits
+        self.commits = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self):
-                self.respond(with_body=False)
+                self.respond(*hub.answer(self.path.split("?")[0]), with_body=False)
 
             def do_GET(self):
-                self.respond(with_body=True)
+                self.respond(*hub.answer(self.path.split("?")[0]))
 
-            def respond(self, with_body):
-                status, headers, body = hub.answer(self.path.split("?")[0])
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+                self.respond(*hub.take(self.path.split("?")[0], body, token))
+
+            def respond(self, status, headers, body, with_body=True):
                 self.send_response(status)
                 for name, value in {"Content-Length": len(body), **headers}.items():
                     self.send_header(name, str(value))
@@ -54,6 +68,7 @@ class LoopbackHub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, path):
+        """(status, headers, body) of a file, or of its absence."""
         owner, name, kind, revision, file = ([*path.strip("/").split("/", 4), ""] + [""] * 4)[:5]
         repository = f"{owner}/{name}"
         if repository in self.refused:
@@ -74,6 +89,37 @@ class LoopbackHub:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": next(iter(found.values()))[0]}, b""
         commit, content = found[file]
         return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content
+
+    def take(self, path, body, token):
+        """(status, headers, body) of what is sent: a repository's creation, a card, the two requests of a commit."""
+        if path == "/api/validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        if token != self.token:
+            return 401, {"X-Error-Message": "Invalid username or password."}, b""
+        if path == "/api/repos/create":
+            name = json.loads(body)["name"]
+            return self.json({"url": f"{self.url}/someone/{name}", "name": f"someone/{name}", "id": "1"})
+        _, _, owner, name, kind, _ = path.strip("/").split("/")
+        if kind == "preupload":
+            asked = json.loads(body)["files"]
+            answers = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            return self.json({"files": answers})
+        if self.broken_commits > 0:
+            self.broken_commits -= 1
+            return 507, {}, b""  # unlike 500, one after which the client does not try again for half a minute
+        lines = [json.loads(line) for line in body.splitlines()]
+        files = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
+        self.commits.append((f"{owner}/{name}", lines[0]["value"]["summary"], files))
+        oid = hashlib.sha1(body).hexdigest()
+        return self.json({"commitUrl": f"{self.url}/{owner}/{name}/commit/{oid}", "commitOid": oid, "success": True})
+
+    @staticmethod
+    def json(answer):
+        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
     @staticmethod
     def commit(repository, revision):

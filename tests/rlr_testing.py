@@ -13,19 +13,31 @@
 # limitations under the License.
 """Chains with known answers, and the embedded bundle, for the tests."""
 
+import json
 import os
 
 import torch
 from gradient_quality import LinearGaussianChain, flat_gradient  # noqa: F401
+from safetensors.torch import load_file
 
 from diffusers import StableDiffusionPipeline
+from train_rlr_sd import main, parse_args
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ASSETS = os.path.join(ROOT, "assets")
 TINY_SD = os.path.join(ASSETS, "tiny-sd")
 TINY_AESTHETIC = os.path.join(ASSETS, "tiny-aesthetic")
+LORA = "pytorch_lora_weights.safetensors"
+DIGITS = os.path.join(ASSETS, "digits.txt")
 PARITY = os.path.join(os.path.dirname(ROOT), "shared", "data", "parity")
+BASE = [
+    *("--pretrained_model_name_or_path", TINY_SD, "--prompts", DIGITS),
+    *("--reward_path", f"aesthetic={TINY_AESTHETIC}"),
+    *("--reward_path", f"clip_score={os.path.join(TINY_AESTHETIC, 'clip')}"),
+    *("--num_inference_steps", "3", "--train_batch_size", "2", "--max_train_steps", "2", "--seed", "0"),
+    *("--num_eval_images", "0", "--report_to", "none"),
+]
 
 
 class NonlinearChain(torch.nn.Module):
@@ -67,3 +79,14 @@ def tiny_pipeline(dtype=torch.float32):
     pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, dtype=dtype, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def train(output_dir, *flags):
+    main(parse_args([*BASE, "--output_dir", str(output_dir), *flags]))
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_adapter(a, b):
+    """Whether two runs ended in bitwise the same weights; the files differ in the order of their metadata."""
+    first, second = load_file(a / LORA), load_file(b / LORA)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

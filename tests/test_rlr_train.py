@@ -20,34 +20,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rlr_testing import ASSETS, ROOT, TINY_AESTHETIC, TINY_SD, tiny_pipeline
+from rlr_testing import BASE, DIGITS, LORA, ROOT, TINY_AESTHETIC, same_adapter, tiny_pipeline, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusers import DDIMScheduler
 from train_rlr_sd import loss_scale, main, parse_args
-
-
-LORA = "pytorch_lora_weights.safetensors"
-DIGITS = os.path.join(ASSETS, "digits.txt")
-BASE = [
-    *("--pretrained_model_name_or_path", TINY_SD, "--prompts", DIGITS),
-    *("--reward_path", f"aesthetic={TINY_AESTHETIC}"),
-    *("--reward_path", f"clip_score={os.path.join(TINY_AESTHETIC, 'clip')}"),
-    *("--num_inference_steps", "3", "--train_batch_size", "2", "--max_train_steps", "2", "--seed", "0"),
-    *("--num_eval_images", "0", "--report_to", "none"),
-]
-
-
-def train(output_dir, *flags):
-    main(parse_args([*BASE, "--output_dir", str(output_dir), *flags]))
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_adapter(a, b):
-    """Whether two runs ended in bitwise the same weights; the files differ in the order of their metadata."""
-    first, second = load_file(a / LORA), load_file(b / LORA)
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def refused(output_dir, capsys, *flags):
@@ -64,9 +42,16 @@ def refused(output_dir, capsys, *flags):
 def test_a_run_leaves_an_adapter_metrics_and_pictures(tmp_path, capsys):
     out = tmp_path / "out"
     metrics = train(out, "--num_eval_images", "6", "--report_to", "tensorboard", "--decode_batch_size", "2")
-    assert {LORA, "metrics.jsonl", "reward_curve.png", "before_after.png", "evaluation.json", "README.md", "logs"} == {
-        p.name for p in out.iterdir()
-    }
+    assert {
+        LORA,
+        "metrics.jsonl",
+        "reward_curve.png",
+        "before_after.png",
+        "evaluation.json",
+        "README.md",
+        "logs",
+        "training_args.json",
+    } == {p.name for p in out.iterdir()}
     assert [line["step"] for line in metrics] == [1, 2]
     for line in metrics:
         assert (
@@ -235,7 +220,8 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path):
 
 
 def checkpoints(directory):
-    return {name for name in os.listdir(directory) if not name.startswith(("metrics", "reward", "README", LORA))}
+    """What there is of checkpoints, whole or not; a partial one would be a bug."""
+    return {name for name in os.listdir(directory) if name.startswith(("checkpoint", "partial"))}
 
 
 # A single picture leans on the running mean of its rewards, ddpo on the largest deviation so far.
@@ -256,9 +242,7 @@ def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path, also)
     train(tmp_path / "resumed", *flags, "--max_train_steps", "5")
     assert checkpoints(tmp_path / "resumed") == {"checkpoint-2", "checkpoint-4"}
     assert not os.path.exists(tmp_path / "resumed" / "checkpoint-4" / "model.safetensors")
-    resumed = train(
-        tmp_path / "resumed", *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest", "--seed", "9"
-    )
+    resumed = train(tmp_path / "resumed", *flags, "--max_train_steps", "6", "--resume_from_checkpoint", "latest")
     assert checkpoints(tmp_path / "resumed") == {"checkpoint-4", "checkpoint-6"}
     assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
     for key in ("reward_mean", "reward_std", "grad_norm", "gamma_mean"):
@@ -287,11 +271,15 @@ def test_a_resume_point_that_does_not_fit_is_refused_and_harms_nothing(tmp_path)
     (out / "checkpoint-9").mkdir()  # not whole: it does not count as the latest
     flags = ["--max_train_steps", "6", "--resume_from_checkpoint"]
     for bad, message in (
-        (["--max_train_steps", "4", "--resume_from_checkpoint", "latest"], "leaves nothing to train"),
+        (["--max_train_steps", "3", "--resume_from_checkpoint", "latest"], "--max_train_steps 3 ends before"),
         ([*flags, "checkpoint-2"], "'.*checkpoint-4' is newer"),
         ([*flags, "checkpoint-9"], "does not exist; whole checkpoints in .*: checkpoint-2, checkpoint-4"),
-        ([*flags, "latest", "--num_inference_steps", "4"], "for 3 inference steps, not 4"),
-        ([*flags, "latest", "--rank", "2"], "cannot resume from .*checkpoint-4.*size mismatch"),
+        ([*flags, "latest", "--num_inference_steps", "4"], "configuration: num_inference_steps was 3 and is 4$"),
+        (
+            [*flags, "latest", "--rank", "2", "--seed", "1"],
+            "another configuration: rank was 4 and is 2; seed was 0 and",
+        ),
+        ([*flags, "latest", "--use_dora"], "use_dora was False and is True"),
     ):
         with pytest.raises(SystemExit, match=message):
             train(out, *bad)
@@ -383,11 +371,14 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--reward", "jpeg_compressibility", "--gradient_estimator", "truncated_bp"], "not differentiable"),
         (["--pretrained_model_name_or_path", "/nowhere"], "'/nowhere' cannot be loaded"),
         (["--resume_from_checkpoint", "checkpoint-7"], "'checkpoint-7' does not exist"),
-        (["--resume_from_checkpoint", "latest"], "'latest' does not exist"),
+        (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
+        (["--output_dir", "/proc/no/folder"], "/proc/no"),
+        (["--push_every", "2"], "--push_every 2 needs --push_to_hub"),
         (["--resolution", "36"], "--resolution 36 is no multiple of 8"),
         (["--lora_layers", "to_k, to_nothing"], "has no layer 'to_nothing'"),
         (["--dataset_name", "x"], "give one of them"),
         (["--report_to", "wandb", "--hub_token", "hf_x"], "would log the token"),
+        (["--report_to", "all", "--hub_token", "hf_x"], "would log the token"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -486,8 +477,8 @@ def test_the_launcher(tmp_path, processes):
     assert len({(tmp_path / "out" / "checkpoint-2" / state).read_bytes() for state in states}) == processes
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
     if processes == 1:
-        # Far more memory than there is; the resumed run is still there afterwards.
-        resume += ["--resolution", "400000"]
+        # Far more memory than there is.
+        resume = ["--resolution", "400000", "--output_dir", str(tmp_path / "large")]
     result = subprocess.run([*command, *resume], env=environment, capture_output=True, text=True, cwd=tmp_path)
     if processes == 1:
         assert result.returncode != 0
@@ -498,7 +489,6 @@ def test_the_launcher(tmp_path, processes):
             "--gradient_checkpoint",
         ):
             assert remedy in result.stderr
-        assert (tmp_path / "out" / LORA).exists()
     else:
         assert result.returncode == 0, result.stderr
         assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3

@@ -19,9 +19,9 @@ import os
 import torch
 from gradient_quality import LinearGaussianChain, flat_gradient  # noqa: F401
 from safetensors.torch import load_file
+from train_rlr_sd import main, parse_args
 
 from diffusers import StableDiffusionPipeline
-from train_rlr_sd import main, parse_args
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

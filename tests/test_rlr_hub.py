@@ -25,7 +25,6 @@ import pytest
 from huggingface_hub import ModelCard
 from rlr_hub import LoopbackHub
 from rlr_testing import BASE, LORA, ROOT, TINY_SD, train
-
 from train_rlr_sd import parse_args
 
 

@@ -26,7 +26,6 @@ import pytest
 import torch
 from rlr_testing import BASE, LORA, ROOT, same_adapter, train
 from safetensors.torch import load_file
-
 from train_rlr_sd import main, parse_args
 
 

@@ -23,9 +23,9 @@ from PIL import Image
 from rlr_testing import BASE, DIGITS, LORA, ROOT, TINY_AESTHETIC, same_adapter, tiny_pipeline, train
 from safetensors import safe_open
 from safetensors.torch import load_file
+from train_rlr_sd import loss_scale, main, parse_args
 
 from diffusers import DDIMScheduler
-from train_rlr_sd import loss_scale, main, parse_args
 
 
 def refused(output_dir, capsys, *flags):

@@ -820,11 +820,16 @@ def check_same_run(config, resume_path):
 
 @contextmanager
 def stopping_at_a_step(accelerator):
-    """Within it, the first Ctrl-C or SIGTERM sets accelerate's trigger, on whatever rank; a second stops at once."""
+    """Within it, the first Ctrl-C or SIGTERM sets accelerate's trigger, on whatever rank; a later one stops at once."""
+    asked = None
 
     def stop(number, frame):
-        signal.signal(number, before[number])
-        accelerator.set_trigger()
+        nonlocal asked
+        if asked is None:
+            asked = time.monotonic()
+            accelerator.set_trigger()
+        elif time.monotonic() - asked > 2:  # torchrun hands on at once what the terminal has sent to the ranks already
+            raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -364,6 +364,9 @@ def test_hpsv2_is_the_cosine_of_a_clip_in_other_words(tiny_paths):
     for name in ("hpsv2", "hpsv2.1"):
         reward = load_reward(name, path=tiny_paths[name], dtype=torch.float64)
         torch.testing.assert_close(reward(images, prompts), cosine, rtol=1e-12, atol=0)
+        letterboxed = torch.nn.functional.pad(images[..., 8:24, :], (0, 0, 8, 8))
+        padded = load_reward("clip_score", path=TINY_CLIP, dtype=torch.float64)(letterboxed, prompts)
+        torch.testing.assert_close(reward(images[..., 8:24, :], prompts), padded, rtol=1e-12, atol=0)
     # PickScore's scale is the checkpoint's.
     scale = load_file(os.path.join(TINY_CLIP, "model.safetensors"))["logit_scale"].double().exp()
     pickscore = load_reward("pickscore", path=TINY_CLIP, dtype=torch.float64)

@@ -24,6 +24,7 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from rlr_testing import BASE, LORA, ROOT, same_adapter, train
 from safetensors.torch import load_file
 from train_rlr_sd import main, parse_args
@@ -194,6 +195,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
 def test_a_compiled_unet_is_saved_and_resumed_as_it_is(tmp_path, monkeypatch):
     flags = ["--learning_rate", "1e-3", "--checkpointing_steps", "1"]
     train(tmp_path / "plain", *flags)
+    AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     train(tmp_path / "compiled", *flags, "--max_train_steps", "1")
     train(tmp_path / "compiled", *flags, "--resume_from_checkpoint", "latest")

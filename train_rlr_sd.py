@@ -166,7 +166,7 @@ def command_of(args):
     return shlex.join(words)
 
 
-def save_model_card(args, repo_id, base_license, step, results):
+def save_model_card(args, repo_id, base_license, prompt, step, results):
     """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any."""
     local = os.path.isdir(args.pretrained_model_name_or_path)
     data = ModelCardData(
@@ -191,7 +191,7 @@ pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_o
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
 image = pipeline(
-    "a cat"{negative}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
+    {prompt!r}{negative}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
 ).images[0]
 ```
 """
@@ -1260,7 +1260,7 @@ def main(args):
             os.replace(os.path.join(partial, LORA_FILE), os.path.join(args.output_dir, LORA_FILE))
             shutil.rmtree(partial)
             plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
-            save_model_card(args, repo_id, base_license, step, results=None)
+            save_model_card(args, repo_id, base_license, prompts[0], step, results=None)
 
     latents_size = args.resolution // pipeline.vae_scale_factor
     latents_shape = (args.train_batch_size, unet.config.in_channels, latents_size, latents_size)
@@ -1515,7 +1515,7 @@ def main(args):
                 f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
                 f" {results['num_images']} pictures of the same prompts and seeds"
             )
-            save_model_card(args, repo_id, base_license, args.max_train_steps, results)
+            save_model_card(args, repo_id, base_license, prompts[0], args.max_train_steps, results)
         if repo_id is not None:
             try:
                 push(args, repo_id, "End of training")

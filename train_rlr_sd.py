@@ -48,9 +48,11 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from reward_models import load_rewards, parse_reward, parse_reward_paths
+from reward_models.features import diversity, drift, load_features
 from rlr_utils import (
     AdaptiveMixing,
     ClippedRatio,
+    GaussianKL,
     PerturbedChain,
     PredictedReward,
     PromptSampler,
@@ -80,13 +82,20 @@ from rlr_utils import (
     truncated_bp,
 )
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 import diffusers
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params, free_memory, offload_models
+from diffusers.training_utils import (
+    EMAModel,
+    _collate_lora_metadata,
+    cast_training_params,
+    free_memory,
+    offload_models,
+)
 from diffusers.utils import (
     check_min_version,
     convert_state_dict_to_diffusers,
@@ -113,6 +122,7 @@ EVALUATION_SEED = 1_000_000
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "rlr_state.json"
+EMA_FILE = "ema.safetensors"
 # What a run leaves in its output folder, beside its checkpoints and the logs of its trackers.
 RUN_FILES = (
     *(LORA_FILE, "metrics.jsonl", "training_args.json", "evaluation.json", "reward_curve.png", "before_after.png"),
@@ -437,6 +447,47 @@ def parse_args(input_args=None):
         "--num_inner_epochs", type=int, default=1, help="For ddpo: optimizer updates on each batch of pictures."
     )
 
+    hacking = parser.add_argument_group("protection from reward hacking")
+    hacking.add_argument(
+        "--kl_weight",
+        type=float,
+        default=0.0,
+        help="Reward per nat that a step's divergence from the base model costs; one more U-Net call per step, and where"
+        " a pathwise cotangent passes one more backward pass.",
+    )
+    hacking.add_argument(
+        "--ema_decay",
+        type=float,
+        default=None,
+        help="Keep a moving average of the adapter in ema/ too, and look at that in validation and on held-out rewards.",
+    )
+    hacking.add_argument(
+        "--heldout_reward",
+        type=str,
+        default=None,
+        help="A reward, or a sum, that is not trained on; scored on pictures of fixed seeds, with their diversity and"
+        " drift from the base model.",
+    )
+    hacking.add_argument(
+        "--heldout_steps", type=int, default=50, help="Score the held-out reward every so many steps."
+    )
+    hacking.add_argument(
+        "--num_heldout_images", type=int, default=32, help="Pictures for the held-out reward, four of each prompt."
+    )
+    hacking.add_argument(
+        "--early_stop_patience",
+        type=int,
+        default=None,
+        help="Stop when the held-out reward has not risen for so many scorings; the best adapter is kept in best/.",
+    )
+    hacking.add_argument(
+        "--feature_model",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="Folder of the CLIPModel for diversity and drift instead of the Hub's ViT-L/14.",
+    )
+
     data = parser.add_argument_group("prompts and pictures")
     data.add_argument(
         "--prompts",
@@ -556,12 +607,13 @@ def check_args(args):
         *("train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "num_train_epochs", "rank"),
         *("max_train_steps", "resolution", "decode_batch_size", "num_inner_epochs", "checkpointing_steps"),
         *("truncation_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "lora_alpha"),
-        *("lv_samples", "baseline_steps", "images_per_prompt", "reward_batch_size", "push_every"),
+        *("lv_samples", "baseline_steps", "images_per_prompt", "reward_batch_size", "push_every", "heldout_steps"),
+        "early_stop_patience",
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} {value} must be at least 1")
-    for name in ("num_eval_images", "lr_warmup_steps", "guidance_scale", "branches", "adam_weight_decay"):
+    for name in ("num_eval_images", "lr_warmup_steps", "guidance_scale", "branches", "adam_weight_decay", "kl_weight"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)} must be a number that is not negative")
     for name in ("learning_rate", "max_grad_norm", "ppo_clip_range", "zo_scale", "memory_budget_gb", "adam_epsilon"):
@@ -616,7 +668,22 @@ def check_args(args):
     if args.baseline_vae is not None and args.baseline != "predicted_x0":
         raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline predicted_x0")
 
+    if args.kl_weight > 0 and (args.gradient_estimator == "draft_lv" or args.branches):
+        raise ValueError(f"--kl_weight {args.kl_weight} needs an estimator that sweeps the chain of the rollout")
+    if args.kl_weight > 0 and args.eta == 0:
+        raise ValueError(
+            f"--eta 0 leaves no noise in the chain, which --kl_weight {args.kl_weight} needs: use --eta 1"
+        )
+    if args.ema_decay is not None and not 0 < args.ema_decay < 1:
+        raise ValueError(f"--ema_decay {args.ema_decay} must be in (0, 1)")
+    if args.early_stop_patience is not None and args.heldout_reward is None:
+        raise ValueError(f"--early_stop_patience {args.early_stop_patience} needs --heldout_reward")
+    if args.num_heldout_images < 4 or args.num_heldout_images % 4:
+        raise ValueError(f"--num_heldout_images {args.num_heldout_images} must be a multiple of 4")
+
     parse_reward(args.reward)
+    if args.heldout_reward is not None:
+        parse_reward(args.heldout_reward)
     parse_reward_paths(args.reward_path)
     if args.reward_batch_size is None:
         args.reward_batch_size = args.decode_batch_size
@@ -1009,6 +1076,48 @@ def compare_with_base(args, rewards, prompts, device, dtype):
     return results
 
 
+def score_heldout(pipeline, args, rewards, heldout, features, prompts, device):
+    """What is known of the adapter in use on pictures of fixed seeds, and the embeddings (N, D) of the pictures."""
+    images = generate(pipeline, prompts, args)
+    embeds = features(images, args.decode_batch_size)
+    with offload_models(*rewards.modules, *heldout.modules, device=device, offload=args.reward_offload):
+        trained = rewards(images.to(device), prompts).total
+        held = heldout(images.to(device), prompts).total
+    return {
+        "heldout_mean": held.mean().item(),
+        "heldout_std": held.std().item(),
+        "heldout_trained_mean": trained.mean().item(),
+        "diversity": diversity(embeds, prompts),
+    }, embeds
+
+
+class EarlyStopping:
+    """The best held-out score so far, and how long ago that was."""
+
+    def __init__(self, patience):
+        self.patience = patience
+        self.best, self.best_step, self.waited = -math.inf, 0, 0
+
+    def update(self, step, score):
+        """Whether this is the best score; then why to stop, or `None`."""
+        if score > self.best:
+            self.best, self.best_step, self.waited = score, step, 0
+            return True, None
+        self.waited += 1
+        if self.patience is None or self.waited < self.patience:
+            return False, None
+        reason = f"the held-out reward has not risen above {self.best:.4f} of step {self.best_step} in {self.waited}"
+        return False, f"stopped early after step {step}: {reason} scorings; that adapter is in best/"
+
+    def state_dict(self):
+        best = self.best if math.isfinite(self.best) else None
+        return {"best": best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state):
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.best_step, self.waited = state["best_step"], state["waited"]
+
+
 def main(args):
     # Without cpu=True two CPU processes under torchrun would each believe to be alone.
     accelerator = Accelerator(
@@ -1048,6 +1157,17 @@ def main(args):
             prompts=(prompts[0], prompts[-1]),
             batch_size=args.reward_batch_size,
         )
+        heldout = features = None
+        if args.heldout_reward is not None:
+            heldout = load_rewards(
+                parse_reward(args.heldout_reward),
+                parse_reward_paths(args.reward_path),
+                device="cpu" if args.reward_offload else accelerator.device,
+                size=args.resolution or 512,
+                prompts=(prompts[0], prompts[-1]),
+                batch_size=args.reward_batch_size,
+            )
+            features = load_features(args.feature_model, accelerator.device)
         if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
             raise ValueError(
                 f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
@@ -1091,6 +1211,8 @@ def main(args):
         noisy = [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None and gamma < 1]
         if rewards.has_gradient and not rewards.differentiable:
             noisy.append(1)
+        if args.kl_weight > 0:
+            noisy += [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None]
         silent = [k for k in noisy if chain.sigma(k) == 0]
         if silent:
             raise ValueError(
@@ -1180,7 +1302,8 @@ def main(args):
     predictors = {name: PredictedReward(args.num_inference_steps) for name in running}
 
     # All that an estimator remembers of earlier batches; it goes into the checkpoints.
-    statistics = {"mixing": adaptive, "subchain": subchain}
+    stopping = EarlyStopping(args.early_stop_patience)
+    statistics = {"mixing": adaptive, "subchain": subchain, "early_stopping": stopping}
     for name in running:
         statistics.update({f"running_{name}": running[name], f"predictor_{name}": predictors[name]})
 
@@ -1192,12 +1315,36 @@ def main(args):
             **_collate_lora_metadata({"unet": pipeline.unet}),
         )
 
+    ema = None if args.ema_decay is None else EMAModel(trainable, decay=args.ema_decay)
+
+    @contextmanager
+    def averaged():
+        """Within it, the U-Net has the moving average of the adapter, if there is one."""
+        if ema is not None:
+            ema.store(trainable)
+            ema.copy_to(trainable)
+        yield
+        if ema is not None:
+            ema.restore(trainable)
+
+    def place_adapter(directory):
+        """The adapter as it is now into a folder, where it is never half there."""
+        partial = os.path.join(args.output_dir, "partial-adapter")
+        save_adapter(partial)
+        os.makedirs(directory, exist_ok=True)
+        os.replace(os.path.join(partial, LORA_FILE), os.path.join(directory, LORA_FILE))
+        shutil.rmtree(partial)
+
     def save_state_hook(models, weights, directory):
         weights.clear()  # or accelerate writes the whole U-Net beside the adapter
         if accelerator.is_main_process:
             save_adapter(directory)
             state = {"position": sampler.position, "config": config}
             state.update({name: kept.state_dict() for name, kept in statistics.items()})
+            if ema is not None:
+                state["ema_step"] = ema.optimization_step
+                average = {str(i): values.contiguous() for i, values in enumerate(ema.shadow_params)}
+                save_file(average, os.path.join(directory, EMA_FILE))
             with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(state, file)
 
@@ -1210,6 +1357,11 @@ def main(args):
         with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
         sampler.position = state["position"]
+        if ema is not None:
+            ema.optimization_step = state["ema_step"]
+            average = load_file(os.path.join(directory, EMA_FILE))
+            for i, values in enumerate(ema.shadow_params):
+                values.copy_(average[str(i)])
         for name, kept in statistics.items():
             kept.load_state_dict(state[name])
 
@@ -1254,11 +1406,11 @@ def main(args):
 
     def save_result(step):
         """The adapter, which is never half there, and what tells of it, into the output folder."""
-        partial = os.path.join(args.output_dir, "partial-adapter")
-        with saving(step, partial):
-            save_adapter(partial)
-            os.replace(os.path.join(partial, LORA_FILE), os.path.join(args.output_dir, LORA_FILE))
-            shutil.rmtree(partial)
+        with saving(step, os.path.join(args.output_dir, "partial-adapter")):
+            place_adapter(args.output_dir)
+            if ema is not None:
+                with averaged():
+                    place_adapter(os.path.join(args.output_dir, "ema"))
             plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
             save_model_card(args, repo_id, base_license, prompts[0], step, results=None)
 
@@ -1309,6 +1461,19 @@ def main(args):
             file.writelines(kept)
         os.replace(metrics_file + ".partial", metrics_file)
         print_plan(accelerator, args, schedule, len(prompts), trainable, images_per_step)
+
+    def base_mean(chain):
+        """The chain's means with the adapter disabled: the base model, without a second one in memory."""
+
+        @torch.no_grad()
+        def mean(k, x):
+            pipeline.unet.disable_adapters()
+            try:
+                return chain.mean(k, x)
+            finally:
+                pipeline.unet.enable_adapters()
+
+        return mean
 
     def score(latents, batch_prompts, with_gradient=False, decoder=vae):
         try:
@@ -1362,10 +1527,21 @@ def main(args):
     with_gradient = rewards.has_gradient and args.gradient_estimator not in ("ddpo", "draft_lv")
     local_images = args.train_batch_size * args.gradient_accumulation_steps
     mine = slice(accelerator.process_index * local_images, (accelerator.process_index + 1) * local_images)
+    heldout_prompts = base_embeds = None
+    if heldout is not None and accelerator.is_main_process:
+        pool = args.validation_prompts or prompts
+        heldout_prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
+        pipeline.unet.disable_adapters()
+        found, base_embeds = score_heldout(
+            pipeline, args, rewards, heldout, features, heldout_prompts, accelerator.device
+        )
+        pipeline.unet.enable_adapters()
+        told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        logger.info(f"base model on {args.num_heldout_images} pictures: {told}")
     bar = tqdm(
         total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    stopped = False
+    step, stopped = first_step, False
     with stopping_at_a_step(accelerator), bar:
         for step in range(first_step + 1, args.max_train_steps + 1):
             started = time.perf_counter()
@@ -1409,7 +1585,7 @@ def main(args):
             means = means[accelerator.process_index * len(batches) :]
 
             # advantages -> sweep -> optimizer
-            clipped = []
+            clipped, divergences = [], []
             for _ in range(args.num_inner_epochs):
                 scale = loss_scale(accelerator)
                 seen = []
@@ -1417,13 +1593,16 @@ def main(args):
                     batches, advantages["total"], advantages["black_box"], means.tolist()
                 ):
                     chain, trajectory = batch.chain, batch.trajectory
+                    penalty = None
+                    if args.kl_weight > 0:
+                        penalty = GaussianKL(chain, base_mean(chain), trajectory, scale * args.kl_weight)
                     if args.branches:
                         branch_batch(batch, scale)
                     elif args.gradient_estimator == "draft_lv":
                         sweep_renoised(batch, schedule, scale)
                     elif args.gradient_estimator == "ddpo":
                         ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
-                        backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio)
+                        backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio, penalty=penalty)
                         clipped += ratio.clipped
                     else:
                         reward_grad = batch.reward_grad
@@ -1436,11 +1615,14 @@ def main(args):
                             reward_grad=scale * reward_grad if with_gradient else None,
                             advantages=scale * advantage,
                             stop_after=schedule.stop_after,
+                            penalty=penalty,
                             parameters=trainable if args.subchain_sampling == "grad_norm" else None,
                         )
                         batch.perturbation.add_gradient(scale * mean)
                         norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
                         seen.append(torch.stack(norms))
+                    if penalty is not None:
+                        divergences.append(torch.stack(penalty.values).sum())
                 gradients = [p.grad for p in trainable]
                 flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
                 vector_to_parameters(flat, gradients)
@@ -1449,6 +1631,8 @@ def main(args):
                     raise SystemExit(f"train_rlr_sd.py: error: step {step}: the gradient is not finite ({grad_norm})")
                 optimizer.step()
                 optimizer.zero_grad()
+                if ema is not None:
+                    ema.step(trainable)
             lr_scheduler.step()
             if seen and math.isfinite(grad_norm):
                 seen = SweepStatistics(*accelerator.reduce(torch.stack(seen).mean(0), "mean"))
@@ -1468,11 +1652,26 @@ def main(args):
                 "images_per_second": images_per_step / seconds,
                 "learning_rate": lr_scheduler.get_last_lr()[0],
             }
+            if divergences:
+                line["kl"] = accelerator.reduce(torch.stack(divergences).mean(), "mean").item()
             if clipped:
                 line["clip_fraction"] = accelerator.reduce(torch.stack(clipped).mean(), "mean").item()
             for name in rewards.members:
                 line[f"{name}_mean"] = scores[name].mean().item()
                 line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
+            reason = None
+            if heldout is not None and step % args.heldout_steps == 0:
+                if accelerator.is_main_process:
+                    with averaged():
+                        found, embeds = score_heldout(
+                            pipeline, args, rewards, heldout, features, heldout_prompts, accelerator.device
+                        )
+                        line.update(found, drift=drift(base_embeds, embeds).mean().item())
+                        is_best, reason = stopping.update(step, line["heldout_mean"])
+                        if is_best:
+                            with saving(step, os.path.join(args.output_dir, "partial-adapter")):
+                                place_adapter(os.path.join(args.output_dir, "best"))
+                reason = broadcast_object_list([reason])[0]
             if accelerator.is_main_process:
                 with saving(step, metrics_file), open(metrics_file, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -1480,13 +1679,17 @@ def main(args):
             bar.update()
             bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{seconds:.2f}")
 
+            if reason is not None:
+                logger.info(reason)
+                break
             stopped = accelerator.check_trigger()
             if step % args.checkpointing_steps == 0 or stopped:
                 save_checkpoint(step)
             if stopped:
                 break
             if args.validation_prompts and step % args.validation_steps == 0 and accelerator.is_main_process:
-                log_validation(pipeline, args, accelerator, step)
+                with averaged():
+                    log_validation(pipeline, args, accelerator, step)
             if args.push_every is not None and step % args.push_every == 0 and accelerator.is_main_process:
                 save_result(step)
                 try:
@@ -1501,7 +1704,7 @@ def main(args):
     accelerator.wait_for_everyone()
     failure = None
     if accelerator.is_main_process:
-        save_result(args.max_train_steps)
+        save_result(step)
         pipeline.to("cpu")
         free_memory()
         results = None
@@ -1515,7 +1718,7 @@ def main(args):
                 f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
                 f" {results['num_images']} pictures of the same prompts and seeds"
             )
-            save_model_card(args, repo_id, base_license, prompts[0], args.max_train_steps, results)
+            save_model_card(args, repo_id, base_license, prompts[0], step, results)
         if repo_id is not None:
             try:
                 push(args, repo_id, "End of training")

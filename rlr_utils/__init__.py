@@ -29,6 +29,7 @@ from .estimators import (
     subchain_length,
     truncated_bp,
 )
+from .kl import GaussianKL
 from .policy_gradient import ClippedRatio
 from .prompts import PromptSampler, load_prompts
 from .rollout import Trajectory, renoise, rollout
@@ -39,6 +40,7 @@ from .zeroth_order import PerturbedChain, WeightPerturbation
 __all__ = [
     "AdaptiveMixing",
     "ClippedRatio",
+    "GaussianKL",
     "PerturbedChain",
     "PredictedReward",
     "PromptSampler",

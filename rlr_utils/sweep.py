@@ -58,6 +58,7 @@ def backward_sweep(
     advantages=None,
     stop_after=None,
     cotangent=None,
+    penalty=None,
     parameters=None,
 ):
     r"""Add the gradient of -(mean over the batch of R) to `.grad` of the chain's parameters, in one pass k = 1..T.
@@ -82,8 +83,11 @@ def backward_sweep(
         reward_grad: (B, ...), dR_i/dx_0 of each picture; needed where gamma_1 > 0.
         advantages: (B,), or (T + 1, B) where the baseline differs by step; needed where gamma_k < 1.
         stop_after: the last step k that is swept (default T); a smaller one truncates, which is biased.
-        cotangent: `cotangent(k, mean) -> (B, ...)`, given the recomputed mean without a graph. Without `advantages` it
-            takes the place of A z_k / sigma_k, weighted with 1 - gamma_k like it; with them it is added to c_{k-1}.
+        cotangent: `cotangent(k, mean) -> (B, ...)`, given the recomputed mean without a graph, in the place of
+            A z_k / sigma_k, and weighted with 1 - gamma_k like it.
+        penalty: `penalty(k, mean) -> (B, ...)`, likewise, a cotangent of mu_k that reaches the parameters at this step
+            and nothing else: the states are held fixed, so no earlier step hears of it. Where a pathwise cotangent
+            passes, that takes a second product with the same graph.
         parameters: tensors whose gradient is to be measured step by step, for `SweepStatistics.gradient_norm`.
 
     Returns:
@@ -121,8 +125,13 @@ def backward_sweep(
         if mixing[k] < 1 and score is not None:
             mixed += (1 - mixing[k]) * score
         if cotangent is not None:
-            mixed += cotangent(k, mean.detach()) * (1 - mixing[k] if advantages is None else 1)
+            mixed += (1 - mixing[k]) * cotangent(k, mean.detach())
         before = _gradient_of(parameters)
+        if penalty is not None and x.requires_grad:
+            torch.autograd.backward(mean, -penalty(k, mean.detach()) / batch, retain_graph=True)
+            x.grad = None
+        elif penalty is not None:
+            mixed += penalty(k, mean.detach())
         torch.autograd.backward(mean, -mixed / batch)
         if parameters is not None:
             seen[2, k] = (_gradient_of(parameters) - before).norm()
@@ -150,6 +159,8 @@ def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotan
             f"advantages have shape {tuple(advantages.shape)}, a batch of {shape[0]} in {num_steps} steps needs"
             f" ({shape[0]},) or ({num_steps + 1}, {shape[0]})"
         )
+    if advantages is not None and cotangent is not None:
+        raise ValueError("advantages and cotangent both stand for the likelihood ratio: give one of them")
     if not 1 <= stop_after <= num_steps:
         raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     for k in range(1, stop_after + 1):

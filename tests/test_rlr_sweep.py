@@ -18,6 +18,7 @@ import torch
 from rlr_testing import LinearGaussianChain, Mix, NonlinearChain, gradients
 from rlr_utils import (
     AdaptiveMixing,
+    GaussianKL,
     PerturbedChain,
     PredictedReward,
     RunningReward,
@@ -154,7 +155,7 @@ def test_the_sweep_adds_to_gradients_and_is_linear():
     torch.testing.assert_close(gradients(chain), 3 * once, **EXACT)
 
 
-def test_a_cotangent_replaces_or_joins_the_likelihood_ratio():
+def test_a_cotangent_replaces_the_likelihood_ratio():
     chain, trajectory, rewards, _ = setup()
     mixing = ddpo(chain.num_steps).mixing
 
@@ -165,8 +166,34 @@ def test_a_cotangent_replaces_or_joins_the_likelihood_ratio():
     plain = gradients(chain)
     backward_sweep(chain, trajectory, mixing, cotangent=same)
     torch.testing.assert_close(gradients(chain), plain, **EXACT)
-    backward_sweep(chain, trajectory, mixing, advantages=rewards, cotangent=same)
-    torch.testing.assert_close(gradients(chain), 2 * plain, **EXACT)
+    with pytest.raises(ValueError, match="give one of them"):
+        backward_sweep(chain, trajectory, mixing, advantages=rewards, cotangent=same)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+def test_the_divergence_from_the_base_model_reaches_the_parameters_alone(gamma):
+    """Against autograd of the sum of KL_k with every state held fixed, beside the sweep of the reward."""
+    chain, trajectory, rewards, reward_grad = setup()
+    base = NonlinearChain(num_steps=chain.num_steps, seed=7)
+    mixing = [gamma] * (chain.num_steps + 1)
+    backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards)
+    plain = gradients(chain)
+
+    def base_mean(k, x):
+        with torch.no_grad():
+            return base.mean(k, x)
+
+    penalty = GaussianKL(chain, base_mean, trajectory, weight=0.3)
+    backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards, penalty=penalty)
+    together = gradients(chain)
+    divergences = []
+    for k in range(1, chain.num_steps + 1):
+        x, scale = trajectory.latents[k], torch.tensor(chain.sigma(k), dtype=torch.float64)
+        step, other = (torch.distributions.Normal(mean, scale) for mean in (chain.mean(k, x), base_mean(k, x)))
+        divergences.append(torch.distributions.kl_divergence(step, other).flatten(1).sum(1).mean())
+    (0.3 * torch.stack(divergences).sum()).backward()
+    torch.testing.assert_close(together - plain, gradients(chain), **EXACT)
+    torch.testing.assert_close(torch.stack(penalty.values), torch.stack(divergences).detach(), **EXACT)
 
 
 def test_a_cotangent_in_place_of_the_likelihood_ratio_is_weighted_like_it():

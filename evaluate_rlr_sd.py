@@ -1,0 +1,321 @@
+#!/usr/bin/env python
+# coding=utf-8
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Did the pictures get better? The base model against one or more LoRA adapters, on the same prompts and seeds.
+
+    python evaluate_rlr_sd.py --adapters my-lora --reward aesthetic,clip_score,hpsv2
+
+For every adapter: mean, standard error and win rate of each reward (those that were not trained on are the ones to look
+at), diversity, drift from the base model, and Frechet distances; with --lora_scales the curve of reward against drift.
+Prints a table and writes results.json, pictures, plots and report.html into the output folder.
+"""
+
+import base64
+import html
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_paths
+from reward_models.features import diversity, drift, frechet_distance, load_features
+from rlr_utils import load_prompts
+from tqdm.auto import tqdm
+from train_rlr_sd import LORA_FILE, OneLineParser, generate, load_pipeline
+
+
+def parse_args(input_args=None):
+    parser = OneLineParser(
+        prog="evaluate_rlr_sd.py", description="Compare LoRA adapters with their base model on the same seeds."
+    )
+    parser.add_argument("--adapters", nargs="+", required=True, help="Folders, files or Hub repositories of adapters.")
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        default="CompVis/stable-diffusion-v1-4",
+        help="Path to the base model's pipeline or its name on huggingface.co/models.",
+    )
+    parser.add_argument("--revision", default=None, help="Revision of the model to take from the Hub.")
+    parser.add_argument("--variant", default=None, help="Variant of the model files, such as fp16.")
+    parser.add_argument("--cache_dir", default=None, help="Where downloads are kept.")
+    parser.add_argument(
+        "--reward", default="aesthetic,clip_score", help=f"Rewards with commas between: {', '.join(REWARDS)}."
+    )
+    parser.add_argument(
+        "--reward_path", action="append", default=[], metavar="NAME=DIR", help="Local folder of a reward's model."
+    )
+    parser.add_argument(
+        "--feature_model",
+        default=None,
+        metavar="DIR",
+        help="Folder of the CLIPModel for diversity, drift and Frechet distances instead of the Hub's ViT-L/14.",
+    )
+    parser.add_argument(
+        "--real_images", default=None, metavar="DIR", help="Pictures to measure the distance to as well."
+    )
+    parser.add_argument(
+        "--lora_scales", default=None, help="Strengths of the adapter to compare, such as 0,.25,.5,.75,1."
+    )
+    parser.add_argument(
+        "--prompts", default="simple_animals", help="simple_animals, or a text file, one prompt a line."
+    )
+    parser.add_argument("--num_prompts", type=int, default=16, help="The first so many prompts; 0 for all.")
+    parser.add_argument("--images_per_prompt", type=int, default=4, help="Pictures of each prompt.")
+    parser.add_argument("--resolution", type=int, default=None, help="Side in pixels; default: the model's own.")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
+    parser.add_argument("--negative_prompt", default=None, help="Negative prompt of all pictures.")
+    parser.add_argument("--eta", type=float, default=1.0, help="Noise of the DDIM chain.")
+    parser.add_argument("--train_batch_size", "--batch_size", type=int, default=8, help="Pictures drawn at a time.")
+    parser.add_argument("--decode_batch_size", type=int, default=1, help="Pictures decoded and scored at a time.")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="Of the pipeline.")
+    parser.add_argument("--output_dir", default="evaluation", help="Where everything is written.")
+    args = parser.parse_args(input_args)
+    for name in ("images_per_prompt", "num_inference_steps", "train_batch_size", "decode_batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    try:
+        args.lora_scales = [float(scale) for scale in args.lora_scales.split(",")] if args.lora_scales else []
+    except ValueError:
+        parser.error(f"--lora_scales {args.lora_scales!r} are not numbers with commas between")
+    return args
+
+
+def load_real(directory, features):
+    """The embeddings of the pictures of a folder.
+
+    Raises:
+        ValueError: if there are not at least two.
+    """
+    paths = sorted(
+        os.path.join(directory, name)
+        for name in (os.listdir(directory) if os.path.isdir(directory) else [])
+        if os.path.splitext(name)[1].lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    )
+    if len(paths) < 2:
+        raise ValueError(f"--real_images {directory!r} holds fewer than two pictures")
+    embeds = []
+    for path in tqdm(paths, desc="real pictures"):
+        picture = np.array(Image.open(path).convert("RGB"))
+        embeds.append(features(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255))
+    return torch.cat(embeds)
+
+
+def load_adapters(pipeline, sources):
+    """Adapters by the name they have in the pipeline and in the results: the end of their path, made unique."""
+    names = []
+    for source in sources:
+        name = os.path.basename(os.path.normpath(source)).removesuffix(".safetensors").replace(".", "-")
+        name = name if name not in (*names, "base") else f"{name}-{len(names) + 1}"
+        held = os.path.isfile(os.path.join(source, LORA_FILE))
+        try:
+            pipeline.load_lora_weights(source, weight_name=LORA_FILE if held else None, adapter_name=name)
+        except Exception as error:  # peft's, safetensors' and the Hub's
+            raise ValueError(f"--adapters {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        names.append(name)
+    return names
+
+
+def measure(images, prompts, rewards, features, base, real, device):
+    """What is to be known of the pictures (N, 3, H, W) of one model.
+
+    Args:
+        base: the same of the base model, or `None` for itself.
+        real: (M, D), embeddings of real pictures, or `None`.
+
+    Returns:
+        (summary, details): numbers for results.json, and {"scores": {reward: (N,)}, "embeds": (N, D)}.
+    """
+    embeds = features(images)
+    with torch.no_grad():
+        scores = {name: values.cpu() for name, values in rewards(images.to(device), prompts).members.items()}
+    base_scores, base_embeds = (scores, embeds) if base is None else (base["scores"], base["embeds"])
+    summary = {"rewards": {}}
+    for name, values in scores.items():
+        gain = values - base_scores[name]
+        summary["rewards"][name] = {
+            "mean": values.mean().item(),
+            "standard_error": values.std().item() / len(values) ** 0.5,
+            "gain": gain.mean().item(),
+            "gain_standard_error": gain.std().item() / len(gain) ** 0.5,
+            "win_rate": ((gain > 0).float() + 0.5 * (gain == 0).float()).mean().item(),
+        }
+    summary["diversity"] = diversity(embeds, prompts)
+    summary["drift"] = drift(base_embeds, embeds).mean().item()
+    summary["frechet_to_base"] = frechet_distance(embeds, base_embeds)
+    if real is not None:
+        summary["frechet_to_real"] = frechet_distance(embeds, real)
+    return summary, {"scores": scores, "embeds": embeds}
+
+
+def rows_of(results):
+    """The results as a table: header, and one row of text per model."""
+    rewards = list(results["models"]["base"]["rewards"])
+    distances = [key for key in results["models"]["base"] if key != "rewards"]
+    header = ["model", *(f"{name} | win rate" for name in rewards), *(key.replace("_", " ") for key in distances)]
+    rows = []
+    for name, summary in results["models"].items():
+        row = [name]
+        for reward in summary["rewards"].values():
+            row.append(f"{reward['mean']:.4f} +- {reward['standard_error']:.4f} | {100 * reward['win_rate']:.0f} %")
+        rows.append(row + [f"{summary[key]:.4f}" for key in distances])
+    return header, rows
+
+
+def plot_grid(images, prompts, path, most=8):
+    """Rows are prompts, columns models; every picture of a row has the same seed."""
+    chosen = list(dict.fromkeys(prompts))[:most]
+    figure = Figure(figsize=(1.8 * len(images) + 1.2, 1.8 * len(chosen) + 0.6), layout="constrained")
+    cells = figure.subplots(len(chosen), len(images), squeeze=False)
+    for column, (name, pictures) in enumerate(images.items()):
+        cells[0][column].set_title(name, fontsize=9)
+        for row, prompt in enumerate(chosen):
+            cells[row][column].imshow(pictures[prompts.index(prompt)].permute(1, 2, 0).numpy())
+            cells[row][column].set(xticks=[], yticks=[])
+    for row, prompt in enumerate(chosen):
+        cells[row][0].set_ylabel(prompt, fontsize=8, wrap=True)
+    figure.savefig(path, dpi=100)
+
+
+def plot_gains(results, path):
+    """Each adapter's gain over the base model by reward, in standard errors' bars, and its diversity."""
+    models = {name: summary for name, summary in results["models"].items() if name != "base"}
+    rewards = list(results["models"]["base"]["rewards"])
+    figure = Figure(figsize=(3.2 * (len(rewards) + 1), 3.4), layout="constrained")
+    *cells, last = figure.subplots(1, len(rewards) + 1)
+    for axes, reward in zip(cells, rewards):
+        chosen = [summary["rewards"][reward] for summary in models.values()]
+        axes.bar(
+            list(models),
+            [one["gain"] for one in chosen],
+            yerr=[one["gain_standard_error"] for one in chosen],
+            capsize=4,
+        )
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_title(f"{reward}: gain over base")
+    last.bar(list(results["models"]), [summary["diversity"] for summary in results["models"].values()], color="C2")
+    last.set_title("diversity")
+    for axes in (*cells, last):
+        axes.tick_params(axis="x", rotation=20)
+    figure.savefig(path, dpi=100)
+
+
+def plot_scales(results, path):
+    """Reward against drift along the scales of each adapter: pick the scale where the curve stops to be worth it."""
+    rewards = list(results["models"]["base"]["rewards"])
+    figure = Figure(figsize=(4.2 * len(rewards), 3.6), layout="constrained")
+    for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards):
+        for name, sweep in results["lora_scales"].items():
+            x = [summary["drift"] for summary in sweep.values()]
+            y = [summary["rewards"][reward]["mean"] for summary in sweep.values()]
+            error = [summary["rewards"][reward]["standard_error"] for summary in sweep.values()]
+            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
+            for scale, a, b in zip(sweep, x, y):
+                axes.annotate(scale, (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8)
+        axes.set(xlabel="drift from the base model", ylabel=reward)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def write_report(results, pictures, path):
+    """One HTML file that needs nothing else: the table, the plots, and what was compared."""
+    header, rows = rows_of(results)
+    table = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    for row in rows:
+        table += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    body = ""
+    for title, file in pictures.items():
+        with open(file, "rb") as opened:
+            data = base64.b64encode(opened.read()).decode()
+        body += f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    settings = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>" for name, value in results["settings"].items())
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LoRA evaluation</title><style>'
+            "body{font-family:sans-serif;margin:2em auto;max-width:75em}img{max-width:100%}"
+            "table{border-collapse:collapse}td,th{border:1px solid #bbb;padding:.3em .7em;text-align:right}"
+            "td:first-child,th:first-child{text-align:left}</style></head><body>"
+            f"<h1>Base model against {len(results['models']) - 1} adapter(s)</h1><table>{table}</table>"
+            "<p>Rewards are means with their standard errors; the win rate is the share of pictures that score higher"
+            " than the base model's of the same prompt and seed. Diversity, drift and Frechet distances are taken in"
+            " CLIP's embeddings: a fall of diversity and a rise of the distances tell of a reward that is exploited.</p>"
+            f"{body}<h2>Settings</h2><ul>{settings}</ul></body></html>\n"
+        )
+
+
+def main(args):
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
+    try:
+        prompts = load_prompts(args.prompts)[: args.num_prompts or None]
+        prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
+        if len(prompts) < 2:
+            raise ValueError("a single picture has no standard error: raise --num_prompts or --images_per_prompt")
+        rewards = load_rewards(
+            parse_reward(args.reward),
+            parse_reward_paths(args.reward_path),
+            device=device,
+            size=args.resolution or 512,
+            prompts=(prompts[0], prompts[-1]),
+            batch_size=args.decode_batch_size,
+        )
+        features = load_features(args.feature_model, device)
+        real = None if args.real_images is None else load_real(args.real_images, features)
+        pipeline = load_pipeline(args, dtype).to(device)
+        args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        names = load_adapters(pipeline, args.adapters)
+        os.makedirs(args.output_dir, exist_ok=True)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate_rlr_sd.py: error: {' '.join(str(error).split())}")
+
+    pipeline.disable_lora()
+    images = {"base": generate(pipeline, prompts, args, desc="base")}
+    summary, base = measure(images["base"], prompts, rewards, features, None, real, device)
+    results = {"settings": {**vars(args), "num_images": len(prompts)}, "models": {"base": summary}, "lora_scales": {}}
+    pipeline.enable_lora()
+    for name in names:
+        pipeline.set_adapters([name], [1.0])
+        images[name] = generate(pipeline, prompts, args, desc=name)
+        results["models"][name], _ = measure(images[name], prompts, rewards, features, base, real, device)
+        sweep = {}
+        for scale in args.lora_scales:
+            pipeline.set_adapters([name], [scale])
+            scaled = generate(pipeline, prompts, args, desc=f"{name} at {scale:g}")
+            sweep[f"{scale:g}"], _ = measure(scaled, prompts, rewards, features, base, real, device)
+        if sweep:
+            results["lora_scales"][name] = sweep
+
+    header, rows = rows_of(results)
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)))
+    with open(os.path.join(args.output_dir, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+    pictures = {"Pictures of the same seeds": "grid.png", "Gains": "gains.png"}
+    plot_grid(images, prompts, os.path.join(args.output_dir, "grid.png"))
+    plot_gains(results, os.path.join(args.output_dir, "gains.png"))
+    if results["lora_scales"]:
+        pictures["Reward against drift, by the scale of the adapter"] = "scales.png"
+        plot_scales(results, os.path.join(args.output_dir, "scales.png"))
+    pictures = {title: os.path.join(args.output_dir, file) for title, file in pictures.items()}
+    write_report(results, pictures, os.path.join(args.output_dir, "report.html"))
+    return results
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -28,15 +28,14 @@ import json
 import os
 import sys
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_paths
+from reward_models.__main__ import read_image
 from reward_models.features import diversity, drift, frechet_distance, load_features
 from rlr_utils import load_prompts
 from tqdm.auto import tqdm
-from train_rlr_sd import LORA_FILE, OneLineParser, generate, load_pipeline
+from train_rlr_sd import LORA_FILE, OneLineParser, first_line, generate, load_pipeline
 
 
 def parse_args(input_args=None):
@@ -110,8 +109,7 @@ def load_real(directory, features):
         raise ValueError(f"--real_images {directory!r} holds fewer than two pictures")
     embeds = []
     for path in tqdm(paths, desc="real pictures"):
-        picture = np.array(Image.open(path).convert("RGB"))
-        embeds.append(features(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255))
+        embeds.append(features(read_image(path)))
     return torch.cat(embeds)
 
 
@@ -125,7 +123,7 @@ def load_adapters(pipeline, sources):
         try:
             pipeline.load_lora_weights(source, weight_name=LORA_FILE if held else None, adapter_name=name)
         except Exception as error:  # peft's, safetensors' and the Hub's
-            raise ValueError(f"--adapters {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
         names.append(name)
     return names
 

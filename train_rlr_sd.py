@@ -129,12 +129,14 @@ RUN_FILES = (
     "README.md",
 )
 TRACKER = "rlr-sd"
-# What may be another on resume: how long the run is, and what is kept, shown and sent of it. All else is the run.
+# What may be another on resume: how long the run is, what is kept, shown and sent of it, and what is a matter of memory
+# alone. All else is the run.
 MAY_CHANGE = (
     *("max_train_steps", "num_train_epochs", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
     *("checkpointing_steps", "checkpoints_total_limit", "logging_dir", "report_to", "num_eval_images", "local_rank"),
     *("validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
     *("push_to_hub", "push_every", "hub_token", "hub_model_id"),
+    *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing"),
 )
 
 
@@ -150,19 +152,24 @@ class Batch(NamedTuple):
     predicted: Optional[dict]
 
 
+def first_line(error):
+    """What an error says, in one line, or what it is if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def license_of(model, token):
     """The licence that a model's card states, or `None`."""
     card = os.path.join(model, "README.md") if os.path.isdir(model) else model
     try:
         return ModelCard.load(card, token=token).data.license
     except Exception as error:  # a card is not needed: there may be none, or no Hub to ask
-        logger.info(f"no licence is known for {model!r}: {str(error).splitlines()[0]}")
+        logger.info(f"no licence is known for {model!r}: {first_line(error)}")
         return None
 
 
-def command_of(args):
+def command_of(args, num_processes):
     """The command that starts the same run: the arguments that are not the default's, less what is nobody's business."""
-    words = ["accelerate", "launch", "train_rlr_sd.py"]
+    words = ["accelerate", "launch", "--num_processes", str(num_processes), "train_rlr_sd.py"]
     for name, default in vars(parse_args([])).items():
         value = getattr(args, name)
         if value == default or name in ("hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir"):
@@ -176,7 +183,7 @@ def command_of(args):
     return shlex.join(words)
 
 
-def save_model_card(args, repo_id, base_license, prompt, step, results):
+def save_model_card(args, num_processes, repo_id, base_license, prompt, step, results):
     """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any."""
     local = os.path.isdir(args.pretrained_model_name_or_path)
     data = ModelCardData(
@@ -223,7 +230,7 @@ Over {results["num_images"]} pictures of fixed seeds; the gain is {results["gain
 ![reward by optimizer step](./reward_curve.png)
 
 ```bash
-{command_of(args)}
+{command_of(args, num_processes)}
 ```
 
 Seed {args.seed}; {", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate", "peft"))}. Every step's figures are in `metrics.jsonl`, all arguments in `training_args.json`.
@@ -255,7 +262,7 @@ def push(args, repo_id, message):
     except Exception as error:  # the client lets the errors of its HTTP library through
         excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in ignored)
         raise ValueError(
-            f"--push_to_hub: the upload to {repo_id!r} has failed ({str(error).splitlines()[0]}); everything is in"
+            f"--push_to_hub: the upload to {repo_id!r} has failed ({first_line(error)}); everything is in"
             f" {args.output_dir!r}, to push it later: hf upload {repo_id} {shlex.quote(args.output_dir)} . {excluded}"
         ) from error
 
@@ -583,7 +590,13 @@ def parse_args(input_args=None):
     saving.add_argument(
         "--push_every", type=int, default=None, help="Upload the adapter every so many steps too, with --push_to_hub."
     )
-    saving.add_argument("--hub_token", type=str, default=None, help="Token for the upload.")
+    saving.add_argument(
+        "--hub_token",
+        type=str,
+        default=None,
+        help="Token for the upload. Launchers print the command of a run that fails: better is `hf auth login` or the"
+        " environment variable HF_TOKEN.",
+    )
     saving.add_argument(
         "--hub_model_id", type=str, default=None, help="Repository; default: the output folder's name."
     )
@@ -842,7 +855,8 @@ def check_output_dir(args, resume_path):
 
 def clear_run(args):
     """Remove what an earlier run has left in the output folder; what is not a run's stays."""
-    for path in checkpoints_of(args.output_dir).values():
+    incomplete = [os.path.join(args.output_dir, name) for name in incomplete_in(args.output_dir)]
+    for path in [*checkpoints_of(args.output_dir).values(), *incomplete]:
         shutil.rmtree(path)
     shutil.rmtree(os.path.join(args.output_dir, args.logging_dir, TRACKER), ignore_errors=True)
     for name in RUN_FILES:
@@ -1177,6 +1191,10 @@ def main(args):
                 f"--branches {args.branches} is for black boxes, and --reward {args.reward!r} has a gradient"
             )
         resume_path, first_step = resume_point(args)
+        if len(set(gather_object([first_step]))) > 1:
+            raise ValueError(
+                f"the ranks see different checkpoints in {args.output_dir!r}: put --output_dir on a disk that they share"
+            )
         if args.seed is None and resume_path is not None:
             args.seed = stored_configuration(resume_path)["seed"]
         elif args.seed is None:
@@ -1374,6 +1392,8 @@ def main(args):
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
             message = " ".join(str(error).split())
@@ -1384,7 +1404,7 @@ def main(args):
 
     def save_checkpoint(step):
         """checkpoint-N appears under its name only when it is whole, and older ones go only after that."""
-        checksums = accelerator.gather(parameters_to_vector(trainable).detach().double().square().sum()[None])
+        checksums = accelerator.gather(parameters_to_vector(trainable).detach().square().sum()[None])
         if (checksums != checksums[0]).any():
             raise SystemExit(f"train_rlr_sd.py: error: step {step}: the ranks' adapters differ, {checksums.tolist()}")
         path = os.path.join(args.output_dir, f"checkpoint-{step}")
@@ -1402,7 +1422,13 @@ def main(args):
                 os.rename(partial, path)
                 if args.checkpoints_total_limit is not None:
                     for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
-                        shutil.rmtree(old)
+                        # In one go, or a kill would leave a part of it under its name.
+                        gone = os.path.join(args.output_dir, f"partial-{old.rpartition('-')[2]}")
+                        os.rename(old, gone)
+                        shutil.rmtree(gone)
+
+    def save_card(step, results):
+        save_model_card(args, accelerator.num_processes, repo_id, base_license, prompts[0], step, results)
 
     def save_result(step):
         """The adapter, which is never half there, and what tells of it, into the output folder."""
@@ -1412,7 +1438,7 @@ def main(args):
                 with averaged():
                     place_adapter(os.path.join(args.output_dir, "ema"))
             plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
-            save_model_card(args, repo_id, base_license, prompts[0], step, results=None)
+            save_card(step, results=None)
 
     latents_size = args.resolution // pipeline.vae_scale_factor
     latents_shape = (args.train_batch_size, unet.config.in_channels, latents_size, latents_size)
@@ -1442,12 +1468,12 @@ def main(args):
     if accelerator.is_main_process:
         # TensorBoard takes no lists.
         shown = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()}
-        accelerator.init_trackers(TRACKER, config=shown)
+        accelerator.init_trackers(TRACKER, shown, {"tensorboard": {"purge_step": first_step + 1}})
     metrics_file = os.path.join(args.output_dir, "metrics.jsonl")
     if resume_path is not None:
         try:
             accelerator.load_state(resume_path)
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
             message = " ".join(str(error).split())
             raise SystemExit(f"train_rlr_sd.py: error: cannot resume from {resume_path!r}: {message}") from error
     if accelerator.is_main_process:
@@ -1683,14 +1709,16 @@ def main(args):
                 logger.info(reason)
                 break
             stopped = accelerator.check_trigger()
-            if step % args.checkpointing_steps == 0 or stopped:
+            # What is pushed can be gone on from.
+            pushing = args.push_every is not None and step % args.push_every == 0 and step < args.max_train_steps
+            if step % args.checkpointing_steps == 0 or stopped or pushing:
                 save_checkpoint(step)
             if stopped:
                 break
             if args.validation_prompts and step % args.validation_steps == 0 and accelerator.is_main_process:
                 with averaged():
                     log_validation(pipeline, args, accelerator, step)
-            if args.push_every is not None and step % args.push_every == 0 and accelerator.is_main_process:
+            if pushing and accelerator.is_main_process:
                 save_result(step)
                 try:
                     push(args, repo_id, f"Step {step}")
@@ -1702,31 +1730,35 @@ def main(args):
         how = "go on with the same command and --resume_from_checkpoint latest"
         raise SystemExit(f"train_rlr_sd.py: stopped after step {step}; {how}" if accelerator.is_main_process else 1)
     accelerator.wait_for_everyone()
-    failure = None
+    failures = []
     if accelerator.is_main_process:
         save_result(step)
         pipeline.to("cpu")
         free_memory()
-        results = None
         if args.num_eval_images > 0:
-            results = compare_with_base(args, rewards, prompts, accelerator.device, dtype)
-            gain = results["gain"]
-            for name in ("base", "tuned"):
-                mean, std = results[name]["mean"], results[name]["std"]
-                accelerator.print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
-            accelerator.print(
-                f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
-                f" {results['num_images']} pictures of the same prompts and seeds"
-            )
-            save_model_card(args, repo_id, base_license, prompts[0], step, results)
+            # The adapter is there: what goes wrong from here on is said at the end.
+            try:
+                results = compare_with_base(args, rewards, prompts, accelerator.device, dtype)
+                save_card(step, results)
+            except (ValueError, OSError) as error:
+                failures.append(f"the comparison with the base model has failed: {' '.join(str(error).split())}")
+            else:
+                for name in ("base", "tuned"):
+                    mean, std = results[name]["mean"], results[name]["std"]
+                    accelerator.print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
+                gain = results["gain"]
+                accelerator.print(
+                    f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
+                    f" {results['num_images']} pictures of the same prompts and seeds"
+                )
         if repo_id is not None:
             try:
                 push(args, repo_id, "End of training")
             except ValueError as error:
-                failure = f"train_rlr_sd.py: error: {error}"
+                failures.append(str(error))
     accelerator.end_training()
-    if failure is not None:
-        raise SystemExit(failure)
+    if failures:
+        raise SystemExit(f"train_rlr_sd.py: error: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":

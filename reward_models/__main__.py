@@ -70,7 +70,7 @@ def prompts_of(args, names):
         return prompts
     readers = [name for name in names if name not in REWARDS or REWARDS[name].reads_prompts]
     if args.prompt is None and readers:
-        raise ValueError(f"reward {readers[0]!r} reads the prompt: give --prompt or --prompts")
+        raise ValueError(f"reward {readers[0]!r} may read the prompt: give --prompt or --prompts")
     return [args.prompt or ""] * len(args.images)
 
 
@@ -81,9 +81,26 @@ def open_image(path):
         ValueError: naming the file, if it is missing or no picture.
     """
     try:
-        return Image.open(path)
-    except OSError as error:
+        picture = Image.open(path)
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path!r} cannot be opened as a picture: {error}") from error
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"{path!r} has more than 8 bits a channel ({picture.mode}): convert it first")
+    return picture
+
+
+def read_image(path):
+    """The picture as (1, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: naming the file, if it is missing, damaged or no picture.
+    """
+    picture = open_image(path)
+    try:
+        pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
 
 
 def table(rows, names):
@@ -108,16 +125,14 @@ def main(args):
         terms = parse_reward(args.reward)
         prompts = prompts_of(args, terms)
         for path in args.images:
-            open_image(path).close()  # all are looked at before the first is scored
+            open_image(path).close()  # all before the first is scored
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         rewards = load_rewards(
             terms, parse_reward_paths(args.reward_path), device=device, prompts=(prompts[0], prompts[-1])
         )
         rows = []
         for path, prompt in zip(tqdm(args.images, desc="Images"), prompts):
-            picture = ImageOps.exif_transpose(open_image(path)).convert("RGB")
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) / 255
-            scores = rewards(image, [prompt])
+            scores = rewards(read_image(path).to(device), [prompt])
             members = {name: score.item() for name, score in scores.members.items()}
             rows.append({"image": path, "prompt": prompt, "scores": members, "total": scores.total.item()})
     except (ValueError, OSError) as error:

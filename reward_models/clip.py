@@ -71,7 +71,7 @@ def preprocess_letterbox(images, size):
     height, width = images.shape[-2:]
     if (height, width) != (size, size):
         scale = size / max(height, width)
-        shape = (round(height * scale), round(width * scale))
+        shape = (max(round(height * scale), 1), max(round(width * scale), 1))
         images = F.interpolate(images, shape, mode="bicubic", antialias=True)
         top, left = (size - shape[0]) // 2, (size - shape[1]) // 2
         images = F.pad(images, (left, size - shape[1] - left, top, size - shape[0] - top))

@@ -29,21 +29,33 @@ logger = logging.getLogger(__name__)
 
 
 class CustomReward(torch.nn.Module):
-    """A callable `(images, prompts) -> (B,)` together with whether its scores have a gradient."""
+    """A callable `(images, prompts) -> (B,)` together with whether its scores have a gradient.
 
-    def __init__(self, function, differentiable):
+    Raises:
+        ValueError: naming it, for whatever it raises itself.
+    """
+
+    def __init__(self, name, function, differentiable):
         super().__init__()
+        self.name = name
         self.function = function
         self.differentiable = differentiable
 
     def forward(self, images, prompts):
-        return self.function(images, prompts)
+        try:
+            # A copy where autograd does not watch: what is written into it would reach the other rewards.
+            return self.function(images if images.requires_grad else images.clone(), prompts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the callable is the user's, and may raise anything
+            raise ValueError(f"reward {self.name!r} fails: {describe(error)}") from error
 
 
 def describe(error):
     """The error and, if it is not here, the line of code that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if place.filename == __file__ else f" ({os.path.basename(place.filename)}, line {place.lineno})"
+    own = place.filename == __file__ or place.filename.startswith("<")
+    where = "" if own else f" ({os.path.basename(place.filename)}, line {place.lineno})"
     return f"{type(error).__name__}: {error}{where}"
 
 
@@ -66,7 +78,7 @@ def import_callable(name):
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's, and may raise anything
+    except (Exception, SystemExit) as error:  # the module is the user's, and may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == module_name:
             problem = f"there is no module {module_name!r} (a file is named {module_name}.py:{attribute})"
         else:
@@ -78,14 +90,14 @@ def import_callable(name):
     return function
 
 
-def scores_of(reward, images, prompts):
+def scores_of(function, images, prompts):
     """The scores of the images.
 
     Raises:
         ValueError: if the callable fails or returns no (B,) tensor of finite numbers.
     """
     try:
-        scores = reward(images, prompts)
+        scores = function(images, prompts)
     except Exception as error:  # the callable is the user's, and may raise anything
         raise ValueError(f"fails on two random images: {describe(error)}") from error
     problem = problem_of(scores, prompts)
@@ -94,13 +106,18 @@ def scores_of(reward, images, prompts):
     return scores
 
 
-def has_gradient(reward, images, prompts):
+def has_gradient(function, images, prompts):
     """Whether the scores depend on the images by a gradient that is not zero everywhere."""
     images = images.clone().requires_grad_()
-    scores = scores_of(reward, images, prompts)
-    if not scores.requires_grad:
+    try:
+        scores = scores_of(function, images, prompts)
+        if not scores.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
+    except (ValueError, RuntimeError):
+        # What turns pictures into arrays, as a black box may, refuses those that ask for a gradient; and an operation
+        # may have none.
         return False
-    (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
     return gradient is not None and bool(gradient.any())
 
 
@@ -119,18 +136,14 @@ def load_custom(name, device, size, prompts):
     """
     function = import_callable(name)
     declared = getattr(function, "differentiable", None)
-    reward = CustomReward(function, declared).to(device).eval().requires_grad_(False)
+    reward = CustomReward(name, function, declared).to(device).eval().requires_grad_(False)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
-        scores_of(reward, images, prompts)
+        scores_of(function, images.clone(), prompts)
     if declared is None:
-        try:
-            reward.differentiable = has_gradient(reward, images, prompts)
-        except ValueError:
-            # What turns pictures into arrays, as a black box may, refuses those that ask for a gradient.
-            reward.differentiable = False
+        reward.differentiable = has_gradient(function, images, prompts)
         found = "have a gradient" if reward.differentiable else "have no gradient: a black box"
         logger.info(f"reward {name!r}, tried on two random images: its scores {found}")
-    elif declared and not has_gradient(reward, images, prompts):
+    elif declared and not has_gradient(function, images, prompts):
         raise ValueError("says it is differentiable, but its scores have no gradient")
     return reward

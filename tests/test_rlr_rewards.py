@@ -398,6 +398,7 @@ def test_the_letterbox_keeps_the_whole_picture_on_black():
     torch.testing.assert_close(pixels[..., 12:20, :], white[..., 12:20, :])
     torch.testing.assert_close(pixels[..., :12, :], black[..., :12, :])
     torch.testing.assert_close(pixels[..., 20:, :], black[..., 20:, :])
+    assert preprocess_letterbox(torch.rand(1, 3, 1000, 1), 32).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -473,6 +474,18 @@ def declared(images, prompts):
     return red(images, prompts)
 declared.differentiable = False
 
+def writes(images, prompts):
+    return images.mul_(0).sum((1, 2, 3))
+writes.differentiable = False
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+def without_backward(images, prompts):
+    return NoBackward.apply(images).mean((1, 2, 3))
+
 def mean(images, prompts):
     return images.mean()
 
@@ -496,7 +509,15 @@ def custom(tmp_path, name, **kwargs):
 
 @pytest.mark.parametrize(
     ("name", "differentiable"),
-    [("red", True), ("array", False), ("rounded", False), ("declared", False), ("brightness", True), ("red:2", True)],
+    [
+        ("red", True),
+        ("array", False),
+        ("rounded", False),
+        ("declared", False),
+        ("brightness", True),
+        ("red:2", True),
+        ("without_backward", False),
+    ],
 )
 def test_a_custom_reward_is_imported_and_its_gradient_found_out(name, differentiable, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
@@ -516,7 +537,7 @@ def test_a_custom_reward_is_imported_and_its_gradient_found_out(name, differenti
     ("name", "problem"),
     [
         ("mean", r"is no reward: it returned a tensor of shape \(\) instead of \(2,\)"),
-        ("fails", r"fails on two random images: KeyError: 'key' \(my_rewards.py, line 2\d\)"),
+        ("fails", r"fails on two random images: KeyError: 'key' \(my_rewards.py, line 3\d\)"),
         ("detached", "says it is differentiable, but its scores have no gradient"),
         ("number", "has no callable 'number'"),
         ("missing:2", "has no callable 'missing'"),
@@ -531,6 +552,7 @@ def test_what_is_no_reward_is_refused_before_training(name, problem, tmp_path):
 
 def test_custom_modules_and_files_that_cannot_be_imported(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import not_there\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "by_module.py").write_text(CUSTOM)
     assert load_rewards(parse_reward("by_module:red"), {}, size=16).differentiable
@@ -539,11 +561,27 @@ def test_custom_modules_and_files_that_cannot_be_imported(tmp_path, monkeypatch)
         ("os:getcwd", "fails on two random images: TypeError"),
         ("no_such_module:f:2", r"there is no module 'no_such_module' \(a file is named no_such_module.py:f\)"),
         (f"{tmp_path}/no.py:f", "there is no file"),
+        ("leaves:f", r"SystemExit: 0 \(leaves.py, line 2\)"),
         ("broken:f", r"No module named 'not_there' \(broken.py, line 1\)"),
     ):
         with pytest.raises(ValueError, match=problem) as error:
             load_rewards(parse_reward(entry), {}, size=16)
         assert repr(entry) in str(error.value)
+
+
+def test_a_reward_that_writes_into_its_pictures_or_fails_harms_no_other(tmp_path):
+    _, writes = custom(tmp_path, "writes")
+    images = torch.rand(2, 3, 16, 16)
+    kept = images.clone()
+    WeightedSum({"writes": (1.0, writes), "jpeg": (1.0, load_reward("jpeg_compressibility"))})(images, ["", ""])
+    assert torch.equal(images, kept)
+    (tmp_path / "later.py").write_text(
+        "calls = []\n\ndef f(images, prompts):\n    calls.append(1)\n    assert len(calls) < 3, 'no more'\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    rewards = load_rewards(parse_reward(f"{tmp_path}/later.py:f"), {}, size=16)
+    with pytest.raises(ValueError, match=r"reward '.*later.py:f' fails: AssertionError: no more \(later.py, line 5\)"):
+        rewards(images, ["", ""])
 
 
 def test_a_clip_that_does_not_fit_is_described(tmp_path):
@@ -695,12 +733,17 @@ def test_the_command_line_explains_itself(tmp_path, capsys):
     assert all(name in text and known.meaning in text for name, known in REWARDS.items())
     images = pictures(tmp_path)
     (tmp_path / "prompts.txt").write_text("one\n")
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    whole = open(images[0], "rb").read()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     main(parse_args(["--reward", "jpeg_compressibility", *images]))  # which reads no prompt
     for flags, problem in (
-        (["--reward", "clip_score", *images], "'clip_score' reads the prompt: give --prompt or --prompts"),
+        (["--reward", "clip_score", *images], "'clip_score' may read the prompt: give --prompt or --prompts"),
         (["--reward", "clip_score", *images, "--prompts", str(tmp_path / "prompts.txt")], "1 lines for 2 images"),
         (["--reward", "jpeg_compressibility", images[0], "no.png"], "'no.png' cannot be opened as a picture"),
         (["--reward", "beauty", *images], "unknown reward 'beauty'"),
+        (["--reward", "jpeg_compressibility", str(tmp_path / "deep.png")], "deep.png' has more than 8 bits a channel"),
+        (["--reward", "jpeg_compressibility", str(tmp_path / "half.png")], "half.png' cannot be read: "),
     ):
         with pytest.raises(SystemExit) as stop:
             main(parse_args(flags))

@@ -46,6 +46,8 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, kills):
     """SIGKILL at random moments, every second time while a checkpoint is being written."""
     flags = [*BASE, "--max_train_steps", str(8 * kills), "--checkpointing_steps", "2", "--learning_rate", "1e-3"]
     flags += ["--baseline", "per_prompt", "--images_per_prompt", "2", "--checkpoints_total_limit", "2"]
+    # With what draws from the generators of each rank, and a moving average.
+    flags += ["--gradient_estimator", "rlr_paper", "--num_inference_steps", "6", "--ema_decay", "0.9"]
     command = [sys.executable, SCRIPT, *flags, "--resume_from_checkpoint", "latest", "--output_dir"]
     subprocess.run([*command, str(tmp_path / "straight")], env=ENVIRONMENT, check=True, capture_output=True)
 
@@ -69,6 +71,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, kills):
     assert interrupted_saves > 0
     last = subprocess.run([*command, str(out)], env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert same_adapter(tmp_path / "straight", out)
+    assert same_adapter(tmp_path / "straight" / "ema", out / "ema")
     assert [line["step"] for line in metrics_of(out)] == list(range(1, 8 * kills + 1))
     for key in ("reward_mean", "grad_norm", "gamma_mean"):
         assert [line[key] for line in metrics_of(out)] == [line[key] for line in metrics_of(tmp_path / "straight")]
@@ -131,10 +134,12 @@ def test_a_run_that_has_done_its_steps_is_finished_on_resume(tmp_path):
 def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     train(tmp_path, "--checkpointing_steps", "1", "--report_to", "tensorboard")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "partial-7").mkdir()
+    (tmp_path / "checkpoint-7").mkdir()
     metrics = train(tmp_path, "--overwrite_output_dir", "--max_train_steps", "1")
     assert [line["step"] for line in metrics] == [1]
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert not any(name.startswith("checkpoint-") for name in os.listdir(tmp_path))
+    assert not any(name.startswith(("checkpoint-", "partial-")) for name in os.listdir(tmp_path))
     assert not (tmp_path / "logs" / "rlr-sd").exists()
 
 
@@ -235,5 +240,6 @@ def test_a_reward_that_fails_on_one_rank_ends_all(tmp_path):
     )
     result = torchrun(tmp_path / "out", "--reward", f"{tmp_path}/failing.py:failing", "--max_train_steps", "50")
     assert result.returncode != 0
-    assert "train_rlr_sd.py: error: step 2: the judge is ill" in result.stderr
+    assert "train_rlr_sd.py: error: step 2: reward '" in result.stderr
+    assert "failing.py:failing' fails: ValueError: the judge is ill (failing.py, line 9)" in result.stderr
     assert len(metrics_of(tmp_path / "out")) == 1

@@ -79,14 +79,15 @@ def parse_args(input_args=None):
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
     parser.add_argument("--negative_prompt", default=None, help="Negative prompt of all pictures.")
     parser.add_argument("--eta", type=float, default=1.0, help="Noise of the DDIM chain.")
-    parser.add_argument("--train_batch_size", "--batch_size", type=int, default=8, help="Pictures drawn at a time.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Pictures drawn at a time.")
     parser.add_argument("--decode_batch_size", type=int, default=1, help="Pictures decoded and scored at a time.")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="Of the pipeline.")
     parser.add_argument("--output_dir", default="evaluation", help="Where everything is written.")
     args = parser.parse_args(input_args)
-    for name in ("images_per_prompt", "num_inference_steps", "train_batch_size", "decode_batch_size"):
+    for name in ("images_per_prompt", "num_inference_steps", "batch_size", "decode_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    args.train_batch_size = args.batch_size  # as the training script calls it, whose pictures these are
     try:
         args.lora_scales = [float(scale) for scale in args.lora_scales.split(",")] if args.lora_scales else []
     except ValueError:

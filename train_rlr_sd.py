@@ -1163,25 +1163,20 @@ def main(args):
         if args.max_train_steps is None:
             images = args.num_train_epochs * len(prompts) * args.images_per_prompt
             args.max_train_steps = math.ceil(images / images_per_step)
-        rewards = load_rewards(
-            parse_reward(args.reward),
-            parse_reward_paths(args.reward_path),
-            device="cpu" if args.reward_offload else accelerator.device,
-            size=args.resolution or 512,
-            prompts=(prompts[0], prompts[-1]),
-            batch_size=args.reward_batch_size,
-        )
-        heldout = features = None
-        if args.heldout_reward is not None:
-            heldout = load_rewards(
-                parse_reward(args.heldout_reward),
+        rewards, heldout = (
+            None
+            if text is None
+            else load_rewards(
+                parse_reward(text),
                 parse_reward_paths(args.reward_path),
                 device="cpu" if args.reward_offload else accelerator.device,
                 size=args.resolution or 512,
                 prompts=(prompts[0], prompts[-1]),
                 batch_size=args.reward_batch_size,
             )
-            features = load_features(args.feature_model, accelerator.device)
+            for text in (args.reward, args.heldout_reward)
+        )
+        features = None if heldout is None else load_features(args.feature_model, accelerator.device)
         if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
             raise ValueError(
                 f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
@@ -1235,7 +1230,7 @@ def main(args):
         if silent:
             raise ValueError(
                 f"the model's scheduler adds no noise at step {silent[0]} from the end, where {args.gradient_estimator}"
-                f" needs it for --reward {args.reward!r}"
+                f" needs it for --reward {args.reward!r}{' and --kl_weight' if args.kl_weight > 0 else ''}"
             )
 
         # The same adapter on every rank; what else is drawn, such as perturbations and branches, is each rank's own.

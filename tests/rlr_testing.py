@@ -28,13 +28,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ASSETS = os.path.join(ROOT, "assets")
 TINY_SD = os.path.join(ASSETS, "tiny-sd")
 TINY_AESTHETIC = os.path.join(ASSETS, "tiny-aesthetic")
+TINY_CLIP = os.path.join(TINY_AESTHETIC, "clip")
 LORA = "pytorch_lora_weights.safetensors"
 DIGITS = os.path.join(ASSETS, "digits.txt")
 PARITY = os.path.join(os.path.dirname(ROOT), "shared", "data", "parity")
 BASE = [
     *("--pretrained_model_name_or_path", TINY_SD, "--prompts", DIGITS),
     *("--reward_path", f"aesthetic={TINY_AESTHETIC}"),
-    *("--reward_path", f"clip_score={os.path.join(TINY_AESTHETIC, 'clip')}"),
+    *("--reward_path", f"clip_score={TINY_CLIP}"),
     *("--num_inference_steps", "3", "--train_batch_size", "2", "--max_train_steps", "2", "--seed", "0"),
     *("--num_eval_images", "0", "--report_to", "none"),
 ]

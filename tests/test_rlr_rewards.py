@@ -29,7 +29,7 @@ from reward_models import REWARDS, WeightedSum, load_reward, load_rewards, parse
 from reward_models.__main__ import main, parse_args
 from reward_models.clip import preprocess_clip, preprocess_letterbox
 from rlr_hub import LoopbackHub
-from rlr_testing import PARITY, ROOT, TINY_AESTHETIC, tiny_pipeline
+from rlr_testing import PARITY, ROOT, TINY_AESTHETIC, TINY_CLIP, tiny_pipeline
 from safetensors.torch import load_file, save_file
 from transformers import (
     BlipTextConfig,
@@ -39,9 +39,6 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
 )
-
-
-TINY_CLIP = os.path.join(TINY_AESTHETIC, "clip")
 
 
 def images_in(directory, pattern, dtype):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rlr_testing import BASE, DIGITS, LORA, ROOT, TINY_AESTHETIC, same_adapter, tiny_pipeline, train
+from rlr_testing import BASE, DIGITS, LORA, ROOT, TINY_AESTHETIC, TINY_CLIP, same_adapter, tiny_pipeline, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 from train_rlr_sd import loss_scale, main, parse_args
@@ -185,6 +185,73 @@ def test_reward_offload_and_micro_batches_change_nothing(tmp_path):
     assert first["tuned"]["mean"] == pytest.approx(second["tuned"]["mean"], rel=1e-3)
 
 
+HELD_OUT = ["--heldout_reward", "clip_score", "--heldout_steps", "1", "--num_heldout_images", "8"]
+HELD_OUT += ["--feature_model", TINY_CLIP]
+
+
+@pytest.mark.parametrize("estimator", ["rlr", "ddpo", "rlr_paper"])
+def test_the_divergence_from_the_base_model_is_paid_for(tmp_path, estimator):
+    """Nothing at first, where the adapter is the base model, and by a heavy weight all but everything afterwards."""
+    flags = ["--gradient_estimator", estimator, "--learning_rate", "1e-2", "--max_train_steps", "4"]
+    flags += ["--mixing", "0.5", "--subchain_length", "1"]
+    free = train(tmp_path / "free", *flags, *HELD_OUT)
+    tied = train(tmp_path / "tied", *flags, *HELD_OUT, "--kl_weight", "1000")
+    assert tied[0]["kl"] == pytest.approx(0, abs=1e-6) and "kl" not in free[0]
+    # The base model's means were computed in the midst of this gradient, and have left no trace.
+    assert tied[0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=1e-5)
+    assert tied[1]["kl"] > 0
+    assert tied[-1]["drift"] < free[-1]["drift"]
+
+
+def test_held_out_rewards_stop_the_run_and_keep_the_best(tmp_path, caplog):
+    """Trained to be small as a file, which no caption asks for: the agreement with the prompt falls at once."""
+    flags = ["--reward", "jpeg_compressibility:-1", "--learning_rate", "0.3", "--max_train_steps", "9"]
+    metrics = train(tmp_path, *flags, *HELD_OUT, "--early_stop_patience", "2")
+    held = [line["heldout_mean"] for line in metrics]
+    best = int(np.argmax(held))
+    assert len(metrics) == best + 1 + 2 < 9
+    assert (
+        f"stopped early after step {len(metrics)}: the held-out reward has not risen above {held[best]:.4f}"
+        in caplog.text
+    )
+    assert "base model on 8 pictures: heldout_mean" in caplog.text
+    for line in metrics:
+        assert 0 < line["diversity"] < 2 and 0 <= line["drift"] < 2 and line["heldout_std"] > 0
+    # best/ is the adapter of that step: its pictures score what was measured then.
+    (tmp_path / "again").mkdir()
+    short = train(tmp_path / "again" / "run", *flags, *HELD_OUT, "--max_train_steps", str(best + 1))
+    assert short[best]["heldout_mean"] == held[best]
+    assert same_adapter(tmp_path / "best", tmp_path / "again" / "run")
+    assert not same_adapter(tmp_path / "best", tmp_path)
+
+
+def test_early_stopping_is_resumed(tmp_path):
+    flags = ["--reward", "jpeg_compressibility:-1", "--learning_rate", "0.3", "--checkpointing_steps", "1"]
+    flags += [*HELD_OUT, "--early_stop_patience", "2"]
+    straight = train(tmp_path / "straight", *flags, "--max_train_steps", "9")
+    train(tmp_path / "resumed", *flags, "--max_train_steps", str(len(straight) - 1))
+    resumed = train(tmp_path / "resumed", *flags, "--max_train_steps", "9", "--resume_from_checkpoint", "latest")
+    assert [line["heldout_mean"] for line in resumed] == [line["heldout_mean"] for line in straight]
+
+
+def test_the_moving_average_is_an_adapter_of_its_own(tmp_path):
+    flags = ["--learning_rate", "1e-2", "--checkpointing_steps", "1", "--ema_decay", "0.5"]
+    train(tmp_path, *flags, "--max_train_steps", "3")
+    # diffusers' average decays by min(decay, (1 + n) / (10 + n)) at its n-th step after the first.
+    steps = [load_file(tmp_path / f"checkpoint-{n}" / LORA) for n in (1, 2, 3)]
+    average = load_file(tmp_path / "ema" / LORA)
+    for key in average:
+        expected = steps[0][key]
+        for n, values in enumerate(steps[1:], start=1):
+            decay = min(0.5, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * values[key]
+        if "up" in key:  # what starts from zero: the rest starts from where no checkpoint tells
+            torch.testing.assert_close(average[key], expected, rtol=1e-4, atol=1e-6)
+    assert not same_adapter(tmp_path, tmp_path / "ema")
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(tmp_path / "ema")
+
+
 def test_decoding_in_parts_changes_nothing(tmp_path):
     whole = train(tmp_path / "whole", "--decode_batch_size", "2", "--learning_rate", "1e-3")
     parts = train(tmp_path / "parts", "--decode_batch_size", "1", "--learning_rate", "1e-3")
@@ -339,6 +406,14 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--seed", "-1"], "--seed -1"),
         (["--guidance_scale", "inf"], "--guidance_scale inf"),
         (["--num_inference_steps", "1000"], "--num_inference_steps 1000 reaches beyond"),
+        (["--kl_weight", "1", "--gradient_estimator", "draft_lv"], "--kl_weight 1.0 needs an estimator that sweeps"),
+        (["--kl_weight", "1", "--gradient_estimator", "full_bp", "--eta", "0"], "which --kl_weight 1.0 needs"),
+        (["--kl_weight", "-1"], "--kl_weight -1.0"),
+        (["--ema_decay", "1"], "--ema_decay 1.0 must be in (0, 1)".replace("(", "\\(").replace(")", "\\)")),
+        (["--early_stop_patience", "2"], "--early_stop_patience 2 needs --heldout_reward"),
+        (["--heldout_reward", "beauty"], "unknown reward 'beauty'"),
+        (["--heldout_reward", "clip_score", "--feature_model", "/nowhere"], "'/nowhere' holds no config.json"),
+        (["--num_heldout_images", "6"], "--num_heldout_images 6 must be a multiple of 4"),
         (["--num_eval_images", "1"], "--num_eval_images 1"),
         (["--gradient_estimator", "truncated_bp", "--truncation_steps", "4"], "--truncation_steps 4 is more than"),
         (["--gradient_estimator", "rlr_paper", "--eta", "0"], "--eta 0 leaves no noise.*rlr_paper"),

@@ -1,0 +1,113 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import base64
+import io
+import json
+import re
+
+import pytest
+import torch
+from evaluate_rlr_sd import main, parse_args
+from PIL import Image
+from reward_models import load_reward
+from rlr_testing import DIGITS, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_pipeline, train
+from train_rlr_sd import generate
+
+from diffusers import DDIMScheduler
+
+
+FLAGS = [
+    *("--pretrained_model_name_or_path", TINY_SD, "--feature_model", TINY_CLIP, "--prompts", DIGITS),
+    *("--reward", "aesthetic,clip_score", "--reward_path", f"aesthetic={TINY_AESTHETIC}"),
+    *("--reward_path", f"clip_score={TINY_CLIP}", "--num_inference_steps", "3", "--num_prompts", "3"),
+    *("--images_per_prompt", "2", "--batch_size", "6", "--decode_batch_size", "6"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """One trained a little, and one not at all to speak of."""
+    folder = tmp_path_factory.mktemp("adapters")
+    train(folder / "strong", "--learning_rate", "3e-2")
+    train(folder / "weak", "--learning_rate", "1e-6")
+    return [str(folder / "strong"), str(folder / "weak")]
+
+
+def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
+    real = tmp_path / "real"
+    real.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20 + i, 30), (60 * i, 0, 90)).save(real / f"{i}.png")
+    args = parse_args(
+        [*FLAGS, "--adapters", *adapters, "--lora_scales", "0,1", "--real_images", str(real)]
+        + ["--output_dir", str(tmp_path / "out")]
+    )
+    results = main(args)
+    models = results["models"]
+    assert list(models) == ["base", "strong", "weak"] and list(results["lora_scales"]) == ["strong", "weak"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    # The pictures are those of a plain pipeline, scored by the reward itself.
+    prompts = ["a green zero"] * 2 + ["a green one"] * 2 + ["a green two"] * 2
+    args.resolution = 32
+    pipeline, reward = tiny_pipeline(), load_reward("aesthetic", path=TINY_AESTHETIC)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    base = reward(generate(pipeline, prompts, args), prompts)
+    assert models["base"]["rewards"]["aesthetic"]["mean"] == pytest.approx(base.mean().item(), rel=1e-4)
+    pipeline.load_lora_weights(adapters[0])
+    gain = reward(generate(pipeline, prompts, args), prompts) - base
+    found = models["strong"]["rewards"]["aesthetic"]
+    assert found["gain"] == pytest.approx(gain.mean().item(), rel=1e-3)
+    assert found["gain_standard_error"] == pytest.approx(gain.std().item() / 6**0.5, rel=1e-3)
+    assert found["win_rate"] == pytest.approx((gain > 0).float().mean().item())
+    # The base model has not drifted from itself, and a scale of zero is the base model.
+    assert models["base"]["drift"] == pytest.approx(0, abs=1e-6)
+    assert models["strong"]["drift"] > 10 * models["weak"]["drift"]
+    scales = results["lora_scales"]["strong"]
+    assert scales["0"]["drift"] == pytest.approx(0, abs=1e-6)
+    assert scales["1"]["rewards"]["aesthetic"]["mean"] == pytest.approx(found["mean"], rel=1e-5)
+    assert models["strong"]["frechet_to_real"] > 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("strong", "weak", "clip_score | win rate", "frechet to real"))
+
+
+def test_the_report_stands_alone(tmp_path, adapters):
+    main(parse_args([*FLAGS, "--adapters", adapters[0], "--output_dir", str(tmp_path), "--lora_scales", "0,.5"]))
+    report = (tmp_path / "report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', report)
+    assert len(pictures) == 3 and "http" not in report
+    for data, name in zip(pictures, ("grid.png", "gains.png", "scales.png")):
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert picture.size == Image.open(tmp_path / name).size
+        assert torch.tensor(picture.convert("L").getextrema()).diff() > 100  # something is drawn
+    assert "<td>base</td>" in report and "num_inference_steps: 3" in report
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--adapters", "/nowhere"], "--adapters '/nowhere' cannot be loaded"),
+        (["--adapters", "x", "--lora_scales", "0,much"], "--lora_scales '0,much'"),
+        (["--adapters", "x", "--images_per_prompt", "0"], "--images_per_prompt 0 must be at least 1"),
+        (["--adapters", "x", "--real_images", "/nowhere"], "--real_images '/nowhere' holds fewer than two pictures"),
+        (["--adapters", "x", "--reward", "beauty"], "unknown reward 'beauty'"),
+        (["--adapters", "x", "--num_prompts", "1", "--images_per_prompt", "1"], "has no standard error"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_named(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        main(parse_args([*FLAGS, *flags, "--output_dir", str(tmp_path / "out")]))
+    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert message in said and said.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()

@@ -29,6 +29,7 @@ import os
 import sys
 
 import torch
+from huggingface_hub import file_exists
 from matplotlib.figure import Figure
 from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_paths
 from reward_models.__main__ import read_image
@@ -84,9 +85,20 @@ def parse_args(input_args=None):
     parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="Of the pipeline.")
     parser.add_argument("--output_dir", default="evaluation", help="Where everything is written.")
     args = parser.parse_args(input_args)
-    for name in ("images_per_prompt", "num_inference_steps", "batch_size", "decode_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be at least 1")
+    for name, least in {
+        **{
+            "images_per_prompt": 2,
+            "num_prompts": 0,
+            "num_inference_steps": 1,
+            "batch_size": 1,
+            "decode_batch_size": 1,
+        },
+        "guidance_scale": 0,
+    }.items():
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
+    if not 0 <= args.eta <= 1:
+        parser.error(f"--eta {args.eta} must be in [0, 1]")
     args.train_batch_size = args.batch_size  # as the training script calls it, whose pictures these are
     try:
         args.lora_scales = [float(scale) for scale in args.lora_scales.split(",")] if args.lora_scales else []
@@ -119,10 +131,14 @@ def load_adapters(pipeline, sources):
     names = []
     for source in sources:
         name = os.path.basename(os.path.normpath(source)).removesuffix(".safetensors").replace(".", "-")
-        name = name if name not in (*names, "base") else f"{name}-{len(names) + 1}"
-        held = os.path.isfile(os.path.join(source, LORA_FILE))
+        while name in (*names, "base"):
+            name += "-again"
         try:
-            pipeline.load_lora_weights(source, weight_name=LORA_FILE if held else None, adapter_name=name)
+            # A repository of the training script holds others too, in best/ and ema/.
+            found = os.path.isfile(os.path.join(source, LORA_FILE))
+            if not os.path.exists(source):
+                found = file_exists(source, LORA_FILE)
+            pipeline.load_lora_weights(source, weight_name=LORA_FILE if found else None, adapter_name=name)
         except Exception as error:  # peft's, safetensors' and the Hub's
             raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
         names.append(name)
@@ -257,31 +273,8 @@ def write_report(results, pictures, path):
         )
 
 
-def main(args):
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
-    try:
-        prompts = load_prompts(args.prompts)[: args.num_prompts or None]
-        prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
-        if len(prompts) < 2:
-            raise ValueError("a single picture has no standard error: raise --num_prompts or --images_per_prompt")
-        rewards = load_rewards(
-            parse_reward(args.reward),
-            parse_reward_paths(args.reward_path),
-            device=device,
-            size=args.resolution or 512,
-            prompts=(prompts[0], prompts[-1]),
-            batch_size=args.decode_batch_size,
-        )
-        features = load_features(args.feature_model, device)
-        real = None if args.real_images is None else load_real(args.real_images, features)
-        pipeline = load_pipeline(args, dtype).to(device)
-        args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        names = load_adapters(pipeline, args.adapters)
-        os.makedirs(args.output_dir, exist_ok=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate_rlr_sd.py: error: {' '.join(str(error).split())}")
-
+def compare(args, pipeline, names, prompts, rewards, features, real, device):
+    """Draw, measure, print and write everything; the results as in results.json."""
     pipeline.disable_lora()
     images = {"base": generate(pipeline, prompts, args, desc="base")}
     summary, base = measure(images["base"], prompts, rewards, features, None, real, device)
@@ -314,6 +307,31 @@ def main(args):
     pictures = {title: os.path.join(args.output_dir, file) for title, file in pictures.items()}
     write_report(results, pictures, os.path.join(args.output_dir, "report.html"))
     return results
+
+
+def main(args):
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
+    try:
+        prompts = load_prompts(args.prompts)[: args.num_prompts or None]
+        prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
+        rewards = load_rewards(
+            parse_reward(args.reward),
+            parse_reward_paths(args.reward_path),
+            device=device,
+            size=args.resolution or 512,
+            prompts=(prompts[0], prompts[-1]),
+            batch_size=args.decode_batch_size,
+        )
+        features = load_features(args.feature_model, device)
+        real = None if args.real_images is None else load_real(args.real_images, features)
+        pipeline = load_pipeline(args, dtype).to(device)
+        args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        names = load_adapters(pipeline, args.adapters)
+        os.makedirs(args.output_dir, exist_ok=True)
+        return compare(args, pipeline, names, prompts, rewards, features, real, device)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate_rlr_sd.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ ESTIMATORS = ("rlr", "rlr_paper", "full_bp", "truncated_bp", "draft_lv", "alignp
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 # Pictures that are compared have these seeds, whatever the seed of the run: other noise than any run trains on.
 EVALUATION_SEED = 1_000_000
+# Those by which the best adapter is chosen are others again, or the comparison would flatter it.
+HELDOUT_SEED = 2_000_000
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "rlr_state.json"
@@ -126,14 +128,22 @@ EMA_FILE = "ema.safetensors"
 # What a run leaves in its output folder, beside its checkpoints and the logs of its trackers.
 RUN_FILES = (
     *(LORA_FILE, "metrics.jsonl", "training_args.json", "evaluation.json", "reward_curve.png", "before_after.png"),
-    "README.md",
+    *("README.md", os.path.join("best", LORA_FILE), os.path.join("ema", LORA_FILE)),
 )
 TRACKER = "rlr-sd"
 # What may be another on resume: how long the run is, what is kept, shown and sent of it, and what is a matter of memory
 # alone. All else is the run.
 MAY_CHANGE = (
     *("max_train_steps", "num_train_epochs", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
-    *("checkpointing_steps", "checkpoints_total_limit", "logging_dir", "report_to", "num_eval_images", "local_rank"),
+    *(
+        "early_stop_patience",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_dir",
+        "report_to",
+        "num_eval_images",
+        "local_rank",
+    ),
     *("validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
     *("push_to_hub", "push_every", "hub_token", "hub_model_id"),
     *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing"),
@@ -268,13 +278,13 @@ def push(args, repo_id, message):
 
 
 @torch.no_grad()
-def generate(pipeline, prompts, args, desc=None):
-    """One picture per prompt, from the evaluation's seeds one after the other: (N, 3, H, W) in [0, 1] on the CPU."""
+def generate(pipeline, prompts, args, desc=None, first_seed=EVALUATION_SEED):
+    """One picture per prompt, from one seed after the other: (N, 3, H, W) in [0, 1] on the CPU."""
     images = []
     for start in tqdm(range(0, len(prompts), args.train_batch_size), desc=desc, disable=desc is None):
         batch = prompts[start : start + args.train_batch_size]
         # Generators of the CPU, so that a seed is the same picture on every device.
-        generators = [torch.Generator().manual_seed(EVALUATION_SEED + start + i) for i in range(len(batch))]
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
         # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
         latents = pipeline(
             batch,
@@ -1008,6 +1018,8 @@ def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_s
         forwards, swept = forwards + args.lv_samples, args.lv_samples
     if args.branches:
         forwards, swept = forwards + args.branches * (num_steps - 1), 1
+    if args.kl_weight > 0:
+        forwards += swept
     forwards, swept = guided * images_per_step * forwards, guided * images_per_step * swept
     rows = {
         "model": args.pretrained_model_name_or_path,
@@ -1092,7 +1104,7 @@ def compare_with_base(args, rewards, prompts, device, dtype):
 
 def score_heldout(pipeline, args, rewards, heldout, features, prompts, device):
     """What is known of the adapter in use on pictures of fixed seeds, and the embeddings (N, D) of the pictures."""
-    images = generate(pipeline, prompts, args)
+    images = generate(pipeline, prompts, args, first_seed=HELDOUT_SEED)
     embeds = features(images, args.decode_batch_size)
     with offload_models(*rewards.modules, *heldout.modules, device=device, offload=args.reward_offload):
         trained = rewards(images.to(device), prompts).total
@@ -1157,6 +1169,11 @@ def main(args):
         if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
             raise ValueError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
+            )
+        if args.kl_weight > 0 and dtype != torch.float32:
+            raise ValueError(
+                f"--kl_weight {args.kl_weight} needs --mixed_precision no: in {accelerator.mixed_precision} rounding"
+                " outweighs what the two means differ by"
             )
         prompts = load_training_prompts(args)
         images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -1548,21 +1565,26 @@ def main(args):
     with_gradient = rewards.has_gradient and args.gradient_estimator not in ("ddpo", "draft_lv")
     local_images = args.train_batch_size * args.gradient_accumulation_steps
     mine = slice(accelerator.process_index * local_images, (accelerator.process_index + 1) * local_images)
-    heldout_prompts = base_embeds = None
+
+    def look_at_heldout():
+        try:
+            return score_heldout(pipeline, args, rewards, heldout, features, heldout_prompts, accelerator.device)
+        except ValueError as error:
+            raise SystemExit(f"train_rlr_sd.py: error: step {step}: held-out pictures: {error}") from error
+
+    step, heldout_prompts, base_embeds = first_step, None, None
     if heldout is not None and accelerator.is_main_process:
         pool = args.validation_prompts or prompts
         heldout_prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
         pipeline.unet.disable_adapters()
-        found, base_embeds = score_heldout(
-            pipeline, args, rewards, heldout, features, heldout_prompts, accelerator.device
-        )
+        found, base_embeds = look_at_heldout()
         pipeline.unet.enable_adapters()
         told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         logger.info(f"base model on {args.num_heldout_images} pictures: {told}")
     bar = tqdm(
         total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
-    step, stopped = first_step, False
+    stopped = False
     with stopping_at_a_step(accelerator), bar:
         for step in range(first_step + 1, args.max_train_steps + 1):
             started = time.perf_counter()
@@ -1598,8 +1620,13 @@ def main(args):
                 advantages[name] = advantages_of(
                     args, scores[name], all_prompts, predicted, running[name], predictors[name]
                 )
+            kl_weight = args.kl_weight
             if args.gradient_estimator == "ddpo":
-                advantages["total"] = normalize(advantages["total"], scores["total"], running["total"].largest_std)
+                # In units of the rewards' deviation, as what the divergence costs then is too.
+                advantages["total"], kl_weight = (
+                    normalize(value, scores["total"], running["total"].largest_std)
+                    for value in (advantages["total"], kl_weight)
+                )
             advantages = {
                 name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()
             }
@@ -1616,7 +1643,7 @@ def main(args):
                     chain, trajectory = batch.chain, batch.trajectory
                     penalty = None
                     if args.kl_weight > 0:
-                        penalty = GaussianKL(chain, base_mean(chain), trajectory, scale * args.kl_weight)
+                        penalty = GaussianKL(chain, base_mean(chain), trajectory, scale * kl_weight)
                     if args.branches:
                         branch_batch(batch, scale)
                     elif args.gradient_estimator == "draft_lv":
@@ -1684,9 +1711,7 @@ def main(args):
             if heldout is not None and step % args.heldout_steps == 0:
                 if accelerator.is_main_process:
                     with averaged():
-                        found, embeds = score_heldout(
-                            pipeline, args, rewards, heldout, features, heldout_prompts, accelerator.device
-                        )
+                        found, embeds = look_at_heldout()
                         line.update(found, drift=drift(base_embeds, embeds).mean().item())
                         is_best, reason = stopping.update(step, line["heldout_mean"])
                         if is_best:

@@ -66,7 +66,6 @@ VARIANTS = {
     "full_bp": (["--gradient_estimator", "full_bp"], 120),
     "full_bp, KL .03": (["--gradient_estimator", "full_bp", "--kl_weight", "0.03"], 120),
     "ddpo": (["--gradient_estimator", "ddpo"], 480),
-    "ddpo, KL .03": (["--gradient_estimator", "ddpo", "--kl_weight", "0.03"], 240),
     "truncated_bp": (["--gradient_estimator", "truncated_bp"], 60),
     "truncated_bp, KL .03": (["--gradient_estimator", "truncated_bp", "--kl_weight", "0.03"], 60),
 }

@@ -130,7 +130,8 @@ class WeightedSum:
     def _score(self, images, prompts, with_gradient):
         images = images.detach().requires_grad_(with_gradient)
         zero = torch.zeros(len(images), device=images.device)
-        sums, scores, gradient = {True: zero, False: zero}, {}, torch.zeros_like(images)
+        sums, scores = {True: zero, False: zero}, {}
+        gradient = torch.zeros_like(images) if with_gradient else None
         for name, (weight, reward) in self.members.items():
             backward = with_gradient and reward.differentiable
             with torch.set_grad_enabled(backward):

@@ -98,10 +98,10 @@ def test_the_report_stands_alone(tmp_path, adapters):
     [
         (["--adapters", "/nowhere"], "--adapters '/nowhere' cannot be loaded"),
         (["--adapters", "x", "--lora_scales", "0,much"], "--lora_scales '0,much'"),
-        (["--adapters", "x", "--images_per_prompt", "0"], "--images_per_prompt 0 must be at least 1"),
+        (["--adapters", "x", "--images_per_prompt", "1"], "--images_per_prompt 1 must be at least 2"),
         (["--adapters", "x", "--real_images", "/nowhere"], "--real_images '/nowhere' holds fewer than two pictures"),
         (["--adapters", "x", "--reward", "beauty"], "unknown reward 'beauty'"),
-        (["--adapters", "x", "--num_prompts", "1", "--images_per_prompt", "1"], "has no standard error"),
+        (["--adapters", "x", "--eta", "2"], "--eta 2.0 must be in [0, 1]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

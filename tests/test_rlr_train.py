@@ -192,7 +192,7 @@ HELD_OUT += ["--feature_model", TINY_CLIP]
 @pytest.mark.parametrize("estimator", ["rlr", "ddpo"])
 def test_the_divergence_from_the_base_model_is_paid_for(tmp_path, estimator):
     """Nothing at first, where the adapter is the base model, and by a heavy weight all but everything afterwards."""
-    flags = ["--gradient_estimator", estimator, "--learning_rate", "1e-2", "--max_train_steps", "4"]
+    flags = ["--gradient_estimator", estimator, "--learning_rate", "2e-3", "--max_train_steps", "8"]
     flags += ["--mixing", "0.5"]
     free = train(tmp_path / "free", *flags, *HELD_OUT)
     tied = train(tmp_path / "tied", *flags, *HELD_OUT, "--kl_weight", "1000")
@@ -408,6 +408,7 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--num_inference_steps", "1000"], "--num_inference_steps 1000 reaches beyond"),
         (["--kl_weight", "1", "--gradient_estimator", "draft_lv"], "--kl_weight 1.0 needs an estimator that sweeps"),
         (["--kl_weight", "1", "--gradient_estimator", "full_bp", "--eta", "0"], "which --kl_weight 1.0 needs"),
+        (["--kl_weight", "1", "--mixed_precision", "bf16"], "--kl_weight 1.0 needs --mixed_precision no: in bf16"),
         (["--kl_weight", "-1"], "--kl_weight -1.0"),
         (["--ema_decay", "1"], "--ema_decay 1.0 must be in (0, 1)".replace("(", "\\(").replace(")", "\\)")),
         (["--early_stop_patience", "2"], "--early_stop_patience 2 needs --heldout_reward"),

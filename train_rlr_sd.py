@@ -1643,7 +1643,7 @@ def main(args):
                     chain, trajectory = batch.chain, batch.trajectory
                     penalty = None
                     if args.kl_weight > 0:
-                        penalty = GaussianKL(chain, base_mean(chain), trajectory, scale * kl_weight)
+                        penalty = GaussianKL(chain, base_mean(chain), trajectory, kl_weight)
                     if args.branches:
                         branch_batch(batch, scale)
                     elif args.gradient_estimator == "draft_lv":

@@ -15,7 +15,10 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 
+import numpy as np
 import pytest
 import torch
 from evaluate_rlr_sd import main, parse_args
@@ -91,6 +94,21 @@ def test_the_report_stands_alone(tmp_path, adapters):
         assert picture.size == Image.open(tmp_path / name).size
         assert torch.tensor(picture.convert("L").getextrema()).diff() > 100  # something is drawn
     assert "<td>base</td>" in report and "num_inference_steps: 3" in report
+
+
+def test_a_browser_shows_the_report(tmp_path, adapters):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium to open the report with")
+    main(parse_args([*FLAGS, "--adapters", adapters[0], "--output_dir", str(tmp_path)]))
+    shot = tmp_path / "shot.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1600"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    # The tuned digits are drawn on black, in colors; a page without its pictures has neither.
+    assert (pixels.max(2) < 30).mean() > 0.02
+    assert (np.ptp(pixels, axis=2) > 100).mean() > 0.005
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,14 @@ def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path, also)
     assert same_adapter(tmp_path / "straight", tmp_path / "resumed")
 
 
+def test_a_checkpoint_by_name_is_gone_on_from_and_pruned_as_in_the_examples_of_diffusers(tmp_path):
+    train(tmp_path, "--checkpointing_steps", "2", "--max_train_steps", "4")
+    assert checkpoints(tmp_path) == {"checkpoint-2", "checkpoint-4"}
+    flags = ["--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", "2"]
+    train(tmp_path, "--checkpointing_steps", "2", "--max_train_steps", "8", *flags)
+    assert checkpoints(tmp_path) == {"checkpoint-6", "checkpoint-8"}
+
+
 def test_a_run_in_the_folder_of_another_is_refused_and_harms_nothing(tmp_path):
     train(tmp_path, "--max_train_steps", "1")
     before = (tmp_path / LORA).read_bytes()

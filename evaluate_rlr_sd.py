@@ -34,9 +34,10 @@ from matplotlib.figure import Figure
 from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_paths
 from reward_models.__main__ import read_image
 from reward_models.features import diversity, drift, frechet_distance, load_features
+from reward_models.loading import first_line
 from rlr_utils import load_prompts
 from tqdm.auto import tqdm
-from train_rlr_sd import LORA_FILE, OneLineParser, first_line, generate, load_pipeline
+from train_rlr_sd import LORA_FILE, OneLineParser, generate, load_pipeline, set_resolution
 
 
 def parse_args(input_args=None):
@@ -85,16 +86,8 @@ def parse_args(input_args=None):
     parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="Of the pipeline.")
     parser.add_argument("--output_dir", default="evaluation", help="Where everything is written.")
     args = parser.parse_args(input_args)
-    for name, least in {
-        **{
-            "images_per_prompt": 2,
-            "num_prompts": 0,
-            "num_inference_steps": 1,
-            "batch_size": 1,
-            "decode_batch_size": 1,
-        },
-        "guidance_scale": 0,
-    }.items():
+    least_of = {"images_per_prompt": 2, "num_prompts": 0, "num_inference_steps": 1, "guidance_scale": 0}
+    for name, least in {**least_of, "batch_size": 1, "decode_batch_size": 1}.items():
         if not getattr(args, name) >= least:
             parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
     if not 0 <= args.eta <= 1:
@@ -120,10 +113,7 @@ def load_real(directory, features):
     )
     if len(paths) < 2:
         raise ValueError(f"--real_images {directory!r} holds fewer than two pictures")
-    embeds = []
-    for path in tqdm(paths, desc="real pictures"):
-        embeds.append(features(read_image(path)))
-    return torch.cat(embeds)
+    return torch.cat([features(read_image(path)) for path in tqdm(paths, desc="real pictures")])
 
 
 def load_adapters(pipeline, sources):
@@ -135,9 +125,8 @@ def load_adapters(pipeline, sources):
             name += "-again"
         try:
             # A repository of the training script holds others too, in best/ and ema/.
-            found = os.path.isfile(os.path.join(source, LORA_FILE))
-            if not os.path.exists(source):
-                found = file_exists(source, LORA_FILE)
+            local = os.path.exists(source)
+            found = os.path.isfile(os.path.join(source, LORA_FILE)) if local else file_exists(source, LORA_FILE)
             pipeline.load_lora_weights(source, weight_name=LORA_FILE if found else None, adapter_name=name)
         except Exception as error:  # peft's, safetensors' and the Hub's
             raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
@@ -156,8 +145,7 @@ def measure(images, prompts, rewards, features, base, real, device):
         (summary, details): numbers for results.json, and {"scores": {reward: (N,)}, "embeds": (N, D)}.
     """
     embeds = features(images)
-    with torch.no_grad():
-        scores = {name: values.cpu() for name, values in rewards(images.to(device), prompts).members.items()}
+    scores = {name: values.cpu() for name, values in rewards(images.to(device), prompts).members.items()}
     base_scores, base_embeds = (scores, embeds) if base is None else (base["scores"], base["embeds"])
     summary = {"rewards": {}}
     for name, values in scores.items():
@@ -326,7 +314,7 @@ def main(args):
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)
         pipeline = load_pipeline(args, dtype).to(device)
-        args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        set_resolution(args, pipeline)
         names = load_adapters(pipeline, args.adapters)
         os.makedirs(args.output_dir, exist_ok=True)
         return compare(args, pipeline, names, prompts, rewards, features, real, device)

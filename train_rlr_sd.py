@@ -49,6 +49,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from reward_models import load_rewards, parse_reward, parse_reward_paths
 from reward_models.features import diversity, drift, load_features
+from reward_models.loading import first_line
 from rlr_utils import (
     AdaptiveMixing,
     ClippedRatio,
@@ -135,16 +136,8 @@ TRACKER = "rlr-sd"
 # alone. All else is the run.
 MAY_CHANGE = (
     *("max_train_steps", "num_train_epochs", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
-    *(
-        "early_stop_patience",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "logging_dir",
-        "report_to",
-        "num_eval_images",
-        "local_rank",
-    ),
-    *("validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
+    *("early_stop_patience", "checkpointing_steps", "checkpoints_total_limit", "logging_dir", "report_to"),
+    *("num_eval_images", "validation_prompts", "num_validation_images", "validation_steps", "cache_dir", "local_rank"),
     *("push_to_hub", "push_every", "hub_token", "hub_model_id"),
     *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing"),
 )
@@ -160,11 +153,6 @@ class Batch(NamedTuple):
     scores: dict
     reward_grad: Optional[torch.Tensor]
     predicted: Optional[dict]
-
-
-def first_line(error):
-    """What an error says, in one line, or what it is if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def license_of(model, token):
@@ -777,6 +765,18 @@ def load_pipeline(args, dtype):
     return pipeline
 
 
+def set_resolution(args, pipeline):
+    """Where --resolution is not given, it is the model's own.
+
+    Raises:
+        ValueError: if the model cannot draw pictures of that size.
+    """
+    args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    multiple = math.lcm(8, pipeline.vae_scale_factor)
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution {args.resolution} is no multiple of {multiple}")
+
+
 def checkpoints_of(output_dir):
     """The whole checkpoints of an output folder as {step: path}, in order."""
     if not os.path.isdir(output_dir):
@@ -1214,11 +1214,7 @@ def main(args):
 
         pipeline = load_pipeline(args, dtype)
         unet, vae = pipeline.unet, pipeline.vae
-        args.resolution = args.resolution or unet.config.sample_size * pipeline.vae_scale_factor
-        if args.resolution % math.lcm(8, pipeline.vae_scale_factor):
-            raise ValueError(
-                f"--resolution {args.resolution} is no multiple of {math.lcm(8, pipeline.vae_scale_factor)}"
-            )
+        set_resolution(args, pipeline)
         config = configuration(args, accelerator.num_processes)
         if resume_path is not None:
             check_same_run(config, resume_path)

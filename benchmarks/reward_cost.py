@@ -24,7 +24,6 @@ it reads prompts, embeddings that are there already. Prints a table and writes r
 """
 
 import argparse
-import csv
 import ctypes
 import gc
 import os
@@ -56,6 +55,7 @@ from transformers import (
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from gradient_quality import write_csv  # noqa: E402
 from reward_models.aesthetic import AestheticReward  # noqa: E402
 from reward_models.base import ScoreHead  # noqa: E402
 from reward_models.clip import ClipAgreement, preprocess_letterbox  # noqa: E402
@@ -255,11 +255,7 @@ def main(input_args=None):
     )
     print(header)
     print_table(rows)
-    with open(os.path.join(args.out, "reward_cost.csv"), "w", encoding="utf-8", newline="") as file:
-        file.write(f"# {header}\n")
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, os.path.join(args.out, "reward_cost.csv"), header)
     plot(rows, os.path.join(args.out, "reward_cost.png"))
     return rows
 

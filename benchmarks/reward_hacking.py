@@ -40,11 +40,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 
 from evaluate_rlr_sd import measure  # noqa: E402
+from gradient_quality import write_csv  # noqa: E402
 from make_tiny_assets import COLORS, load_scans, paint  # noqa: E402
 from reward_models import load_rewards, parse_reward, parse_reward_paths  # noqa: E402
 from reward_models.features import load_features  # noqa: E402
 from rlr_utils import load_prompts  # noqa: E402
-from train_rlr_sd import EarlyStopping, checkpoints_of, generate, load_pipeline, main, parse_args  # noqa: E402
+from train_rlr_sd import (  # noqa: E402
+    EarlyStopping,
+    checkpoints_of,
+    generate,
+    load_pipeline,
+    main,
+    parse_args,
+    set_resolution,
+)
 
 import diffusers  # noqa: E402
 
@@ -84,18 +93,24 @@ def real_digits():
     return paint(scans, colors, torch.Generator().manual_seed(0))
 
 
-def train_and_measure(name, flags, steps, every, num_prompts, more):
-    """One variant: a row of figures for the base model and every checkpoint, on pictures of the same seeds."""
-    torch.set_num_threads(1)
+def base_model(reward, num_prompts, count, more=()):
+    """(args, prompts, rewards, pipeline) of the embedded bundle; each of the prompts comes `count` times in a row."""
     args = parse_args([*BASE, *more])
     prompts = load_prompts(args.prompts)
     # A stride that meets all colors and digits.
-    prompts = [prompts[i * 7 % len(prompts)] for i in range(num_prompts) for _ in range(4)]
-    rewards = load_rewards(parse_reward("aesthetic,clip_score"), parse_reward_paths(args.reward_path))
+    prompts = [prompts[i * 7 % len(prompts)] for i in range(num_prompts) for _ in range(count)]
+    rewards = load_rewards(parse_reward(reward), parse_reward_paths(args.reward_path))
+    pipeline = load_pipeline(args, torch.float32)
+    set_resolution(args, pipeline)
+    return args, prompts, rewards, pipeline
+
+
+def train_and_measure(name, flags, steps, every, num_prompts, more):
+    """One variant: a row of figures for the base model and every checkpoint, on pictures of the same seeds."""
+    torch.set_num_threads(1)
+    args, prompts, rewards, pipeline = base_model("aesthetic,clip_score", num_prompts, 4, more)
     features, real = load_features(CLIP), real_digits()
     real_embeds, real_ink = features(real, 64), ink(real)
-    pipeline = load_pipeline(args, torch.float32)
-    args.resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     rows, base = [], None
     with tempfile.TemporaryDirectory() as folder:
         main(parse_args([*BASE, *flags, "--max_train_steps", str(steps), "--checkpointing_steps", str(every), *more,
@@ -121,12 +136,7 @@ def reweighted(gains, count=128, num_prompts=12):
     nearest to the base model's in KL among those of that gain, p(x) proportional to p_base(x) exp(R(x) / w): the base
     model's own pictures, weighted. No training attains less divergence, so what this one loses is the reward's own doing.
     """
-    args = parse_args(BASE)
-    prompts = load_prompts(args.prompts)
-    prompts = [prompts[i * 7 % len(prompts)] for i in range(num_prompts) for _ in range(count)]
-    rewards = load_rewards(parse_reward("aesthetic"), parse_reward_paths(args.reward_path))
-    pipeline = load_pipeline(args, torch.float32)
-    args.resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    args, prompts, rewards, pipeline = base_model("aesthetic", num_prompts, count)
     images = generate(pipeline, prompts, args, desc="base pictures, to be weighted")
     scores = rewards(images, prompts).total.view(num_prompts, count)
     embeds = load_features(CLIP)(images, 64).view(num_prompts, count, -1)
@@ -211,18 +221,17 @@ def run(input_args=None):
     args = parser.parse_args(input_args)
     os.makedirs(args.out, exist_ok=True)
     table = os.path.join(args.out, "reward_hacking.csv")
-    kept = []
+    rows = []
     if args.only:
         with open(table, encoding="utf-8", newline="") as file:
-            kept = [row for row in csv.DictReader(file.readlines()[1:]) if row["variant"] not in args.only]
-        kept = [{key: value if key == "variant" else float(value) for key, value in row.items()} for row in kept]
+            rows = [row for row in csv.DictReader(file.readlines()[1:]) if row["variant"] not in args.only]
+        rows = [{key: value if key == "variant" else float(value) for key, value in row.items()} for row in rows]
     variants, settings = VARIANTS, (10, 24, [])
     if args.quick:
         variants = {name: (VARIANTS[name][0], 2) for name in ("rlr, KL .03", "truncated_bp")}
         settings = (1, 2, ["--num_inference_steps", "3", "--train_batch_size", "2"])
     if args.only:
         variants = {name: VARIANTS[name] for name in args.only}
-    rows = kept
     # The longest first, so that no worker is left alone with one.
     order = sorted(variants, key=lambda name: -variants[name][1] * (1 + ("KL" in name)))
     context = multiprocessing.get_context("spawn")
@@ -273,11 +282,7 @@ def run(input_args=None):
             f"nearest in KL to the base model at a gain of {wanted:.3f}: diversity {spread:.4f}, {100 * share:.0f} % of"
             f" base; distance to the nearest real digit {distance:.4f}"
         )
-    with open(table, "w", encoding="utf-8", newline="") as file:
-        file.write(f"# {header}\n")
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, table, header)
     plot(rows, os.path.join(args.out, "reward_hacking.png"), gain)
     return rows
 

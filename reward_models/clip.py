@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .base import check_batch
-from .loading import existing_file, loading
+from .loading import existing_file, holds, loading
 
 
 CLIP_ID = "openai/clip-vit-large-patch14"
@@ -130,5 +130,4 @@ def load_tokenizer(source, revision=None):
 
 def tokenizer_source(path):
     """The folder, if it holds a tokenizer, else the Hub's of CLIP ViT-H/14, whose checkpoints come without."""
-    held = path is not None and any(os.path.isfile(os.path.join(path, name)) for name in TOKENIZER_FILES)
-    return path if held else VIT_H_ID
+    return path if any(holds(path, name) for name in TOKENIZER_FILES) else VIT_H_ID

@@ -14,14 +14,12 @@
 """HPSv2 and v2.1 (huggingface.co/papers/2306.09341): human preference. SD 1.x scores .24 to .28."""
 
 import functools
-import json
 import os
-import re
 
 from transformers import CLIPConfig, CLIPModel
 
 from .clip import ClipAgreement, load_tokenizer, preprocess_letterbox, tokenizer_source
-from .loading import existing_file, hub_file, load_pretrained, load_state_dict
+from .loading import existing_file, holds, hub_file, load_pretrained, load_state_dict, read_json, renamed
 
 
 MODEL_ID = "xswu/HPSv2"
@@ -86,18 +84,16 @@ def clip_config(model):
 
 def clip_state(state):
     """An open_clip state dict under transformers' names."""
-    renamed = {}
-    for key, value in state.items():
-        for old, new in RENAMES:
-            key = re.sub(old, new, key)
+    result = {}
+    for key, value in renamed(state, RENAMES).items():
         if key in ("visual_projection.weight", "text_projection.weight"):
             value = value.T
         if ".in_proj_" in key:
             for name, part in zip("qkv", value.chunk(3)):
-                renamed[key.replace("in_proj_", f"{name}_proj.")] = part.contiguous()
+                result[key.replace("in_proj_", f"{name}_proj.")] = part.contiguous()
         else:
-            renamed[key] = value.contiguous()
-    return renamed
+            result[key] = value.contiguous()
+    return result
 
 
 def load(path, revision, device, dtype, file_name="HPS_v2_compressed.pt"):
@@ -108,9 +104,8 @@ def load(path, revision, device, dtype, file_name="HPS_v2_compressed.pt"):
     """
     file = hub_file(MODEL_ID, file_name, revision) if path is None else existing_file(path, file_name)
     architecture = VIT_H_14
-    if path is not None and os.path.isfile(os.path.join(path, "open_clip_config.json")):
-        with open(os.path.join(path, "open_clip_config.json"), encoding="utf-8") as config_file:
-            architecture = json.load(config_file)["model_cfg"]
+    if holds(path, "open_clip_config.json"):
+        architecture = read_json(os.path.join(path, "open_clip_config.json"))["model_cfg"]
     checkpoint = load_state_dict(file)
     if "state_dict" not in checkpoint:
         raise ValueError(f"{file!r} does not fit: missing ['state_dict']")

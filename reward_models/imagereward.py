@@ -13,7 +13,6 @@
 # limitations under the License.
 """ImageReward (huggingface.co/papers/2304.05977): human preference. SD 1.x scores .1 to .3, tuned models .7 to .8."""
 
-import json
 import os
 
 import torch
@@ -21,7 +20,17 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from .base import ScoreHead, check_batch
 from .clip import preprocess_clip
-from .loading import existing_file, hub_file, load_into, load_pretrained, load_state_dict, loading
+from .loading import (
+    existing_file,
+    holds,
+    hub_file,
+    load_into,
+    load_pretrained,
+    load_state_dict,
+    loading,
+    read_json,
+    renamed,
+)
 
 
 MODEL_ID = "THUDM/ImageReward"
@@ -38,14 +47,14 @@ VIT_L_16 = {
 }
 # The names of BLIP's own vision tower -> transformers'.
 RENAMES = (
-    ("patch_embed.proj", "embeddings.patch_embedding"),
-    ("cls_token", "embeddings.class_embedding"),
-    ("pos_embed", "embeddings.position_embedding"),
-    ("blocks.", "encoder.layers."),
-    (".norm1.", ".layer_norm1."),
-    (".norm2.", ".layer_norm2."),
-    ("attn.qkv", "self_attn.qkv"),
-    ("attn.proj", "self_attn.projection"),
+    (r"patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"cls_token", "embeddings.class_embedding"),
+    (r"pos_embed", "embeddings.position_embedding"),
+    (r"^norm\.", "post_layernorm."),
+    (r"blocks\.", "encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"attn\.qkv", "self_attn.qkv"),
+    (r"attn\.proj", "self_attn.projection"),
 )
 
 
@@ -82,14 +91,9 @@ def load(path, revision, device, dtype):
         file, config_file = (hub_file(MODEL_ID, name, revision) for name in ("ImageReward.pt", "med_config.json"))
     else:
         file, config_file = (existing_file(path, name) for name in ("ImageReward.pt", "med_config.json"))
-    with open(config_file, encoding="utf-8") as opened:
-        bert = json.load(opened)
-    vit, tokenizer_source = VIT_L_16, TOKENIZER_ID
-    if path is not None and os.path.isfile(os.path.join(path, "vit_config.json")):
-        with open(os.path.join(path, "vit_config.json"), encoding="utf-8") as opened:
-            vit = json.load(opened)
-    if path is not None and os.path.isfile(os.path.join(path, "vocab.txt")):
-        tokenizer_source = path
+    bert = read_json(config_file)
+    vit = read_json(os.path.join(path, "vit_config.json")) if holds(path, "vit_config.json") else VIT_L_16
+    tokenizer_source = path if holds(path, "vocab.txt") else TOKENIZER_ID
     vision_config = BlipVisionConfig(**vit, intermediate_size=4 * vit["hidden_size"], layer_norm_eps=1e-6)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     text_config = BlipTextConfig(
@@ -109,13 +113,7 @@ def load(path, revision, device, dtype):
         elif not key.startswith(("blip.vision_proj.", "blip.text_proj.")):  # of BLIP's contrastive loss
             raise ValueError(f"{file!r} does not fit: unexpected {[key]}")
     vision_state, text_state, head_state = parts.values()
-    for old, new in RENAMES:
-        vision_state = {key.replace(old, new): value for key, value in vision_state.items()}
-    # The last layer norm alone is called just that.
-    vision_state = {
-        key.replace("norm.", "post_layernorm.") if key.startswith("norm.") else key: value
-        for key, value in vision_state.items()
-    }
+    vision_state = renamed(vision_state, RENAMES)
     head = ScoreHead(text_config.hidden_size)
     load_into(head, head_state, file)
     with loading(tokenizer_source):

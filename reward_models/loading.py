@@ -13,8 +13,10 @@
 # limitations under the License.
 """Reading checkpoints: what cannot be read is a ValueError of one line that names the file or repository."""
 
+import json
 import os
 import pickle
+import re
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +46,11 @@ HUB_PROBLEMS = (
 )
 
 
+def first_line(error):
+    """What an error says, in one line, or what it is if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def loading(source):
     """Within it, every way in which the file, folder or Hub repository `source` fails to load is a ValueError."""
@@ -57,7 +64,7 @@ def loading(source):
         if problem is None and any(isinstance(e, pickle.UnpicklingError) for e in chain):
             problem = "no plain checkpoint of tensors: it would run code, or is damaged"
         if problem is None:
-            problem = f"cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            problem = f"cannot be read: {first_line(error)}"
         raise ValueError(f"{source!r}: {problem}") from error
 
 
@@ -71,6 +78,27 @@ def existing_file(directory, *names):
         if os.path.isfile(os.path.join(directory, name)):
             return os.path.join(directory, name)
     raise ValueError(f"{directory!r} holds no {' nor '.join(names)}")
+
+
+def read_json(file):
+    """What a JSON file holds."""
+    with open(file, encoding="utf-8") as opened:
+        return json.load(opened)
+
+
+def holds(directory, name):
+    """Whether there is a directory, and the file in it."""
+    return directory is not None and os.path.isfile(os.path.join(directory, name))
+
+
+def renamed(state, rules):
+    """Tensors under other names: `rules` are pairs of a pattern and its replacement, applied one after the other."""
+    result = {}
+    for key, value in state.items():
+        for old, new in rules:
+            key = re.sub(old, new, key)
+        result[key] = value
+    return result
 
 
 def hub_file(repository, name, revision=None):

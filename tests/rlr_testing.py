@@ -82,9 +82,13 @@ def tiny_pipeline(dtype=torch.float32):
     return pipeline
 
 
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def train(output_dir, *flags):
     main(parse_args([*BASE, "--output_dir", str(output_dir), *flags]))
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return metrics_of(output_dir)
 
 
 def same_adapter(a, b):

@@ -25,17 +25,13 @@ import time
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from rlr_testing import BASE, LORA, ROOT, same_adapter, train
+from rlr_testing import BASE, LORA, ROOT, metrics_of, same_adapter, train
 from safetensors.torch import load_file
 from train_rlr_sd import main, parse_args
 
 
 SCRIPT = os.path.join(ROOT, "train_rlr_sd.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
-
-
-def metrics_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

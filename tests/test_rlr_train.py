@@ -20,7 +20,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rlr_testing import BASE, DIGITS, LORA, ROOT, TINY_AESTHETIC, TINY_CLIP, same_adapter, tiny_pipeline, train
+from rlr_testing import (
+    BASE,
+    DIGITS,
+    LORA,
+    ROOT,
+    TINY_AESTHETIC,
+    TINY_CLIP,
+    metrics_of,
+    same_adapter,
+    tiny_pipeline,
+    train,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from train_rlr_sd import loss_scale, main, parse_args
@@ -554,7 +565,7 @@ def test_the_launcher(tmp_path, processes):
     assert result.returncode == 0, result.stderr
     assert f"{2 * processes} = 2 batch x 1 accumulation x {processes} ranks" in result.stdout
     assert "reward=" in result.stderr and "seconds=" in result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["num_images"] == 2 * processes for line in lines)
     states = [f for f in os.listdir(tmp_path / "out" / "checkpoint-2") if f.startswith("random_states")]

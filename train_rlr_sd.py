@@ -21,6 +21,7 @@ prompt -> rollout -> reward -> advantages -> backward sweep -> optimizer step; s
 """
 
 import argparse
+import datetime
 import json
 import logging
 import math
@@ -56,6 +57,7 @@ from rlr_utils import (
     GaussianKL,
     PerturbedChain,
     PredictedReward,
+    PromptEmbeds,
     PromptSampler,
     RunningReward,
     StableDiffusionChain,
@@ -80,6 +82,7 @@ from rlr_utils import (
     rlr_paper,
     rollout,
     subchain_length,
+    thin_out,
     truncated_bp,
 )
 from safetensors import SafetensorError
@@ -104,7 +107,7 @@ from diffusers.utils import (
     is_wandb_available,
     is_xformers_available,
 )
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 
 if is_wandb_available():
@@ -132,6 +135,16 @@ RUN_FILES = (
     *("README.md", os.path.join("best", LORA_FILE), os.path.join("ema", LORA_FILE)),
 )
 TRACKER = "rlr-sd"
+# What --preset_low_memory sets, unless the command says otherwise: the pictures of a step one by one, and next to nothing
+# on the device that is not in use.
+LOW_MEMORY = {
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "decode_batch_size": 1,
+    "gradient_checkpointing": True,
+    "reward_offload": True,
+    "mixed_precision": "bf16",
+}
 # What may be another on resume: how long the run is, what is kept, shown and sent of it, and what is a matter of memory
 # alone. All else is the run.
 MAY_CHANGE = (
@@ -274,17 +287,18 @@ def generate(pipeline, prompts, args, desc=None, first_seed=EVALUATION_SEED):
         # Generators of the CPU, so that a seed is the same picture on every device.
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
         # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
-        latents = pipeline(
-            batch,
-            height=args.resolution,
-            width=args.resolution,
-            negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            eta=args.eta,
-            generator=generators,
-            output_type="latent",
-        ).images
+        with offload_models(pipeline.text_encoder, device=pipeline.unet.device):  # which rests on the CPU in training
+            latents = pipeline(
+                batch,
+                height=args.resolution,
+                width=args.resolution,
+                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                eta=args.eta,
+                generator=generators,
+                output_type="latent",
+            ).images
         images += [decode_latents(pipeline.vae, part).cpu() for part in latents.split(args.decode_batch_size)]
     return torch.cat(images)
 
@@ -447,6 +461,13 @@ def parse_args(input_args=None):
         default=None,
         help="For predicted_x0: predict at the last so many steps only, leave-one-out before; default: all.",
     )
+    estimator.add_argument(
+        "--sweep_fraction",
+        type=float,
+        default=1.0,
+        help="For rlr, ddpo and rlr_paper: sweep only this share of the steps that take a likelihood ratio, drawn anew at"
+        " every optimizer step and weighted by its inverse: unbiased, cheaper and noisier.",
+    )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
     estimator.add_argument(
         "--num_inner_epochs", type=int, default=1, help="For ddpo: optimizer updates on each batch of pictures."
@@ -540,7 +561,24 @@ def parse_args(input_args=None):
     training.add_argument(
         "--max_train_steps", type=int, default=None, help="Optimizer steps; overrides num_train_epochs."
     )
-    training.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, slower backward.")
+    training.add_argument(
+        "--preset_low_memory",
+        action="store_true",
+        help="For small cards; sets, unless they are given too: "
+        + " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in LOW_MEMORY.items())
+        + ".",
+    )
+    training.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="For the U-Net: less memory, a sweep slower by a third. Worth it from a batch of 2 on: the decoder, which"
+        " takes the most at a batch of 1, is always checkpointed.",
+    )
+    training.add_argument(
+        "--compile",
+        action="store_true",
+        help="Compile the U-Net with torch.compile, once for the rollout and once for the sweep.",
+    )
     training.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
     training.add_argument(
         "--scale_lr", action="store_true", help="Multiply the learning rate by the pictures per optimizer step."
@@ -600,6 +638,9 @@ def parse_args(input_args=None):
     )
 
     args = parser.parse_args(input_args)
+    if args.preset_low_memory:
+        parser.set_defaults(**LOW_MEMORY)
+        args = parser.parse_args(input_args)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     try:
         check_args(args)
@@ -679,6 +720,13 @@ def check_args(args):
     if args.baseline_vae is not None and args.baseline != "predicted_x0":
         raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline predicted_x0")
 
+    if not 0 < args.sweep_fraction <= 1:
+        raise ValueError(f"--sweep_fraction {args.sweep_fraction} must be in (0, 1]")
+    if args.sweep_fraction < 1 and (args.gradient_estimator not in NEED_NOISE or args.branches):
+        raise ValueError(
+            f"--sweep_fraction {args.sweep_fraction} needs an estimator that sweeps likelihood ratios: rlr, ddpo or"
+            " rlr_paper, without --branches"
+        )
     if args.kl_weight > 0 and (args.gradient_estimator == "draft_lv" or args.branches):
         raise ValueError(f"--kl_weight {args.kl_weight} needs an estimator that sweeps the chain of the rollout")
     if args.kl_weight > 0 and args.eta == 0:
@@ -760,6 +808,9 @@ def load_pipeline(args, dtype):
     # Configurations of PNDM, SD 1.4's default, do not say clip_sample, and DDIM's own default would clip the latents.
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
+    # The order that the fast convolutions want, on tensor cores above all.
+    for module in (pipeline.unet, pipeline.vae):
+        module.to(memory_format=torch.channels_last)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.requires_grad_(False)
     return pipeline
@@ -982,13 +1033,15 @@ def make_schedule(args, adaptive, subchain, has_gradient):
     """The schedule of --gradient_estimator for the next optimizer step."""
     num_steps = args.num_inference_steps
     if args.gradient_estimator == "rlr":
-        return rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, has_gradient)
-    if args.gradient_estimator == "rlr_paper":
-        return rlr_paper(num_steps, subchain.draw(), args.subchain_length, args.rest, has_gradient)
-    if args.gradient_estimator == "truncated_bp":
-        return truncated_bp(num_steps, args.truncation_steps)
-    simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
-    return simple[args.gradient_estimator](num_steps)
+        schedule = rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, has_gradient)
+    elif args.gradient_estimator == "rlr_paper":
+        schedule = rlr_paper(num_steps, subchain.draw(), args.subchain_length, args.rest, has_gradient)
+    elif args.gradient_estimator == "truncated_bp":
+        schedule = truncated_bp(num_steps, args.truncation_steps)
+    else:
+        simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
+        schedule = simple[args.gradient_estimator](num_steps)
+    return thin_out(schedule, args.sweep_fraction) if args.sweep_fraction < 1 else schedule
 
 
 def advantages_of(args, rewards, prompts, predicted, running, predictor):
@@ -1153,6 +1206,7 @@ def main(args):
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
         cpu=not torch.accelerator.is_available(),
+        dynamo_backend="inductor" if args.compile else None,
     )
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
@@ -1294,9 +1348,10 @@ def main(args):
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        vae.enable_gradient_checkpointing()
-    pipeline.to(accelerator.device)
-    baseline_vae.to(accelerator.device)
+    # At the price of one more decoding a picture, which is a hundredth of what its chain costs.
+    vae.enable_gradient_checkpointing()
+    for module in (unet, vae, baseline_vae):
+        module.to(accelerator.device)
 
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
@@ -1459,19 +1514,34 @@ def main(args):
         seeds = [random.Random(f"{args.seed}/{step}/{place}").getrandbits(63) for place in places]
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
+    embeds_of = PromptEmbeds(
+        lambda prompt: pipeline.encode_prompt(prompt, accelerator.device, 1, False)[:1],
+        [pipeline.text_encoder],
+        accelerator.device,
+    )
+
     def make_chain(batch):
-        negative = None if args.negative_prompt is None else [args.negative_prompt] * len(batch)
-        prompt_embeds, negative_prompt_embeds = pipeline.encode_prompt(
-            batch, accelerator.device, 1, args.guidance_scale > 1, negative_prompt=negative
-        )
         return StableDiffusionChain(
             unet,
             scheduler,
-            prompt_embeds,
-            negative_prompt_embeds,
+            *embeds_of(batch),
+            *embeds_of([args.negative_prompt or ""] * len(batch)),
             guidance_scale=args.guidance_scale,
             eta=args.eta,
         )
+
+    if is_compiled_module(unet):
+        x, swept = torch.zeros(latents_shape, device=accelerator.device), schedule.mixing[2 : schedule.stop_after + 1]
+        try:
+            # What rollout and sweep will ask for, so that a failing compiler is known now.
+            chain = make_chain(prompts[:1] * args.train_batch_size)
+            with torch.no_grad():
+                chain.mean(chain.num_steps, x)
+            chain.mean(chain.num_steps, x.requires_grad_(any(swept))).sum().backward()
+        except Exception as error:  # whatever a compiler may say
+            logger.warning(f"the U-Net cannot be compiled and runs as it is: {first_line(error)}")
+            unet = pipeline.unet
+        optimizer.zero_grad()
 
     if accelerator.is_main_process:
         # TensorBoard takes no lists.
@@ -1646,7 +1716,14 @@ def main(args):
                         sweep_renoised(batch, schedule, scale)
                     elif args.gradient_estimator == "ddpo":
                         ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
-                        backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio, penalty=penalty)
+                        backward_sweep(
+                            chain,
+                            trajectory,
+                            schedule.mixing,
+                            cotangent=ratio,
+                            penalty=penalty,
+                            weights=schedule.weights,
+                        )
                         clipped += ratio.clipped
                     else:
                         reward_grad = batch.reward_grad
@@ -1660,13 +1737,15 @@ def main(args):
                             advantages=scale * advantage,
                             stop_after=schedule.stop_after,
                             penalty=penalty,
+                            weights=schedule.weights,
                             parameters=trainable if args.subchain_sampling == "grad_norm" else None,
                         )
                         batch.perturbation.add_gradient(scale * mean)
                         norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
                         seen.append(torch.stack(norms))
                     if penalty is not None:
-                        divergences.append(torch.stack(penalty.values).sum())
+                        weights = schedule.weights or [1.0] * len(schedule.mixing)
+                        divergences.append(sum(weights[k] * kl for k, kl in penalty.divergences.items()))
                 gradients = [p.grad for p in trainable]
                 flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
                 vector_to_parameters(flat, gradients)
@@ -1679,7 +1758,8 @@ def main(args):
                     ema.step(trainable)
             lr_scheduler.step()
             if seen and math.isfinite(grad_norm):
-                seen = SweepStatistics(*accelerator.reduce(torch.stack(seen).mean(0), "mean"))
+                # Of each step, what those ranks have seen that have swept it.
+                seen = SweepStatistics(*accelerator.gather(torch.stack(seen)).nanmean(0))
                 adaptive.update(seen)
                 subchain.update(seen)
 
@@ -1720,6 +1800,12 @@ def main(args):
             accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
             bar.update()
             bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{seconds:.2f}")
+            if step == first_step + 1:
+                warmed_up = time.perf_counter()
+            if step == first_step + 3:
+                per_step, num_steps = (time.perf_counter() - warmed_up) / 2, args.max_train_steps - first_step
+                total = datetime.timedelta(seconds=round(per_step * num_steps))
+                logger.info(f"about {total} for {num_steps} steps in all, at {per_step:.1f} seconds a step")
 
             if reason is not None:
                 logger.info(reason)

@@ -27,11 +27,12 @@ from .estimators import (
     rlr,
     rlr_paper,
     subchain_length,
+    thin_out,
     truncated_bp,
 )
 from .kl import GaussianKL
 from .policy_gradient import ClippedRatio
-from .prompts import PromptSampler, load_prompts
+from .prompts import PromptEmbeds, PromptSampler, load_prompts
 from .rollout import Trajectory, renoise, rollout
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
@@ -43,6 +44,7 @@ __all__ = [
     "GaussianKL",
     "PerturbedChain",
     "PredictedReward",
+    "PromptEmbeds",
     "PromptSampler",
     "RunningReward",
     "Schedule",
@@ -68,5 +70,6 @@ __all__ = [
     "rlr_paper",
     "rollout",
     "subchain_length",
+    "thin_out",
     "truncated_bp",
 ]

@@ -48,7 +48,10 @@ class StableDiffusionChain:
     def __init__(self, unet, scheduler, prompt_embeds, negative_prompt_embeds=None, *, guidance_scale=5.0, eta=1.0):
         self.unet = unet
         self.scheduler = scheduler
+        # The scheduler looks its tables up by number, on the CPU; the U-Net takes what is on its device already. Nothing
+        # then waits for the device while the chain runs.
         self.timesteps = scheduler.timesteps.tolist()
+        self._timesteps = scheduler.timesteps.to(prompt_embeds.device)
         # Detached: a graph back into the text encoder would be spent by the first of the sweep's backward calls.
         self.prompt_embeds = prompt_embeds.detach().expand(self.num_steps, *prompt_embeds.shape[-3:])
         self.negative_prompt_embeds = None if negative_prompt_embeds is None else negative_prompt_embeds.detach()
@@ -71,15 +74,17 @@ class StableDiffusionChain:
 
     def predict(self, k, x):
         """(mu_k(x_k), x0_hat(x_k)), (B, C, H, W) each: the mean and, from the same U-Net call, the predicted x_0."""
-        timestep, embeds = self.timesteps[self.num_steps - k], self.prompt_embeds[self.num_steps - k]
+        i = self.num_steps - k
+        embeds = self.prompt_embeds[i]
         if self.guided:
             embeds = torch.cat([self.negative_prompt_embeds, embeds])
         model_input = torch.cat([x, x]) if self.guided else x
-        prediction = self.unet(model_input.to(embeds.dtype), timestep, encoder_hidden_states=embeds).sample.to(x.dtype)
+        model_input = model_input.to(embeds.dtype)
+        prediction = self.unet(model_input, self._timesteps[i], encoder_hidden_states=embeds).sample.to(x.dtype)
         if self.guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-        return self._step(prediction, timestep, x, noise=torch.zeros_like(x))
+        return self._step(prediction, self.timesteps[i], x, noise=torch.zeros_like(x))
 
     def repeat(self, i, copies):
         """The chain of picture i alone, for a batch of `copies`; nothing is encoded again."""

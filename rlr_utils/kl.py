@@ -30,7 +30,7 @@ class GaussianKL:
         weight: w, reward per nat of divergence.
 
     Attributes:
-        values: KL_k of every step swept so far in nats, the mean over the batch.
+        divergences: {k: KL_k} of the steps swept so far in nats, the mean over the batch.
 
     Raises:
         ValueError: when a step without noise is swept, which diverges from any other by infinity.
@@ -41,12 +41,12 @@ class GaussianKL:
         self.base_mean = base_mean
         self.trajectory = trajectory
         self.weight = weight
-        self.values = []
+        self.divergences = {}
 
     def __call__(self, k, mean):
         sigma = self.chain.sigma(k)
         if sigma == 0:
             raise ValueError(f"the divergence from the base model needs noise, but sigma({k}) is 0")
         offset = mean - self.base_mean(k, self.trajectory.latents[k])
-        self.values.append(offset.square().flatten(1).sum(1).mean() / (2 * sigma**2))
+        self.divergences[k] = offset.square().flatten(1).sum(1).mean() / (2 * sigma**2)
         return -self.weight * offset / sigma**2

@@ -11,10 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the prompts come from, and in which order training meets them."""
+"""Where the prompts come from, in which order training meets them, and what the text encoder makes of them."""
 
 import os
 import random
+
+import torch
+
+from diffusers.training_utils import offload_models
 
 
 SIMPLE_ANIMALS = [
@@ -79,3 +83,35 @@ class PromptSampler:
             self._pass, self._order = number, list(self.prompts)
             random.Random(f"{self.seed}/{number}").shuffle(self._order)
         return self._order[index]
+
+
+class PromptEmbeds:
+    """What the text encoders make of prompts, kept on the CPU, where the encoders rest between new prompts.
+
+    Every prompt is encoded once and by itself: in a batch its last digits would depend on the other prompts.
+
+    Args:
+        encode: `encode(prompt) -> tuple of tensors (1, ...)`.
+        text_encoders: the modules that it uses, which are moved to `device` for it.
+        device: of the results.
+        max_prompts: how many prompts are kept; those of SD 1.4 take 118 KB each in half precision.
+    """
+
+    def __init__(self, encode, text_encoders, device, max_prompts=4096):
+        self.encode = encode
+        self.text_encoders = [module.cpu() for module in text_encoders]
+        self.device = device
+        self.max_prompts = max_prompts
+        self.kept = {}
+
+    @torch.no_grad()
+    def __call__(self, prompts):
+        """B prompts -> a tuple of tensors (B, ...)."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
+        if new:
+            with offload_models(*self.text_encoders, device=self.device):
+                self.kept.update({prompt: [part.cpu() for part in self.encode(prompt)] for prompt in new})
+        embeds = tuple(torch.cat(parts).to(self.device) for parts in zip(*(self.kept[prompt] for prompt in prompts)))
+        for prompt in list(self.kept)[: -self.max_prompts]:
+            del self.kept[prompt]
+        return embeds

@@ -29,11 +29,13 @@ class Trajectory:
         latents: `latents[k]` is x_k (B, ...) for k = 0..T; `latents[T]` is where the run started.
         noises: `noises[k]` is z_k (B, ...) for k = 1..T with unit variance; `noises[0]` is `None`.
         predictions: `predictions[k]` is the predicted x_0 (B, ...) at x_k for k = 1..T, if asked for, else `None`.
+        last_mean: mu_1(x_1) (B, ...) with its graph, for one sweep that follows at once and stops after step 1.
     """
 
     latents: list
     noises: list
     predictions: Optional[list] = None
+    last_mean: Optional[torch.Tensor] = None
 
 
 @torch.no_grad()
@@ -50,8 +52,10 @@ def rollout(chain, x_T, generator=None, predict=False):
     """
     num_steps = chain.num_steps
     latents, noises, predictions = [None] * num_steps + [x_T], [None] * (num_steps + 1), [None] * (num_steps + 1)
+    # All of them first: noise of a generator on the CPU has to be carried over, for which a GPU would be waited for.
     for k in range(num_steps, 0, -1):
         noises[k] = randn_tensor(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
+    for k in range(num_steps, 0, -1):
         if predict:
             mean, predictions[k] = chain.predict(k, latents[k])
         else:
@@ -65,8 +69,11 @@ def renoise(chain, x_0):
     """A new last step for pictures x_0 (B, ...): x_1 from the chain's `renoise(x_0, noise)`, then the step itself.
 
     Returns:
-        Trajectory with `latents[0]`, `latents[1]` and `noises[1]` alone: enough for a sweep with `stop_after=1`.
+        Trajectory with `latents[0]`, `latents[1]`, `noises[1]` and `last_mean` alone: enough for a sweep with
+        `stop_after=1`, which has nothing to compute again.
     """
     x_1 = chain.renoise(x_0, torch.randn_like(x_0))
     noise = torch.randn_like(x_0)
-    return Trajectory([chain.mean(1, x_1) + chain.sigma(1) * noise, x_1], [None, noise])
+    with torch.enable_grad():
+        mean = chain.mean(1, x_1)
+    return Trajectory([mean + chain.sigma(1) * noise, x_1], [None, noise], last_mean=mean)

@@ -24,7 +24,8 @@ class SweepStatistics(NamedTuple):
     Attributes:
         pathwise, likelihood_ratio: variance of the two cotangents, ||c - mean of c||^2 summed over the batch and divided
             by B - 1: what all pictures share is signal, not noise. Of a single picture ||c||^2.
-        gradient_norm: norm of what the step added to the gradients of `parameters`, if they were given.
+        gradient_norm: norm of what the step added to the gradients of `parameters`, its weight left out, if they were
+            given.
     """
 
     pathwise: torch.Tensor
@@ -59,6 +60,7 @@ def backward_sweep(
     stop_after=None,
     cotangent=None,
     penalty=None,
+    weights=None,
     parameters=None,
 ):
     r"""Add the gradient of -(mean over the batch of R) to `.grad` of the chain's parameters, in one pass k = 1..T.
@@ -67,13 +69,13 @@ def backward_sweep(
     vector-Jacobian product gives the step's share of the parameter gradient and the pathwise cotangent of the next:
 
         c_{k-1}   = gamma_k c^P_{k-1} + (1 - gamma_k) A z_k / sigma_k
-        grad     -= J_theta(mu_k)^T c_{k-1} / B
+        grad     -= w_k J_theta(mu_k)^T c_{k-1} / B
         c^P_k     = (d mu_k / d x_k)^T c_{k-1},        c^P_0 = dR/dx_0
 
     Both cotangents are unbiased for the gradient with respect to mu_k, so any gamma_k that does not depend on this
     sample is too: gamma = 1 is backpropagation through the chain, gamma = 0 is REINFORCE, and everything between is
     total propagation (huggingface.co/papers/1902.01240) along the chain of RLR (huggingface.co/papers/2502.00639).
-    One graph of one step is alive at a time, whatever T is.
+    One graph of one step is alive at a time, whatever T is, and nothing waits for the device.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -88,6 +90,8 @@ def backward_sweep(
         penalty: `penalty(k, mean) -> (B, ...)`, likewise, a cotangent of mu_k that reaches the parameters at this step
             and nothing else: the states are held fixed, so no earlier step hears of it. Where a pathwise cotangent
             passes, that takes a second product with the same graph.
+        weights: w_k for k = 1..T, a sequence of T + 1, the inverse of the probability with which step k is swept where
+            that is drawn; `None` for 1 throughout.
         parameters: tensors whose gradient is to be measured step by step, for `SweepStatistics.gradient_norm`.
 
     Returns:
@@ -101,6 +105,10 @@ def backward_sweep(
     stop_after = num_steps if stop_after is None else stop_after
     _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent)
     latents, batch = trajectory.latents, len(trajectory.latents[0])
+    weights = [1.0] * (num_steps + 1) if weights is None else weights
+    # x_k is given a gradient at every step or at none, though the last one swept hands nothing on: a compiled U-Net then
+    # has one graph for the sweep.
+    with_input_grad = any(mixing[k] for k in range(2, stop_after + 1))
     seen = torch.full((3, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
     pathwise = reward_grad
     for k in range(1, stop_after + 1):
@@ -115,10 +123,12 @@ def backward_sweep(
                 centre = term.mean(0) if batch > 1 else 0.0
                 seen[row, k] = (term - centre).square().sum() / max(batch - 1, 1)
 
-        # The pathwise cotangent costs the gradient of x_k: only where the next step takes it up.
-        x = latents[k].detach().requires_grad_(k < stop_after and bool(mixing[k + 1]))
-        with torch.enable_grad():
-            mean = chain.mean(k, x)
+        hands_on = k < stop_after and bool(mixing[k + 1])
+        x = latents[k].detach().requires_grad_(with_input_grad)
+        mean = trajectory.last_mean
+        if mean is None:
+            with torch.enable_grad():
+                mean = chain.mean(k, x)
         mixed = torch.zeros_like(latents[k])
         if mixing[k] > 0:
             mixed += mixing[k] * pathwise
@@ -127,17 +137,18 @@ def backward_sweep(
         if cotangent is not None:
             mixed += (1 - mixing[k]) * cotangent(k, mean.detach())
         before = _gradient_of(parameters)
-        if penalty is not None and x.requires_grad:
-            torch.autograd.backward(mean, -penalty(k, mean.detach()) / batch, retain_graph=True)
+        scale = -weights[k] / batch
+        if penalty is not None and hands_on:
+            torch.autograd.backward(mean, scale * penalty(k, mean.detach()), retain_graph=True)
             x.grad = None
         elif penalty is not None:
             mixed += penalty(k, mean.detach())
-        torch.autograd.backward(mean, -mixed / batch)
+        torch.autograd.backward(mean, scale * mixed)
         if parameters is not None:
-            seen[2, k] = (_gradient_of(parameters) - before).norm()
+            seen[2, k] = (_gradient_of(parameters) - before).norm() / weights[k]
         pathwise = None
-        if x.requires_grad:
-            pathwise = torch.zeros_like(mixed) if x.grad is None else -batch * x.grad
+        if hands_on:
+            pathwise = torch.zeros_like(mixed) if x.grad is None else x.grad / scale
     return SweepStatistics(*seen)
 
 
@@ -161,6 +172,8 @@ def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotan
         )
     if advantages is not None and cotangent is not None:
         raise ValueError("advantages and cotangent both stand for the likelihood ratio: give one of them")
+    if trajectory.last_mean is not None and stop_after > 1:
+        raise ValueError(f"last_mean serves a sweep of step 1 alone, not one that stops after {stop_after}")
     if not 1 <= stop_after <= num_steps:
         raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     for k in range(1, stop_after + 1):

@@ -16,7 +16,20 @@ import torch
 from peft import LoraConfig
 from reward_models import load_reward
 from rlr_testing import TINY_AESTHETIC, Mix, gradients, tiny_pipeline
-from rlr_utils import StableDiffusionChain, backward_sweep, decode_latents, full_bp, likelihood_ratio, renoise, rollout
+from rlr_utils import (
+    StableDiffusionChain,
+    backward_sweep,
+    ddpo,
+    decode_latents,
+    full_bp,
+    likelihood_ratio,
+    renoise,
+    rlr,
+    rollout,
+)
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 PROMPTS = ["a red seven", "a blue two", "a green zero"]
@@ -169,3 +182,71 @@ def test_renoising_repeats_the_last_step_from_another_noise():
     with torch.no_grad():
         step = chain.mean(1, first.latents[1]) + chain.sigma(1) * first.noises[1]
     torch.testing.assert_close(first.latents[0], step)
+
+
+class Carried(TorchDispatchMode):
+    """Notes every tensor that an operation carries from the CPU to the device: a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim > 0}
+        if "cpu" in devices and any(t.is_meta for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            self.operations.append(func)
+        return out
+
+
+@pytest.mark.parametrize("schedule", [rlr(4, 0.5, differentiable=True), ddpo(4)], ids=["rlr", "ddpo"])
+def test_nothing_in_rollout_and_sweep_waits_for_the_device(schedule):
+    """On a device without memory no value can be asked for; and after the noise, all that it needs is there."""
+    pipeline = tiny_pipeline()
+    add_lora(pipeline.unet)
+    pipeline.unet.to("meta")
+    pipeline.scheduler.set_timesteps(4)
+    embeds = torch.zeros(2, 3, 77, 64, device="meta")
+    chain = StableDiffusionChain(pipeline.unet, pipeline.scheduler, embeds[0], embeds[1])
+    x_T = torch.zeros(3, 4, 8, 8, device="meta")
+    carried, before = Carried(), []
+
+    def called(unet, inputs):
+        assert all(isinstance(value, torch.Tensor) and value.is_meta for value in inputs)
+        before.append(len(carried.operations))
+
+    pipeline.unet.register_forward_pre_hook(called)
+    with carried:
+        trajectory = rollout(chain, x_T, [torch.Generator().manual_seed(i) for i in range(3)])
+    # The noise of generators on the CPU, all of it before the first call.
+    assert before[0] > 0 and before == [len(carried.operations)] * 4
+    with Carried() as carried:
+        rows = backward_sweep(
+            chain,
+            trajectory,
+            schedule.mixing,
+            reward_grad=torch.zeros_like(x_T),
+            advantages=torch.zeros(3, device="meta"),
+        )
+    assert rows.pathwise.is_meta and not carried.operations
+    assert all(p.grad.is_meta for p in pipeline.unet.parameters() if p.requires_grad)
+    with pytest.raises(RuntimeError, match="item"):
+        rows.pathwise[1].item()
+
+
+@pytest.mark.parametrize("mixing", [[0.5] * 5, [0.0] * 5], ids=["both", "likelihood ratio"])
+def test_a_compiled_unet_has_one_graph_for_the_rollout_and_one_for_the_sweep(mixing):
+    pipeline = tiny_pipeline()
+    add_lora(pipeline.unet)
+    chain = make_chain(pipeline, 4)
+    plain = rollout(chain, torch.randn(3, 4, 8, 8), torch.Generator().manual_seed(0))
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    chain.unet = torch.compile(pipeline.unet, backend=counter)
+    for _ in range(2):
+        trajectory = rollout(chain, plain.latents[4], torch.Generator().manual_seed(0))
+        backward_sweep(
+            chain, trajectory, mixing, reward_grad=torch.ones_like(plain.latents[0]), advantages=torch.ones(3)
+        )
+    assert counter.frame_count == 2
+    torch.testing.assert_close(trajectory.latents[0], plain.latents[0], rtol=1e-4, atol=1e-4)

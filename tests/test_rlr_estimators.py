@@ -23,6 +23,7 @@ from rlr_utils import (
     PerturbedChain,
     PredictedReward,
     RunningReward,
+    Schedule,
     SubchainSampler,
     SweepStatistics,
     WeightPerturbation,
@@ -38,18 +39,44 @@ from rlr_utils import (
     rlr_paper,
     rollout,
     subchain_length,
+    thin_out,
     truncated_bp,
 )
 
 
 def test_schedules():
-    assert full_bp(3) == ([1.0] * 4, 3, ())
-    assert truncated_bp(3, 2) == ([1.0] * 4, 2, ())
+    assert full_bp(3) == Schedule([1.0] * 4, 3)
+    assert truncated_bp(3, 2) == Schedule([1.0] * 4, 2)
     assert draft_lv(3) == truncated_bp(3, 1)
-    assert ddpo(3) == ([0.0] * 4, 3, ())
+    assert ddpo(3) == Schedule([0.0] * 4, 3)
     assert {alignprop(4).stop_after for _ in range(200)} == {1, 2, 3, 4}
     assert rlr(3, 0.4, differentiable=True).mixing[1:] == [1.0, 0.4, 0.4]
     assert rlr(3, 0.4, differentiable=False).mixing[1:] == [0.0, 0.4, 0.4]
+
+
+def test_thinning_out_leaves_the_pathwise_steps_alone():
+    """Step 1 is first order, 4 begins a sub-chain of three; of the four others two stay, with the weight 4 / 2."""
+    schedule = rlr_paper(8, start=4, length=3, rest="likelihood_ratio")
+    assert schedule.mixing[1:] == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    met = torch.zeros(9)
+    for _ in range(500):
+        thin = thin_out(schedule, 0.5)
+        kept = [k for k in range(1, 9) if thin.mixing[k] is not None]
+        assert {1, 4, 5, 6} < set(kept) and len(kept) == 6
+        assert [thin.weights[k] for k in kept] == [1.0 if k in (1, 4, 5, 6) else 2.0 for k in kept]
+        met[kept] += 1
+    assert 200 < met[[2, 3, 7, 8]].min() and met[[2, 3, 7, 8]].max() < 300
+    assert schedule.mixing[2] == 0.0  # the schedule itself is as it was
+
+
+def test_a_step_after_one_left_out_takes_the_likelihood_ratio_alone():
+    for _ in range(50):
+        thin = thin_out(rlr(6, 0.4, differentiable=True), 0.5)
+        assert thin.mixing[1] == 1.0 and sum(gamma is not None for gamma in thin.mixing[1:]) == 3
+        for k in range(2, 7):
+            assert thin.mixing[k] in (None, 0.0 if thin.mixing[k - 1] is None else 0.4)
+    assert thin_out(full_bp(4), 0.1) == full_bp(4)
+    assert sum(gamma is not None for gamma in thin_out(ddpo(4), 0.01).mixing[1:]) == 1
 
 
 def statistics(pathwise, likelihood_ratio):

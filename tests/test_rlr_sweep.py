@@ -32,9 +32,11 @@ from rlr_utils import (
     full_bp,
     leave_one_out,
     likelihood_ratio,
+    renoise,
     rlr,
     rlr_paper,
     rollout,
+    thin_out,
     truncated_bp,
 )
 
@@ -193,7 +195,9 @@ def test_the_divergence_from_the_base_model_reaches_the_parameters_alone(gamma):
         divergences.append(torch.distributions.kl_divergence(step, other).flatten(1).sum(1).mean())
     (0.3 * torch.stack(divergences).sum()).backward()
     torch.testing.assert_close(together - plain, gradients(chain), **EXACT)
-    torch.testing.assert_close(torch.stack(penalty.values), torch.stack(divergences).detach(), **EXACT)
+    torch.testing.assert_close(
+        torch.stack(list(penalty.divergences.values())), torch.stack(divergences).detach(), **EXACT
+    )
 
 
 def test_a_cotangent_in_place_of_the_likelihood_ratio_is_weighted_like_it():
@@ -226,6 +230,62 @@ def test_steps_that_are_left_out_add_nothing_and_let_nothing_pass():
     torch.testing.assert_close(gradients(chain), sum(alone), **EXACT)
     torch.testing.assert_close(rows.gradient_norm[1], alone[0].norm(), **EXACT)
     assert rows.gradient_norm.isnan().tolist() == [True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+def test_a_weight_is_of_what_the_parameters_get_and_of_nothing_that_is_handed_on(gamma):
+    """Each step by itself, from the difference that its weight makes, is what it was; so is every statistic."""
+    chain, trajectory, rewards, reward_grad = setup()
+    base = NonlinearChain(num_steps=chain.num_steps, seed=7)
+
+    def sweep(weights):
+        penalty = GaussianKL(chain, lambda k, x: base.mean(k, x).detach(), trajectory, weight=0.3)
+        rows = backward_sweep(
+            chain,
+            trajectory,
+            [gamma] * (chain.num_steps + 1),
+            reward_grad=reward_grad,
+            advantages=rewards,
+            penalty=penalty,
+            weights=weights,
+            parameters=list(chain.parameters()),
+        )
+        return gradients(chain), rows
+
+    plain, plain_rows = sweep(None)
+    summed = 0
+    for k in range(1, chain.num_steps + 1):
+        weighted, rows = sweep([3.0 if j == k else 1.0 for j in range(chain.num_steps + 1)])
+        summed += (weighted - plain) / 2
+        for row, expected in zip(rows, plain_rows):
+            torch.testing.assert_close(row, expected, equal_nan=True, **EXACT)
+    torch.testing.assert_close(summed, plain, **EXACT)
+
+
+def test_a_last_step_with_its_graph_is_not_computed_again():
+    class Counting(NonlinearChain):
+        calls = 0
+
+        def mean(self, k, x):
+            self.calls += 1
+            return super().mean(k, x)
+
+        def renoise(self, x_0, noise):
+            return x_0 + 0.1 * noise
+
+    chain = Counting()
+    trajectory = renoise(chain, torch.randn(6, 3, dtype=torch.float64))
+    assert chain.calls == 1 and not trajectory.latents[0].requires_grad
+    x_0 = trajectory.latents[0].clone().requires_grad_()
+    (reward_grad,) = torch.autograd.grad(reward_of(x_0).sum(), x_0)
+    with pytest.raises(ValueError, match="last_mean serves a sweep of step 1 alone"):
+        backward_sweep(chain, trajectory, [1.0] * 6, reward_grad=reward_grad, stop_after=2)
+    backward_sweep(chain, trajectory, [1.0] * 6, reward_grad=reward_grad, stop_after=1)
+    swept = gradients(chain)
+    assert chain.calls == 1
+    again = Trajectory(trajectory.latents, trajectory.noises)
+    backward_sweep(chain, again, [1.0] * 6, reward_grad=reward_grad, stop_after=1)
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
 
 
 def test_a_mean_that_ignores_its_input_passes_on_a_zero():
@@ -271,7 +331,7 @@ def test_the_memory_of_all_steps_is_that_of_one(gamma):
         mixing = [gamma] * (chain.num_steps + 1)
         backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards, stop_after=stop_after)
 
-    # Two steps against five: the first also asks for the gradient of x_k, as all but the last do.
+    # Two steps against five: the first also asks for the gradient of x_k, as all do that a pathwise cotangent passes.
     assert 0 < most_saved(lambda: run(5)) == most_saved(lambda: run(2))
     with_graph = most_saved(lambda: reward_of(replay(chain, trajectory)).mean().backward())
     assert with_graph > 4 * most_saved(lambda: run(5))
@@ -331,6 +391,7 @@ def sweep_with(schedule_of):
             reward_grad=chain.reward_grad(x_0),
             advantages=leave_one_out(chain.reward(x_0)),
             stop_after=schedule.stop_after,
+            weights=schedule.weights,
         )
 
     return estimate
@@ -343,13 +404,15 @@ def adaptive_rlr():
     return lambda chain, trajectory: adaptive.update(sweep(chain, trajectory))
 
 
-def paper_rlr(rest, length=2, scale=0.02):
+def paper_rlr(rest, length=2, scale=0.02, fraction=1.0):
     """Equation 6 with a new start at every batch; the zeroth-order term is compared with a running mean."""
     running = RunningReward()
 
     def estimate(chain, trajectory):
         start = SubchainSampler(chain.num_steps, length).draw()
         schedule = rlr_paper(chain.num_steps, start, length, rest)
+        if fraction < 1:
+            schedule = thin_out(schedule, fraction)
         perturbation = WeightPerturbation(chain.parameters(), scale, random.getrandbits(62), schedule.perturbed)
         if schedule.perturbed:
             trajectory = rollout(PerturbedChain(chain, perturbation), trajectory.latents[chain.num_steps])
@@ -362,6 +425,7 @@ def paper_rlr(rest, length=2, scale=0.02):
             reward_grad=chain.reward_grad(x_0),
             advantages=leave_one_out(rewards),
             stop_after=schedule.stop_after,
+            weights=schedule.weights,
         )
         perturbation.add_gradient(leave_one_out(rewards.mean()[None], running.mean).item())
         running.update(rewards)
@@ -416,6 +480,9 @@ UNBIASED = {
     "likelihood_ratio_predicted_x0": predicted_x0(ddpo),
     "rlr_predicted_x0": predicted_x0(lambda num_steps: rlr(num_steps, 0.5, differentiable=True)),
     "branching": branching(pairs=3),
+    "likelihood_ratio_thinned_out": sweep_with(lambda num_steps: thin_out(ddpo(num_steps), 0.3)),
+    "rlr_thinned_out": sweep_with(lambda num_steps: thin_out(rlr(num_steps, 0.5, differentiable=True), 0.5)),
+    "rlr_paper_thinned_out": paper_rlr("likelihood_ratio", fraction=0.4),
 }
 
 
@@ -428,6 +495,13 @@ def test_unbiased_on_the_linear_gaussian_chain(name):
 @pytest.mark.parametrize("schedule_of", [lambda num_steps: truncated_bp(num_steps, 1), alignprop])
 def test_truncation_fails_the_same_test(schedule_of):
     # Many small batches, since alignprop draws one K a batch.
+    assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
+
+
+def test_thinning_out_without_its_weights_fails_it_too():
+    def schedule_of(num_steps):
+        return thin_out(ddpo(num_steps), 0.3)._replace(weights=None)
+
     assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
 
 

@@ -1068,7 +1068,7 @@ def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_s
     if args.gradient_estimator == "alignprop":
         swept = num_steps
     if args.gradient_estimator == "draft_lv":
-        forwards, swept = forwards + args.lv_samples, args.lv_samples
+        swept = args.lv_samples
     if args.branches:
         forwards, swept = forwards + args.branches * (num_steps - 1), 1
     if args.kl_weight > 0:
@@ -1081,7 +1081,7 @@ def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_s
         "prompts": num_prompts,
         "images per step": f"{images_per_step} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"
         f" accumulation x {accelerator.num_processes} ranks",
-        "U-Net calls per step": f"{forwards} forward + {swept} recomputed with backward"
+        "U-Net calls per step": f"{forwards} forward + {swept} with backward"
         + (" at most" if args.gradient_estimator == "alignprop" else "")
         + (" (on average)" if args.branches else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else ""),

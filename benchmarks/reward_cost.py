@@ -28,12 +28,10 @@ import ctypes
 import gc
 import os
 import platform
-import resource
 import statistics
 import string
 import sys
 import tempfile
-import threading
 import time
 from typing import NamedTuple
 
@@ -143,32 +141,26 @@ def seconds_of(*called):
     return time.perf_counter() - started
 
 
-def resident():
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident(name):
+    """VmRSS, the bytes that this process has in memory, or VmHWM, the most it had since its peak was last reset."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
-def peak_memory(function, images, with_gradient):
-    """Bytes in use at the most, beyond those before: the allocator's on a GPU, resident ones every millisecond on a CPU."""
-    if images.device.type != "cpu":
+def peak_memory(run, device):
+    """Bytes in use at the most during `run()`, beyond those before: the allocator's on a GPU, resident ones on a CPU."""
+    if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
-        call(function, images, with_gradient)
+        run()
         return torch.accelerator.max_memory_allocated() - before
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls have freed is there to be used again unseen
-    before, seen, done = resident(), [resident()], threading.Event()
-
-    def watch():
-        while not done.wait(0.001):
-            seen.append(resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    call(function, images, with_gradient)
-    done.set()
-    watcher.join()
-    return max(seen) - before
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # the peak starts anew
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
 
 
 def measure(name, build, device, batch_size, resolution, rounds, bar):
@@ -194,7 +186,8 @@ def measure(name, build, device, batch_size, resolution, rounds, bar):
         row["ratio"], row["ratio_min"], row["ratio_max"] = statistics.median(ratios), min(ratios), max(ratios)
         for side in sides:
             row[f"{side}_seconds"] = statistics.median(seconds[side][1:]) / batch_size
-            row[f"{side}_mib"] = peak_memory(*sides[side], with_gradient) / batch_size / 2**20
+            peak = peak_memory(lambda: call(*sides[side], with_gradient), images.device)
+            row[f"{side}_mib"] = peak / batch_size / 2**20
         rows.append(row)
     return rows
 

@@ -23,13 +23,13 @@ class WeightPerturbation:
 
     This is the ZO part of RLR (huggingface.co/papers/2502.00639). The eps_k are drawn again from their seeds whenever
     they are needed, never kept; one copy of the weights is kept and copied back after each step, so that they come
-    back bit by bit. All pictures of a batch share eps_k: their rewards are averaged, and the baseline must come from
+    back bit by bit. Both happen on the parameters' device, with nothing to wait for. All pictures of a batch share eps_k: their rewards are averaged, and the baseline must come from
     other batches.
 
     Args:
         parameters: the trainable parameters.
         scale: s.
-        seed: of this rollout; each step and parameter draws from its own stream.
+        seed: of this rollout; each step draws from its own stream.
         steps: the perturbed steps.
     """
 
@@ -42,30 +42,29 @@ class WeightPerturbation:
 
     def _noises(self, k):
         """eps_k, one tensor per parameter."""
-        generator = torch.Generator().manual_seed(hash((self.seed, k)) % 2**63)
-        for p in self.parameters:
-            yield torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        first, sizes = self.parameters[0], [p.numel() for p in self.parameters]
+        generator = torch.Generator(first.device).manual_seed(hash((self.seed, k)) % 2**63)
+        noise = torch.randn(sum(sizes), generator=generator, dtype=first.dtype, device=first.device)
+        return [part.view_as(p) for part, p in zip(noise.split(sizes), self.parameters)]
 
     @contextmanager
     def applied(self, k):
         """The weights perturbed inside, restored after, if k is one of the steps."""
         with torch.no_grad():
             if k in self.steps:
-                for p, noise in zip(self.parameters, self._noises(k)):
-                    p.add_(self.scale * noise)
+                torch._foreach_add_(self.parameters, self._noises(k), alpha=self.scale)
             try:
                 yield
             finally:
                 if k in self.steps:
-                    for p, kept in zip(self.parameters, self.kept):
-                        p.copy_(kept)
+                    torch._foreach_copy_(self.parameters, self.kept)
 
     def add_gradient(self, advantage):
         """Add the gradient of -(mean over the batch of R), given the batch's mean advantage (a number)."""
+        for p in self.parameters if self.steps else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         for k in self.steps:
-            for p, noise in zip(self.parameters, self._noises(k)):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad -= advantage / self.scale * noise
+            torch._foreach_add_([p.grad for p in self.parameters], self._noises(k), alpha=-advantage / self.scale)
 
 
 class PerturbedChain:

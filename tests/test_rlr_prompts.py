@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import pytest
-from rlr_utils import PromptSampler, load_prompts
+import torch
+from rlr_utils import PromptEmbeds, PromptSampler, load_prompts
 
 
 def test_built_in_prompts():
@@ -50,6 +51,27 @@ def test_a_prompt_may_come_several_times_in_a_row():
     sampler = PromptSampler(["a", "b", "c"], seed=0, images_per_prompt=4)
     drawn = sampler.next_batch(12)
     assert [len(set(drawn[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1] and set(drawn) == {"a", "b", "c"}
+
+
+def test_every_prompt_is_encoded_once_while_it_is_kept():
+    encoded, encoder = [], torch.nn.Linear(1, 2)
+
+    def encode(prompt):
+        encoded.append(prompt)
+        states = encoder(torch.full((1, 3, 1), float(ord(prompt))))
+        return states, states.mean(1)
+
+    embeds_of = PromptEmbeds(encode, [encoder], "cpu", max_prompts=2)
+    states, pooled = embeds_of(["a", "b", "a"])
+    assert encoded == ["a", "b"] and not states.requires_grad
+    torch.testing.assert_close(states, torch.cat([encode(prompt)[0] for prompt in "aba"]).detach())
+    torch.testing.assert_close(pooled, states.mean(1))
+    encoded.clear()
+    embeds_of(["b", "c"])  # for which the oldest goes
+    embeds_of(["b", "c"])
+    assert encoded == ["c"]
+    embeds_of(["a"])
+    assert encoded == ["c", "a"]
 
 
 def test_ranks_share_a_pass_and_a_run_resumes_where_it_was():

@@ -13,12 +13,14 @@
 # limitations under the License.
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from rlr_testing import (
     BASE,
@@ -34,7 +36,7 @@ from rlr_testing import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_rlr_sd import loss_scale, main, parse_args
+from train_rlr_sd import LOW_MEMORY, loss_scale, main, parse_args
 
 from diffusers import DDIMScheduler
 
@@ -152,6 +154,9 @@ def test_training_raises_the_reward(tmp_path):
         ["--baseline", "predicted_x0", "--gradient_estimator", "ddpo"],
         ["--baseline", "predicted_x0", "--baseline_steps", "2", "--reward", "aesthetic,jpeg_compressibility"],
         ["--reward", "jpeg_compressibility", "--branches", "2"],
+        ["--sweep_fraction", "0.4", "--kl_weight", "0.1", "--max_train_steps", "3"],
+        ["--sweep_fraction", "0.4", "--gradient_estimator", "ddpo", "--gradient_accumulation_steps", "2"],
+        ["--preset_low_memory"],
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -445,6 +450,11 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
             "a memory budget of 2.0 GB",
         ),
         (["--gradient_estimator", "draft_lv", "--reward", "jpeg_compressibility"], "not differentiable.*draft_lv"),
+        (["--sweep_fraction", "0"], "--sweep_fraction 0.0 must be in \\(0, 1\\]"),
+        (
+            ["--sweep_fraction", ".5", "--gradient_estimator", "full_bp"],
+            "--sweep_fraction 0.5 needs an estimator that",
+        ),
         (["--branches", "2"], "--branches 2 is for black boxes"),
         (["--branches", "2", "--gradient_estimator", "ddpo"], "--branches 2 needs --gradient_estimator rlr"),
         (["--baseline_vae", "x"], "needs --baseline predicted_x0"),
@@ -548,6 +558,56 @@ def test_defaults_are_those_of_the_documentation():
     assert (args.reward, args.gradient_estimator, args.mixing) == ("aesthetic", "rlr", "auto")
     assert (args.num_inference_steps, args.guidance_scale, args.eta, args.train_batch_size) == (50, 5.0, 1.0, 4)
     assert args.output_dir == "rlr-sd-lora" and args.prompts is None and args.dataset_name is None
+
+
+def test_a_preset_sets_what_the_command_does_not():
+    plain, preset = vars(parse_args([])), vars(parse_args(["--preset_low_memory"]))
+    changed = {name: value for name, value in preset.items() if value != plain[name]}
+    assert changed == {"preset_low_memory": True, **{k: v for k, v in LOW_MEMORY.items() if v != plain[k]}}
+    # The same pictures a step, one at a time.
+    assert preset["gradient_accumulation_steps"] == plain["train_batch_size"] and preset["train_batch_size"] == 1
+    own = parse_args(["--train_batch_size", "2", "--mixed_precision", "fp16", "--preset_low_memory"])
+    assert (own.train_batch_size, own.mixed_precision, own.gradient_checkpointing) == (2, "fp16", True)
+
+
+def test_the_third_step_tells_how_long_the_run_will_take(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(tmp_path, "--max_train_steps", "4")
+    assert re.search(r"about 0:00:\d\d for 4 steps in all, at \d+\.\d seconds a step", caplog.text)
+
+
+def test_a_thinned_out_sweep_is_of_the_steps_that_the_plan_promises(tmp_path, capsys):
+    """Of the steps 2..5 two are drawn, and the first-order step is always there: 3 of 5, guided, for 2 pictures."""
+    metrics = train(tmp_path, "--num_inference_steps", "5", "--mixing", "0.3", "--sweep_fraction", "0.5")
+    assert "20 forward + 12 with backward" in capsys.readouterr().out
+    assert all(line["gamma_mean"] <= (1 + 2 * 0.3) / 3 + 1e-6 for line in metrics)
+
+
+def test_the_divergence_of_a_thinned_out_sweep_is_that_of_all_steps(tmp_path):
+    """Its weights make up for the steps that are left out: over many draws, the same."""
+    flags = [
+        "--num_inference_steps",
+        "4",
+        "--kl_weight",
+        "0.5",
+        "--learning_rate",
+        "1e-3",
+        "--gradient_estimator",
+        "ddpo",
+    ]
+    full = train(tmp_path / "full", *flags, "--max_train_steps", "3")
+    thin = train(tmp_path / "thin", *flags, "--max_train_steps", "3", "--sweep_fraction", "0.75")
+    assert full[0]["kl"] == thin[0]["kl"] == 0.0
+    assert thin[1]["kl"] == pytest.approx(full[1]["kl"], rel=0.6) and thin[1]["kl"] != full[1]["kl"]
+
+
+def test_a_compiler_that_fails_is_warned_of_and_done_without(tmp_path, caplog):
+    train(tmp_path / "plain")
+    AcceleratorState._reset_state()
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
+        train(tmp_path / "compiled", "--compile")
+    assert "the U-Net cannot be compiled and runs as it is: InvalidCxxCompiler" in caplog.text
+    assert same_adapter(tmp_path / "compiled", tmp_path / "plain")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

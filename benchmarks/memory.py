@@ -1,0 +1,221 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a training step of SD 1.4 at 512 x 512 keeps in memory at the most, by batch and precision, and what a card holds.
+
+    python benchmarks/memory.py            or, at small sizes to see that it runs, with --quick
+
+The real networks at full size run on tensors without values: every tensor's bytes are counted from its making to its
+freeing, and nothing is computed. The sum is what a GPU's allocator is asked for; its rounding and fragmentation, the
+workspaces of convolutions and the GPU's context come on top, for which the recipes leave 1.5 GiB and a tenth of the card.
+Rollout, decoding and sweep follow each other, so the peak is that of the largest. The text encoder is not on the device
+but for new prompts. Prints tables and writes memory.csv and memory.png.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+
+import torch
+from gradient_quality import write_csv
+from matplotlib.figure import Figure
+from reward_models.clip import image_embeds
+from rlr_utils import decode_latents
+from step_cost import ROOT, load
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import diffusers
+
+
+GIB = 2**30
+CARDS = (12, 16, 24, 80)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, until they are freed: `now`, and `peak` at the most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given | self.storages:
+                    self.storages.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+
+    def free(self, key, size):
+        self.storages.remove(key)
+        self.now -= size
+
+
+def peak_of(run):
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        run()
+    return live.peak / GIB
+
+
+def phases(model, batch_size, latents_size, num_steps):
+    """GiB that each phase of a step adds to the weights; those of the decoder are of one picture at a time."""
+    unet, shape = model.unet, (batch_size, 4, latents_size, latents_size)
+    embeds = model.embeds.expand(2 * batch_size, -1, -1)
+
+    def predict(x):
+        return unet(torch.cat([x, x]).to(embeds.dtype), torch.ones((), dtype=torch.long), encoder_hidden_states=embeds)
+
+    def sweep(with_input_grad):
+        x = torch.zeros(shape).requires_grad_(with_input_grad)
+        out = predict(x).sample
+        torch.autograd.backward(out, torch.zeros_like(out))
+        unet.zero_grad()
+
+    def decode():
+        x_0 = torch.zeros(1, *shape[1:]).requires_grad_()
+        images = decode_latents(model.vae, x_0)
+        pixels = images.detach().requires_grad_()
+        embeds = image_embeds(model.reward.clip, pixels)
+        (gradient,) = torch.autograd.grad(model.reward.head(embeds).sum(), pixels)
+        torch.autograd.grad(images, x_0, gradient)
+
+    with torch.no_grad():
+        rollout = peak_of(lambda: predict(torch.zeros(shape)))
+    return {
+        "rollout_gib": rollout,
+        "decode_gib": peak_of(decode),
+        "sweep_gib": peak_of(lambda: sweep(True)),
+        "sweep_truncated_gib": peak_of(lambda: sweep(False)),
+        "stored_gib": (2 * num_steps + 1) * 4 * torch.Size(shape).numel() / GIB,
+    }
+
+
+def measure(precision, checkpointing, batch_sizes, preset, num_steps):
+    """A row for each batch size; in a process of its own, since accelerate knows one precision a process."""
+    args = SimpleNamespace(
+        preset=preset, device="cpu", mixed_precision=precision, gradient_checkpointing=checkpointing
+    )
+    model, rows = load(args), []
+    weights = {
+        name: sum(p.nbytes for p in getattr(model, name).parameters()) / GIB for name in ("unet", "vae", "reward")
+    }
+    size = model.unet.config.sample_size
+    for batch_size in batch_sizes:
+        found = phases(model, batch_size, size, num_steps)
+        always = weights["unet"] + weights["vae"] + found["stored_gib"]
+        rolled = max(found["rollout_gib"], found["sweep_gib"])
+        rows.append(
+            {
+                "precision": precision,
+                "gradient_checkpointing": checkpointing,
+                "batch_size": batch_size,
+                "weights_gib": sum(weights.values()),
+                **found,
+                "peak_gib": always + weights["reward"] + max(rolled, found["decode_gib"]),
+                "peak_offload_gib": always + max(rolled, weights["reward"] + found["decode_gib"]),
+            }
+        )
+    return rows
+
+
+def recipes(rows):
+    """For each card, the largest batch that fits: without checkpointing and with, at the same precision."""
+    lines = []
+    for card in CARDS:
+        room = 0.9 * card - 1.5
+        for way in dict.fromkeys((row["precision"], row["gradient_checkpointing"]) for row in rows):
+            chosen = [row for row in rows if (row["precision"], row["gradient_checkpointing"]) == way]
+            fitting = [row for row in chosen if row["peak_gib"] <= room]
+            told = (
+                f"batch {fitting[-1]['batch_size']}, {fitting[-1]['peak_gib']:.1f} GiB" if fitting else "nothing fits"
+            )
+            lines.append(f"{card:>3} GB  {way[0]:<5} {'checkpointed' if way[1] else 'plain':<13} {told}")
+    return lines
+
+
+def print_table(rows):
+    print(f"{'precision':<10}{'U-Net':<14}{'batch':>6}{'weights':>9}{'rollout':>9}{'decoding':>10}{'sweep':>8}"
+          f"{'K = 1':>8}{'peak GiB':>10}{'reward offloaded':>18}")  # fmt: skip
+    for row in rows:
+        print(
+            f"{row['precision']:<10}{'checkpointed' if row['gradient_checkpointing'] else 'plain':<14}"
+            f"{row['batch_size']:>6}{row['weights_gib']:>9.2f}{row['rollout_gib']:>9.2f}{row['decode_gib']:>10.2f}"
+            f"{row['sweep_gib']:>8.2f}{row['sweep_truncated_gib']:>8.2f}{row['peak_gib']:>10.2f}"
+            f"{row['peak_offload_gib']:>18.2f}"
+        )
+
+
+def plot(rows, path):
+    """Peak by batch, a line for each precision with and without checkpointing, and the cards."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        for checkpointing, style in ((False, "o-"), (True, "o--")):
+            chosen = [r for r in rows if (r["precision"], r["gradient_checkpointing"]) == (precision, checkpointing)]
+            name = {"bf16": "bf16", "no": "float32"}[precision] + (", checkpointed" if checkpointing else "")
+            axes.plot([r["batch_size"] for r in chosen], [r["peak_gib"] for r in chosen], style, label=name)
+    for card in CARDS:
+        axes.axhline(card, color="black", lw=0.6, ls=":")
+        axes.text(rows[0]["batch_size"], card, f"{card} GB card", fontsize=8, va="bottom")
+    axes.set(xscale="log", yscale="log", xlabel="--train_batch_size", ylabel="peak, GiB")
+    ticks = sorted({row["batch_size"] for row in rows})
+    axes.set_xticks(ticks, ticks)
+    axes.set_xticks([], minor=True)
+    axes.set_yticks([4, 8, *CARDS], ["4", "8", *map(str, CARDS)])
+    axes.set_title("A training step of SD 1.4, whatever the number of denoising steps")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="The embedded pipeline instead.")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="T, for the stored latents.")
+    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
+    args = parser.parse_args(input_args)
+    os.makedirs(args.out, exist_ok=True)
+    preset, batch_sizes = ("bundle", [1, 2]) if args.quick else ("sd14", [1, 2, 4, 8, 16, 32])
+    ways = [(precision, checkpointing) for precision in ("bf16", "no") for checkpointing in (False, True)]
+    rows = []
+    for way in tqdm([("no", False)] if args.quick else ways, desc="Precisions"):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            rows += other.submit(measure, *way, batch_sizes, preset, args.num_inference_steps).result()
+    header = (
+        f"python benchmarks/memory.py{' --quick' if args.quick else ''}, {platform.machine()}, torch"
+        f" {torch.__version__}, diffusers {diffusers.__version__}, T = {args.num_inference_steps}, counted, not computed"
+    )
+    print(header)
+    print_table(rows)
+    print("\n".join(recipes(rows)))
+    write_csv(rows, os.path.join(args.out, "memory.csv"), header)
+    plot(rows, os.path.join(args.out, "memory.png"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

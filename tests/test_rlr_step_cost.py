@@ -1,0 +1,72 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import csv
+
+import pytest
+import torch
+from memory import LiveBytes
+from memory import main as count_memory
+from step_cost import main as measure_steps
+
+
+def rows_of(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        assert file.readline().startswith("# python benchmarks/")
+        return list(csv.DictReader(file))
+
+
+def test_the_cost_of_a_step_in_short(tmp_path, capsys):
+    estimators = ["rlr", "full_bp", "truncated_bp", "draft_lv", "ddpo"]
+    groups = measure_steps(["--quick", "--out", str(tmp_path), "--estimators", *estimators])
+    rows = {row["estimator"]: row for row in groups["estimators"][1]}
+    assert list(rows) == estimators
+    assert {name: row["unet_vjps_per_image"] for name, row in rows.items()} == {
+        **{"rlr": 4, "full_bp": 4, "ddpo": 4},
+        **{"truncated_bp": 1, "draft_lv": 2},
+    }
+    assert all(row["ratio"] > 0.5 and 0 < row["utilisation"] for row in rows.values())
+    # A guided call and its product with the decoder's: more of them, more work.
+    assert (
+        rows["rlr"]["tflop_per_image"] > rows["draft_lv"]["tflop_per_image"] > rows["truncated_bp"]["tflop_per_image"]
+    )
+    assert rows["draft_lv"]["step_mib"] > rows["truncated_bp"]["step_mib"] > 1
+    printed = capsys.readouterr().out
+    assert "memory of full_bp beside truncated_bp with K = 1" in printed and "at T = 8 beside T = 4" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"step_cost.csv", "step_cost.png"}
+    assert len(rows_of(tmp_path / "step_cost.csv")) == sum(len(found) for _, found in groups.values())
+
+
+def test_bytes_are_counted_from_making_to_freeing():
+    with LiveBytes() as live:
+        x = torch.zeros(1000, requires_grad=True)
+        y = (x * 2).view(10, 100)  # a view is no memory
+        assert live.now == 8000
+        z = y.exp()  # kept for its own backward
+        del y
+        assert live.now == 8000
+        z.add_(1).detach_()
+        del z
+        assert (live.now, live.peak) == (4000, 12000)
+
+
+def test_the_memory_of_a_step_in_short(tmp_path, capsys):
+    rows = count_memory(["--quick", "--out", str(tmp_path)])
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    one, two = rows
+    assert two["sweep_gib"] == pytest.approx(2 * one["sweep_gib"], rel=0.1) and one["decode_gib"] == two["decode_gib"]
+    assert one["sweep_truncated_gib"] < one["sweep_gib"] < 1.3 * one["sweep_truncated_gib"]
+    assert one["rollout_gib"] < one["sweep_gib"] < one["peak_gib"]
+    assert "12 GB" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.csv", "memory.png"}
+    assert len(rows_of(tmp_path / "memory.csv")) == 2

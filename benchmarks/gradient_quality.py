@@ -62,6 +62,7 @@ from rlr_utils import (  # noqa: E402
     rlr,
     rlr_paper,
     rollout,
+    thin_out,
     truncated_bp,
 )
 
@@ -159,6 +160,7 @@ def swept(num_steps, schedule_of, baseline="leave-one-out"):
             reward_grad=sample.reward_grad,
             advantages=advantages(sample),
             stop_after=schedule.stop_after,
+            weights=schedule.weights,
         )
 
     return estimate
@@ -246,7 +248,7 @@ def estimators(T, decode, kind):
     if kind == "smooth":
         chosen["ddpo, no baseline"] = (swept(T, ddpo, "none"), full)
         chosen["rlr_paper, zeroth order"] = (paper(T, "zeroth_order"), T + 3 * 3)
-        chosen["draft_lv 2"] = (draft_lv(T), T + 2 * 4)
+        chosen["draft_lv 2"] = (draft_lv(T), T + 2 * 3)
     return chosen
 
 
@@ -267,6 +269,9 @@ def measure_toy(seed, batches, batch_size, warmup=4):
     truth = flat_gradient(parameters)
     chosen = {name: estimate for name, (estimate, _) in estimators(T, 0.0, "smooth").items() if "draft_lv" not in name}
     chosen["rlr .9, leave-one-out"] = swept(T, lambda n: rlr(n, 0.9, True))
+    for fraction in (0.5, 0.25):
+        chosen[f"ddpo, sweep_fraction {fraction}"] = swept(T, lambda n, p=fraction: thin_out(ddpo(n), p))
+        chosen[f"rlr .9, sweep_fraction {fraction}"] = swept(T, lambda n, p=fraction: thin_out(rlr(n, 0.9, True), p))
     draws = {name: [] for name in chosen}
     for i in range(warmup + batches):
         trajectory = rollout(chain, torch.randn(batch_size, 4, dtype=torch.float64), predict=True)

@@ -13,7 +13,9 @@
 # limitations under the License.
 """What a training step of SD 1.4 at 512 x 512 keeps in memory at the most, by batch and precision, and what a card holds.
 
-    python benchmarks/memory.py            or, at small sizes to see that it runs, with --quick
+    python benchmarks/memory.py              or, at small sizes to see that it runs, with --quick
+    python benchmarks/memory.py --measure    a step of full_bp for real beside it, of 50 denoising steps, which takes
+                                             half an hour on one core of a CPU
 
 The real networks at full size run on tensors without values: every tensor's bytes are counted from its making to its
 freeing, and nothing is computed. The sum is what a GPU's allocator is asked for; its rounding and fragmentation, the
@@ -35,7 +37,7 @@ from gradient_quality import write_csv
 from matplotlib.figure import Figure
 from reward_models.clip import image_embeds
 from rlr_utils import decode_latents
-from step_cost import ROOT, load
+from step_cost import ROOT, Case, load, memory
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -115,11 +117,15 @@ def phases(model, batch_size, latents_size, num_steps):
     }
 
 
+def settings_of(preset, device, precision, checkpointing):
+    return SimpleNamespace(
+        preset=preset, device=device, mixed_precision=precision, gradient_checkpointing=checkpointing
+    )
+
+
 def measure(precision, checkpointing, batch_sizes, preset, num_steps):
     """A row for each batch size; in a process of its own, since accelerate knows one precision a process."""
-    args = SimpleNamespace(
-        preset=preset, device="cpu", mixed_precision=precision, gradient_checkpointing=checkpointing
-    )
+    args = settings_of(preset, "cpu", precision, checkpointing)
     model, rows = load(args), []
     weights = {
         name: sum(p.nbytes for p in getattr(model, name).parameters()) / GIB for name in ("unet", "vae", "reward")
@@ -138,6 +144,7 @@ def measure(precision, checkpointing, batch_sizes, preset, num_steps):
                 **found,
                 "peak_gib": always + weights["reward"] + max(rolled, found["decode_gib"]),
                 "peak_offload_gib": always + max(rolled, weights["reward"] + found["decode_gib"]),
+                "measured_gib": None,
             }
         )
     return rows
@@ -195,23 +202,34 @@ def plot(rows, path):
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="The embedded pipeline instead.")
+    parser.add_argument("--measure", action="store_true", help="Take a step of full_bp, too, one picture in bf16.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="T, for the stored latents.")
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     args = parser.parse_args(input_args)
     os.makedirs(args.out, exist_ok=True)
     preset, batch_sizes = ("bundle", [1, 2]) if args.quick else ("sd14", [1, 2, 4, 8, 16, 32])
     ways = [(precision, checkpointing) for precision in ("bf16", "no") for checkpointing in (False, True)]
+    if args.quick:
+        ways = [("no", False)]
     rows = []
-    for way in tqdm([("no", False)] if args.quick else ways, desc="Precisions"):
+    for way in tqdm(ways, desc="Precisions"):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
             rows += other.submit(measure, *way, batch_sizes, preset, args.num_inference_steps).result()
     header = (
-        f"python benchmarks/memory.py{' --quick' if args.quick else ''}, {platform.machine()}, torch"
+        f"python benchmarks/memory.py{' --quick' if args.quick else ''}{' --measure' if args.measure else ''}, {platform.machine()}, torch"
         f" {torch.__version__}, diffusers {diffusers.__version__}, T = {args.num_inference_steps}, counted, not computed"
     )
     print(header)
     print_table(rows)
     print("\n".join(recipes(rows)))
+    if args.measure:
+        case = Case("full_bp", args.num_inference_steps, 1, 2, 32 if args.quick else 512)
+        settings = settings_of(preset, None, *ways[0])
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+            rows[0]["measured_gib"] = other.submit(memory, settings, [case]).result()[0]["peak_mib"] / 1024
+        print(
+            f"full_bp, batch 1, {ways[0][0]}: {rows[0]['measured_gib']:.2f} GiB measured, {rows[0]['peak_gib']:.2f} counted"
+        )
     write_csv(rows, os.path.join(args.out, "memory.csv"), header)
     plot(rows, os.path.join(args.out, "memory.png"))
     return rows

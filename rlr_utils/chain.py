@@ -23,83 +23,163 @@ so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I).
 """
 
 import copy
+import inspect
+import math
+from typing import NamedTuple
 
 import torch
+
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class DenoisingStep(NamedTuple):
+    """What a scheduler does in one step, for a prediction e that the U-Net makes of `input_scale` x:
+
+    x_{k-1} = x_from_x x + x_from_e e + sigma z,        x0_hat = x0_from_x x + x0_from_e e
+    """
+
+    x_from_x: float
+    x_from_e: float
+    sigma: float
+    x0_from_x: float
+    x0_from_e: float
+    input_scale: float
+
+
+def denoising_steps(scheduler, eta):
+    """The `DenoisingStep` of each of a scheduler's timesteps, in their order.
+
+    The scheduler itself is asked: it takes its steps for a few numbers whose answers give the coefficients away, and for
+    others that they must foretell. So nothing of it is written again, and one that remembers earlier steps, clips its
+    predictions or uses up its noise otherwise is found out.
+
+    Args:
+        scheduler: with `set_timesteps` already called; it is left as it is.
+        eta: for schedulers whose `step` takes it.
+
+    Raises:
+        ValueError: for a scheduler whose steps are not of this form, and for one that divides by zero at some step, such
+            as that of noise prediction where the schedule ends in pure noise.
+    """
+    name, count = type(scheduler).__name__, len(scheduler.timesteps)
+    asked = copy.deepcopy(scheduler)
+    asked.set_timesteps(count)  # which forgets the steps taken so far
+    options = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    numbers, steps = torch.Generator().manual_seed(0), []
+    for i, timestep in enumerate(asked.timesteps):
+        x, e = torch.zeros(2, 4, 1, 1, 1)
+        x[0] = e[1] = 1.0
+        x[3], e[3] = torch.randn(2, generator=numbers)
+        try:
+            input_scale = asked.scale_model_input(torch.ones(1), timestep).item()
+            z = randn_tensor(x.shape, torch.Generator().manual_seed(i))
+            generator = torch.Generator().manual_seed(i)
+            results = asked.step(e, timestep, x, generator=generator, return_dict=False, **options)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(f"{name} cannot be used here: {error}") from error
+        # DPM-Solver keeps its predicted x_0 to itself.
+        x0 = results[1] if len(results) > 1 else asked.model_outputs[-1]
+        sigma = results[0][2] / z[2]
+        mean = results[0] - sigma * z
+        step = DenoisingStep(*(v.item() for v in (mean[0], mean[1], sigma, x0[0], x0[1])), input_scale)
+        where = f"{name}, prediction_type {scheduler.config.prediction_type!r}, step {count - i} from the end (timestep {timestep.item():g})"
+        if not all(map(math.isfinite, step)):
+            raise ValueError(f"{where}: the schedule degenerates, it divides by an alpha or sigma of zero")
+        for found, foretold in (
+            (mean[3], step.x_from_x * x[3] + step.x_from_e * e[3]),
+            (x0[3], step.x0_from_x * x[3] + step.x0_from_e * e[3]),
+        ):
+            if not torch.allclose(found, foretold, rtol=1e-3, atol=1e-3):
+                raise ValueError(f"{where}: no Gaussian step whose mean is affine in latents and prediction")
+        steps.append(step)
+    return steps
 
 
 class StableDiffusionChain:
     r"""The chain that a pipeline's U-Net and scheduler define under classifier-free guidance.
 
-    mu_k and sigma_k are the scheduler's own: mu_k is its step with zero noise, sigma_k what the step adds for a noise
-    of one. The noise prediction is guided, e = e_uncond + s (e_cond - e_uncond) (huggingface.co/papers/2207.12598), and
-    so is the mean: the gradient flows through both halves.
+    mu_k and sigma_k are the scheduler's own, see `denoising_steps`: DDIM (huggingface.co/papers/2010.02502), DDPM
+    (huggingface.co/papers/2006.11239), Euler ancestral, the SDE form of DPM-Solver++ of first order
+    (huggingface.co/papers/2211.01095), or any other whose steps are Gaussian with an affine mean, for noise, v and sample
+    prediction. The prediction is guided, e = e_uncond + s (e_cond - e_uncond) (huggingface.co/papers/2207.12598), and so
+    is the mean: the gradient flows through both halves.
 
     Args:
         unet: predicts from (x, timestep, encoder_hidden_states=...) and returns an object with `.sample`.
-        scheduler: a scheduler whose `step` takes `eta` and `variance_noise` (DDIM, huggingface.co/papers/2010.02502),
-            with `set_timesteps` already called.
+        scheduler: with `set_timesteps` already called.
         prompt_embeds: (B, L, D) for the whole chain, or (T, B, L, D) for one prompt per step, the first executed first.
             The U-Net runs in the dtype of these embeddings, the latents keep their own.
         negative_prompt_embeds: (B, L, D), or `None` for no guidance.
         guidance_scale: s; guidance is off at s <= 1, as in the pipeline.
-        eta: 0 for the deterministic chain (every sigma_k = 0) up to 1 for the noise of DDPM.
+        eta: of DDIM, 0 for the deterministic chain (every sigma_k = 0) up to 1 for the noise of DDPM.
+
+    Raises:
+        ValueError: if the scheduler's steps are not of this form.
     """
 
     def __init__(self, unet, scheduler, prompt_embeds, negative_prompt_embeds=None, *, guidance_scale=5.0, eta=1.0):
         self.unet = unet
         self.scheduler = scheduler
-        # The scheduler looks its tables up by number, on the CPU; the U-Net takes what is on its device already. Nothing
-        # then waits for the device while the chain runs.
-        self.timesteps = scheduler.timesteps.tolist()
-        self._timesteps = scheduler.timesteps.to(prompt_embeds.device)
+        self.guidance_scale = guidance_scale
+        # Numbers and tensors that are where they are needed: nothing waits for the device while the chain runs.
+        self.steps = denoising_steps(scheduler, eta)
+        self.timesteps = scheduler.timesteps.to(prompt_embeds.device)
+        self._condition_on(prompt_embeds, negative_prompt_embeds)
+
+    def _condition_on(self, prompt_embeds, negative_prompt_embeds):
         # Detached: a graph back into the text encoder would be spent by the first of the sweep's backward calls.
         self.prompt_embeds = prompt_embeds.detach().expand(self.num_steps, *prompt_embeds.shape[-3:])
         self.negative_prompt_embeds = None if negative_prompt_embeds is None else negative_prompt_embeds.detach()
-        self.guidance_scale = guidance_scale
-        self.guided = negative_prompt_embeds is not None and guidance_scale > 1
-        self.eta = eta
-        zero, one = torch.zeros(1), torch.ones(1)
-        self._sigmas = [self._step(zero, t, zero, noise=one)[0].item() for t in self.timesteps]
+        self.guided = negative_prompt_embeds is not None and self.guidance_scale > 1
 
-    @property
-    def num_steps(self):
-        return len(self.timesteps)
-
-    def sigma(self, k):
-        return self._sigmas[self.num_steps - k]
-
-    def mean(self, k, x):
-        """mu_k(x_k): latents (B, C, H, W) of step k -> the mean (B, C, H, W) of the latents of step k - 1."""
-        return self.predict(k, x)[0]
-
-    def predict(self, k, x):
-        """(mu_k(x_k), x0_hat(x_k)), (B, C, H, W) each: the mean and, from the same U-Net call, the predicted x_0."""
-        i = self.num_steps - k
-        embeds = self.prompt_embeds[i]
-        if self.guided:
-            embeds = torch.cat([self.negative_prompt_embeds, embeds])
-        model_input = torch.cat([x, x]) if self.guided else x
-        model_input = model_input.to(embeds.dtype)
-        prediction = self.unet(model_input, self._timesteps[i], encoder_hidden_states=embeds).sample.to(x.dtype)
-        if self.guided:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-        return self._step(prediction, self.timesteps[i], x, noise=torch.zeros_like(x))
+    def conditioned_on(self, prompt_embeds, negative_prompt_embeds=None):
+        """The same chain under other prompts, embedded as in the constructor."""
+        chain = copy.copy(self)
+        chain._condition_on(prompt_embeds, negative_prompt_embeds)
+        return chain
 
     def repeat(self, i, copies):
         """The chain of picture i alone, for a batch of `copies`; nothing is encoded again."""
-        chain = copy.copy(self)
-        chain.prompt_embeds = self.prompt_embeds[:, i : i + 1].expand(-1, copies, -1, -1)
+        negative = self.negative_prompt_embeds
+        if negative is not None:
+            negative = negative[i : i + 1].expand(copies, -1, -1)
+        return self.conditioned_on(self.prompt_embeds[:, i : i + 1].expand(-1, copies, -1, -1), negative)
+
+    @property
+    def num_steps(self):
+        return len(self.steps)
+
+    def sigma(self, k):
+        return self.steps[self.num_steps - k].sigma
+
+    def mean(self, k, x):
+        """mu_k(x_k): latents (B, C, H, W) of step k -> the mean (B, C, H, W) of the latents of step k - 1."""
+        step = self.steps[self.num_steps - k]
+        return step.x_from_x * x + step.x_from_e * self._prediction(k, x)
+
+    def predict(self, k, x):
+        """(mu_k(x_k), x0_hat(x_k)), (B, C, H, W) each: the mean and, from the same U-Net call, the predicted x_0."""
+        step, e = self.steps[self.num_steps - k], self._prediction(k, x)
+        return step.x_from_x * x + step.x_from_e * e, step.x0_from_x * x + step.x0_from_e * e
+
+    def _prediction(self, k, x):
+        """The guided prediction of the U-Net at x_k."""
+        i = self.num_steps - k
+        embeds = self.prompt_embeds[i]
+        model_input = self.steps[i].input_scale * x
         if self.guided:
-            chain.negative_prompt_embeds = self.negative_prompt_embeds[i : i + 1].expand(copies, -1, -1)
-        return chain
+            embeds = torch.cat([self.negative_prompt_embeds, embeds])
+            model_input = torch.cat([model_input, model_input])
+        model_input = model_input.to(embeds.dtype)
+        prediction = self.unet(model_input, self.timesteps[i], encoder_hidden_states=embeds).sample.to(x.dtype)
+        if self.guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+        return prediction
 
     def renoise(self, x_0, noise):
         """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, C, H, W) each."""
-        return self.scheduler.add_noise(x_0, noise, torch.tensor(self.timesteps[-1:]))
-
-    def _step(self, prediction, timestep, x, noise):
-        return self.scheduler.step(prediction, timestep, x, eta=self.eta, variance_noise=noise, return_dict=False)
+        return self.scheduler.add_noise(x_0, noise, self.timesteps[-1:])
 
 
 def decode_latents(vae, latents):

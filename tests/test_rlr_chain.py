@@ -74,7 +74,7 @@ def test_sigma_is_that_of_the_ddim_paper(eta):
     chain = make_chain(pipeline, 10, eta=eta)
     alphas = pipeline.scheduler.alphas_cumprod.double()
     for k in range(1, 11):
-        t = chain.timesteps[10 - k]
+        t = chain.timesteps[10 - k].item()
         a_t, a_prev = alphas[t], alphas[max(t - 100, 0)]
         sigma = eta * ((1 - a_prev) / (1 - a_t)).sqrt() * (1 - a_t / a_prev).sqrt()
         # The scheduler works in float32, where 1 - a_t / a_prev cancels at the last step.

@@ -35,9 +35,9 @@ from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_path
 from reward_models.__main__ import read_image
 from reward_models.features import diversity, drift, frechet_distance, load_features
 from reward_models.loading import first_line
-from rlr_utils import load_prompts
+from rlr_utils import BOUNDARIES, SCHEDULERS, load_prompts
 from tqdm.auto import tqdm
-from train_rlr_sd import LORA_FILE, OneLineParser, generate, load_pipeline, set_resolution
+from train_rlr_sd import LORA_FILE, OneLineParser, generate, load_pipeline, set_size
 
 
 def parse_args(input_args=None):
@@ -72,15 +72,21 @@ def parse_args(input_args=None):
         "--lora_scales", default=None, help="Strengths of the adapter to compare, such as 0,.25,.5,.75,1."
     )
     parser.add_argument(
-        "--prompts", default="simple_animals", help="simple_animals, or a text file, one prompt a line."
+        "--prompts", default="simple_animals", help="simple_animals, activities, or a file as for training."
+    )
+    parser.add_argument(
+        "--dcot_boundaries", type=float, nargs=2, default=list(BOUNDARIES), metavar=("A", "B"), help="As in training."
     )
     parser.add_argument("--num_prompts", type=int, default=16, help="The first so many prompts; 0 for all.")
     parser.add_argument("--images_per_prompt", type=int, default=4, help="Pictures of each prompt.")
     parser.add_argument("--resolution", type=int, default=None, help="Side in pixels; default: the model's own.")
+    parser.add_argument("--height", type=int, default=None, help="Height in pixels, instead of --resolution.")
+    parser.add_argument("--width", type=int, default=None, help="Width in pixels, instead of --resolution.")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="ddim", help="Sampler, as in training.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     parser.add_argument("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance.")
     parser.add_argument("--negative_prompt", default=None, help="Negative prompt of all pictures.")
-    parser.add_argument("--eta", type=float, default=1.0, help="Noise of the DDIM chain.")
+    parser.add_argument("--eta", type=float, default=1.0, help="Noise of --scheduler ddim.")
     parser.add_argument("--batch_size", type=int, default=8, help="Pictures drawn at a time.")
     parser.add_argument("--decode_batch_size", type=int, default=1, help="Pictures decoded and scored at a time.")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="Of the pipeline.")
@@ -307,14 +313,14 @@ def main(args):
             parse_reward(args.reward),
             parse_reward_paths(args.reward_path),
             device=device,
-            size=args.resolution or 512,
+            size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
             prompts=(prompts[0], prompts[-1]),
             batch_size=args.decode_batch_size,
         )
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)
         pipeline = load_pipeline(args, dtype).to(device)
-        set_resolution(args, pipeline)
+        set_size(args, pipeline)
         names = load_adapters(pipeline, args.adapters)
         os.makedirs(args.output_dir, exist_ok=True)
         return compare(args, pipeline, names, prompts, rewards, features, real, device)

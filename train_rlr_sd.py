@@ -22,6 +22,7 @@ prompt -> rollout -> reward -> advantages -> backward sweep -> optimizer step; s
 
 import argparse
 import datetime
+import itertools
 import json
 import logging
 import math
@@ -52,7 +53,10 @@ from reward_models import load_rewards, parse_reward, parse_reward_paths
 from reward_models.features import diversity, drift, load_features
 from reward_models.loading import first_line
 from rlr_utils import (
+    BOUNDARIES,
+    SCHEDULERS,
     AdaptiveMixing,
+    ChainOfThought,
     ClippedRatio,
     GaussianKL,
     PerturbedChain,
@@ -73,8 +77,11 @@ from rlr_utils import (
     draft_lv,
     full_bp,
     leave_one_out,
+    levels_of_steps,
     likelihood_ratio,
+    load_levels,
     load_prompts,
+    make_scheduler,
     normalize,
     per_prompt,
     renoise,
@@ -84,6 +91,7 @@ from rlr_utils import (
     subchain_length,
     thin_out,
     truncated_bp,
+    unique_prompts,
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -91,7 +99,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
 import diffusers
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import (
     EMAModel,
@@ -205,6 +213,9 @@ def save_model_card(args, num_processes, repo_id, base_license, prompt, step, re
         inference=True,
     )
     source = repo_id or args.output_dir
+    scheduler_class, settings = SCHEDULERS[args.scheduler]
+    scheduler = scheduler_class.__name__
+    settings = "".join(f", {name}={value!r}" for name, value in settings.items())
     negative = "" if args.negative_prompt is None else f", negative_prompt={args.negative_prompt!r}"
     text = f"""
 # LoRA fine-tuned with RLR - {source}
@@ -213,10 +224,10 @@ LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the re
 `{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639); {step} optimizer steps.
 
 ```py
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import {scheduler}, StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})
-pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{settings})
 pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
 image = pipeline(
     {prompt!r}{negative}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
@@ -288,16 +299,21 @@ def generate(pipeline, prompts, args, desc=None, first_seed=EVALUATION_SEED):
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
         # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
         with offload_models(pipeline.text_encoder, device=pipeline.unet.device):  # which rests on the CPU in training
+            levels, thought = levels_of(args, batch), {}
+            if levels is not None:
+                callback = ChainOfThought(pipeline, *levels, args.num_inference_steps, args.dcot_boundaries)
+                thought = {"callback_on_step_end": callback, **callback.inputs}
             latents = pipeline(
-                batch,
-                height=args.resolution,
-                width=args.resolution,
+                batch if levels is None else levels[0],
+                height=args.height,
+                width=args.width,
                 negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 eta=args.eta,
                 generator=generators,
                 output_type="latent",
+                **thought,
             ).images
         images += [decode_latents(pipeline.vae, part).cpu() for part in latents.split(args.decode_batch_size)]
     return torch.cat(images)
@@ -338,6 +354,12 @@ def parse_args(input_args=None):
     model.add_argument("--variant", type=str, default=None, help="Variant of the model files, such as fp16.")
     model.add_argument(
         "--cache_dir", type=str, default=None, help="Where the downloaded pipeline and datasets are kept."
+    )
+    model.add_argument(
+        "--adapter_path",
+        type=str,
+        default=None,
+        help="Go on from this LoRA (folder, file or Hub name), whose rank, scale and layers then stand.",
     )
     model.add_argument("--rank", type=int, default=4, help="Rank of the LoRA matrices.")
     model.add_argument("--lora_alpha", type=int, default=None, help="Scale of the LoRA update; default: the rank.")
@@ -465,8 +487,8 @@ def parse_args(input_args=None):
         "--sweep_fraction",
         type=float,
         default=1.0,
-        help="For rlr, ddpo and rlr_paper: sweep only this share of the steps that take a likelihood ratio, drawn anew at"
-        " every optimizer step and weighted by its inverse: unbiased, cheaper and noisier.",
+        help="For rlr, ddpo and rlr_paper: sweep only this share of the steps that take a likelihood ratio, drawn anew for"
+        " every rollout and weighted by its inverse: unbiased, cheaper and noisier.",
     )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
     estimator.add_argument(
@@ -519,11 +541,27 @@ def parse_args(input_args=None):
         "--prompts",
         type=str,
         default=None,
-        help="simple_animals (default), or a text file with one prompt a line.",
+        help="simple_animals (default), activities, a text file with one prompt a line, or a JSONL file with a field"
+        ' "prompt", and for a chain of thought "coarse", "mid" and "fine". "a {red|blue} cat" stands for two prompts.',
     )
-    data.add_argument("--dataset_name", type=str, default=None, help="Take the prompts from this dataset or folder.")
+    data.add_argument(
+        "--dataset_name", type=str, default=None, help="Take the prompts from this dataset, folder or file."
+    )
     data.add_argument("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
+    data.add_argument("--dataset_split", type=str, default="train", help="Split of the dataset.")
+    data.add_argument(
+        "--dataset_streaming", action="store_true", help="Read the captions without downloading the dataset."
+    )
     data.add_argument("--caption_column", type=str, default="text", help="Column of the dataset with the prompts.")
+    data.add_argument("--max_prompts", type=int, default=None, help="Take the first so many prompts only.")
+    data.add_argument(
+        "--dcot_boundaries",
+        type=float,
+        nargs=2,
+        default=list(BOUNDARIES),
+        metavar=("A", "B"),
+        help="Shares of the chain after which mid follows coarse, and fine follows mid.",
+    )
     data.add_argument(
         "--images_per_prompt",
         type=int,
@@ -533,10 +571,20 @@ def parse_args(input_args=None):
     data.add_argument(
         "--resolution", type=int, default=None, help="Side of the pictures in pixels; default: the model's own."
     )
+    data.add_argument("--height", type=int, default=None, help="Height in pixels, instead of --resolution.")
+    data.add_argument("--width", type=int, default=None, help="Width in pixels, instead of --resolution.")
+    data.add_argument(
+        "--scheduler",
+        type=str,
+        default="ddim",
+        choices=SCHEDULERS,
+        help="Sampler of the chain, whose configuration is the model's: dpm_sde is the SDE form of DPM-Solver++ of first"
+        " order. All but ddim end without noise, for which rlr needs a reward with a gradient.",
+    )
     data.add_argument("--num_inference_steps", type=int, default=50, help="Steps T of the denoising chain.")
     data.add_argument("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance; off at 1.")
     data.add_argument("--negative_prompt", type=str, default=None, help="Negative prompt of all pictures.")
-    data.add_argument("--eta", type=float, default=1.0, help="Noise of the DDIM chain, from 0 (none) to 1 (DDPM).")
+    data.add_argument("--eta", type=float, default=1.0, help="Noise of --scheduler ddim, from 0 (none) to 1 (DDPM).")
     data.add_argument(
         "--decode_batch_size", type=int, default=1, help="Pictures decoded and scored at a time; memory, not result."
     )
@@ -641,6 +689,7 @@ def parse_args(input_args=None):
     if args.preset_low_memory:
         parser.set_defaults(**LOW_MEMORY)
         args = parser.parse_args(input_args)
+    del args.preset_low_memory  # the run is what it stands for
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     try:
         check_args(args)
@@ -657,10 +706,10 @@ def check_args(args):
     """
     for name in (
         *("train_batch_size", "gradient_accumulation_steps", "num_inference_steps", "num_train_epochs", "rank"),
-        *("max_train_steps", "resolution", "decode_batch_size", "num_inner_epochs", "checkpointing_steps"),
+        *("max_train_steps", "resolution", "height", "width", "decode_batch_size", "num_inner_epochs", "max_prompts"),
         *("truncation_steps", "checkpoints_total_limit", "validation_steps", "num_validation_images", "lora_alpha"),
         *("lv_samples", "baseline_steps", "images_per_prompt", "reward_batch_size", "push_every", "heldout_steps"),
-        "early_stop_patience",
+        *("checkpointing_steps", "early_stop_patience"),
     ):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -680,6 +729,8 @@ def check_args(args):
         raise ValueError("--num_eval_images 1 has no standard deviation: use 0 or at least 2")
     if not 0 <= args.eta <= 1:
         raise ValueError(f"--eta {args.eta} must be in [0, 1]")
+    if args.eta < 1 and args.scheduler != "ddim":
+        raise ValueError(f"--eta {args.eta} is of --scheduler ddim, and {args.scheduler} has a noise of its own")
 
     if args.gradient_estimator not in ESTIMATORS:
         raise ValueError(
@@ -753,6 +804,8 @@ def check_args(args):
         )
     if args.prompts is not None and args.dataset_name is not None:
         raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
+    if not 0 <= args.dcot_boundaries[0] <= args.dcot_boundaries[1] <= 1:
+        raise ValueError(f"--dcot_boundaries {args.dcot_boundaries} must be two shares of the chain, in their order")
     if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
         raise ValueError(
             f"--report_to {args.report_to} with --hub_token would log the token: log in with `hf auth login` instead"
@@ -769,24 +822,61 @@ def load_training_prompts(args):
     """The prompts of --prompts or of the dataset's caption column.
 
     Raises:
-        ValueError: for a missing or empty file and a missing column.
+        ValueError: for a missing or empty file, for a dataset that cannot be loaded, and for a missing column.
     """
     if args.dataset_name is None:
-        return load_prompts("simple_animals" if args.prompts is None else args.prompts)
-    dataset = load_dataset(args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
-    if args.caption_column not in dataset.column_names:
-        raise ValueError(
-            f"--caption_column {args.caption_column!r} is not in {args.dataset_name!r}, which has:"
-            f" {', '.join(dataset.column_names)}"
+        prompts = load_prompts("simple_animals" if args.prompts is None else args.prompts)
+        return prompts[: args.max_prompts]
+    name, options = args.dataset_name, {"split": args.dataset_split, "streaming": args.dataset_streaming}
+    try:
+        if os.path.isfile(name):
+            kind = os.path.splitext(name)[1][1:]
+            dataset = load_dataset("json" if kind == "jsonl" else kind, data_files=name, **options)
+        else:
+            dataset = load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir, **options)
+        # A stream may not know its columns before it has begun.
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if args.caption_column not in columns:
+            raise ValueError(f"no --caption_column {args.caption_column!r} in it, only {', '.join(columns)}")
+        # Nothing else is read, or every picture of the dataset would be.
+        rows = itertools.islice(dataset.select_columns(args.caption_column), args.max_prompts)
+        captions = [row[args.caption_column] for row in rows]
+        # Where a picture has several captions, the first.
+        captions = [caption[0] if isinstance(caption, list) and caption else caption for caption in captions]
+        return unique_prompts(caption for caption in captions if isinstance(caption, str))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--dataset_name {name!r}: {error}") from error
+
+
+def levels_of(args, prompts):
+    """For each of the three levels of --prompts' chain of thought the prompts of it, or `None` where they have none.
+
+    Raises:
+        ValueError: as `load_levels` does.
+    """
+    levels = {} if args.prompts is None else load_levels(args.prompts)
+    if not any(prompt in levels for prompt in prompts):
+        return None
+    # What has no levels is its own.
+    return [list(level) for level in zip(*(levels.get(prompt, (prompt,) * 3) for prompt in prompts))]
+
+
+def warn_of_long_prompts(prompts, tokenizer):
+    """Say how many prompts are longer than the text encoder reads, and what it does not see of the first of them."""
+    limit = tokenizer.model_max_length
+    long = [
+        (prompt, ids) for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids) if len(ids) > limit
+    ]
+    if long:
+        prompt, ids = long[0]
+        logger.warning(
+            f"{len(long)} of {len(prompts)} prompts are longer than the {limit} tokens that the text encoder reads: of"
+            f" {prompt!r} it does not see {tokenizer.decode(ids[limit - 1 : -1]).strip()!r}"
         )
-    prompts = [caption for caption in dataset[args.caption_column] if isinstance(caption, str) and caption.strip()]
-    if not prompts:
-        raise ValueError(f"column {args.caption_column!r} of {args.dataset_name!r} holds no prompt")
-    return prompts
 
 
 def load_pipeline(args, dtype):
-    """The pipeline to train, with a DDIM scheduler made from its own.
+    """The pipeline to train, with a scheduler of --scheduler made from its own.
 
     Raises:
         ValueError: if the path or name does not lead to a Stable Diffusion pipeline.
@@ -805,8 +895,7 @@ def load_pipeline(args, dtype):
         raise ValueError(
             f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} cannot be loaded: {error}"
         ) from error
-    # Configurations of PNDM, SD 1.4's default, do not say clip_sample, and DDIM's own default would clip the latents.
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.scheduler = make_scheduler(args.scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     # The order that the fast convolutions want, on tensor cores above all.
     for module in (pipeline.unet, pipeline.vae):
@@ -816,16 +905,17 @@ def load_pipeline(args, dtype):
     return pipeline
 
 
-def set_resolution(args, pipeline):
-    """Where --resolution is not given, it is the model's own.
+def set_size(args, pipeline):
+    """Height and width where they are not given: --resolution, or else the model's own.
 
     Raises:
         ValueError: if the model cannot draw pictures of that size.
     """
     args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    args.height, args.width = args.height or args.resolution, args.width or args.resolution
     multiple = math.lcm(8, pipeline.vae_scale_factor)
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution {args.resolution} is no multiple of {multiple}")
+    if args.height % multiple or args.width % multiple:
+        raise ValueError(f"pictures of {args.height} x {args.width} pixels: no multiples of {multiple}")
 
 
 def checkpoints_of(output_dir):
@@ -1015,6 +1105,45 @@ def score_latents(vae, rewards, latents, prompts, decode_batch_size, with_gradie
         scores.append({"total": result.total, "black_box": result.black_box, **result.members})
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     return scores, torch.cat(reward_grad) if with_gradient else None
+
+
+def add_adapter(args, unet):
+    """A new LoRA.
+
+    Raises:
+        ValueError: if the U-Net has none of the layers of --lora_layers.
+    """
+    layers = [name.strip() for name in args.lora_layers.split(",")]
+    for layer in layers:
+        if not any(name == layer or name.endswith(f".{layer}") for name, _ in unet.named_modules()):
+            raise ValueError(f"--lora_layers {args.lora_layers!r}: the U-Net has no layer {layer!r}")
+    unet.add_adapter(
+        LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha or args.rank,
+            init_lora_weights="gaussian",
+            target_modules=layers,
+            use_dora=args.use_dora,
+        )
+    )
+
+
+def load_adapter(args, pipeline):
+    """The LoRA of --adapter_path, to be trained further.
+
+    Raises:
+        ValueError: if it cannot be loaded, or is not of the U-Net alone, which is all that is trained and saved.
+    """
+    try:
+        layers, _ = pipeline.lora_state_dict(args.adapter_path, cache_dir=args.cache_dir)
+        others = sorted(key for key in layers if not key.startswith("unet."))
+        if others:
+            raise ValueError(f"it holds more than layers of the U-Net, such as {others[0]!r}")
+        pipeline.load_lora_weights(args.adapter_path, cache_dir=args.cache_dir, adapter_name="default")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"--adapter_path {args.adapter_path!r} cannot be loaded: {error}") from error
+    for name, parameter in pipeline.unet.named_parameters():
+        parameter.requires_grad_("lora_" in name)
 
 
 def load_baseline_vae(args, dtype):
@@ -1241,7 +1370,7 @@ def main(args):
                 parse_reward(text),
                 parse_reward_paths(args.reward_path),
                 device="cpu" if args.reward_offload else accelerator.device,
-                size=args.resolution or 512,
+                size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
                 prompts=(prompts[0], prompts[-1]),
                 batch_size=args.reward_batch_size,
             )
@@ -1268,11 +1397,13 @@ def main(args):
 
         pipeline = load_pipeline(args, dtype)
         unet, vae = pipeline.unet, pipeline.vae
-        set_resolution(args, pipeline)
+        set_size(args, pipeline)
+        warn_of_long_prompts(prompts, pipeline.tokenizer)
+        levels_of(args, prompts)
         config = configuration(args, accelerator.num_processes)
         if resume_path is not None:
             check_same_run(config, resume_path)
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        scheduler = make_scheduler(args.scheduler, pipeline.scheduler.config)
         scheduler.set_timesteps(args.num_inference_steps)
         if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
             raise ValueError(
@@ -1287,13 +1418,20 @@ def main(args):
         )
         baseline_vae = vae if args.baseline_vae is None else load_baseline_vae(args, dtype)
         schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
-        chain = StableDiffusionChain(unet, scheduler, prompt_embeds=torch.zeros(1, 1, 1), eta=args.eta)
+        if args.sweep_fraction < 1 and schedule.weights is None:
+            raise ValueError(
+                f"--sweep_fraction {args.sweep_fraction}: {args.gradient_estimator} has no likelihood-ratio step to leave"
+                " out as it is set here"
+            )
+        # Every batch's chain is this one under the batch's prompts.
+        nothing = torch.zeros(1, 1, 1, device=accelerator.device)
+        promptless = StableDiffusionChain(unet, scheduler, nothing, guidance_scale=args.guidance_scale, eta=args.eta)
         noisy = [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None and gamma < 1]
         if rewards.has_gradient and not rewards.differentiable:
             noisy.append(1)
         if args.kl_weight > 0:
             noisy += [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None]
-        silent = [k for k in noisy if chain.sigma(k) == 0]
+        silent = [k for k in noisy if promptless.sigma(k) == 0]
         if silent:
             raise ValueError(
                 f"the model's scheduler adds no noise at step {silent[0]} from the end, where {args.gradient_estimator}"
@@ -1302,19 +1440,10 @@ def main(args):
 
         # The same adapter on every rank; what else is drawn, such as perturbations and branches, is each rank's own.
         set_seed(args.seed)
-        layers = [name.strip() for name in args.lora_layers.split(",")]
-        for layer in layers:
-            if not any(name == layer or name.endswith(f".{layer}") for name, _ in unet.named_modules()):
-                raise ValueError(f"--lora_layers {args.lora_layers!r}: the U-Net has no layer {layer!r}")
-        unet.add_adapter(
-            LoraConfig(
-                r=args.rank,
-                lora_alpha=args.lora_alpha or args.rank,
-                init_lora_weights="gaussian",
-                target_modules=layers,
-                use_dora=args.use_dora,
-            )
-        )
+        if args.adapter_path is None:
+            add_adapter(args, unet)
+        else:
+            load_adapter(args, pipeline)
         cast_training_params(unet, dtype=torch.float32)
         trainable = [p for p in unet.parameters() if p.requires_grad]
         set_seed(args.seed, device_specific=True)
@@ -1348,7 +1477,7 @@ def main(args):
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    # At the price of one more decoding a picture, which is a hundredth of what its chain costs.
+    # At the price of one more decoding a picture, as much as one or two steps of its chain.
     vae.enable_gradient_checkpointing()
     for module in (unet, vae, baseline_vae):
         module.to(accelerator.device)
@@ -1373,7 +1502,7 @@ def main(args):
     )
     # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
     # calls; the gradients are averaged over the ranks once a step, below.
-    unet = accelerator.prepare_model(unet, evaluation_mode=True)
+    promptless.unet = unet = accelerator.prepare_model(unet, evaluation_mode=True)
     optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
 
     sampler = PromptSampler(
@@ -1503,8 +1632,8 @@ def main(args):
             plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
             save_card(step, results=None)
 
-    latents_size = args.resolution // pipeline.vae_scale_factor
-    latents_shape = (args.train_batch_size, unet.config.in_channels, latents_size, latents_size)
+    latents_size = args.height // pipeline.vae_scale_factor, args.width // pipeline.vae_scale_factor
+    latents_shape = (args.train_batch_size, unet.config.in_channels, *latents_size)
 
     def generators_of(step, index):
         """One for each picture of a micro-batch, on the CPU: its noise depends on the seed, the step and its place among
@@ -1520,15 +1649,14 @@ def main(args):
         accelerator.device,
     )
 
+    level_of_step = levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+
     def make_chain(batch):
-        return StableDiffusionChain(
-            unet,
-            scheduler,
-            *embeds_of(batch),
-            *embeds_of([args.negative_prompt or ""] * len(batch)),
-            guidance_scale=args.guidance_scale,
-            eta=args.eta,
-        )
+        levels, negative = levels_of(args, batch), embeds_of([args.negative_prompt or ""] * len(batch))
+        if levels is None:
+            return promptless.conditioned_on(*embeds_of(batch), *negative)
+        by_level = torch.stack([embeds for level in levels for embeds in embeds_of(level)])
+        return promptless.conditioned_on(by_level[level_of_step], *negative)
 
     if is_compiled_module(unet):
         x, swept = torch.zeros(latents_shape, device=accelerator.device), schedule.mixing[2 : schedule.stop_after + 1]
@@ -1538,9 +1666,11 @@ def main(args):
             with torch.no_grad():
                 chain.mean(chain.num_steps, x)
             chain.mean(chain.num_steps, x.requires_grad_(any(swept))).sum().backward()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler may say
             logger.warning(f"the U-Net cannot be compiled and runs as it is: {first_line(error)}")
-            unet = pipeline.unet
+            promptless.unet = pipeline.unet
         optimizer.zero_grad()
 
     if accelerator.is_main_process:
@@ -1805,7 +1935,9 @@ def main(args):
             if step == first_step + 3:
                 per_step, num_steps = (time.perf_counter() - warmed_up) / 2, args.max_train_steps - first_step
                 total = datetime.timedelta(seconds=round(per_step * num_steps))
-                logger.info(f"about {total} for {num_steps} steps in all, at {per_step:.1f} seconds a step")
+                logger.info(
+                    f"about {total} for {num_steps} steps in all, at {per_step:.1f} seconds a step as the last two"
+                )
 
             if reason is not None:
                 logger.info(reason)
@@ -1872,6 +2004,7 @@ if __name__ == "__main__":
             raise
         sys.exit(
             "train_rlr_sd.py: error: out of memory: use a smaller --train_batch_size with more"
-            " --gradient_accumulation_steps, --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16"
+            " --gradient_accumulation_steps, --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16, or"
+            " --preset_low_memory"
             f" ({str(error).splitlines()[0]})"
         )

@@ -52,7 +52,7 @@ from train_rlr_sd import (  # noqa: E402
     load_pipeline,
     main,
     parse_args,
-    set_resolution,
+    set_size,
 )
 
 import diffusers  # noqa: E402
@@ -101,7 +101,7 @@ def base_model(reward, num_prompts, count, more=()):
     prompts = [prompts[i * 7 % len(prompts)] for i in range(num_prompts) for _ in range(count)]
     rewards = load_rewards(parse_reward(reward), parse_reward_paths(args.reward_path))
     pipeline = load_pipeline(args, torch.float32)
-    set_resolution(args, pipeline)
+    set_size(args, pipeline)
     return args, prompts, rewards, pipeline
 
 

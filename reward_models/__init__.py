@@ -169,14 +169,16 @@ def parse_reward_paths(entries):
     return paths
 
 
-def load_rewards(terms, paths, *, device="cpu", dtype=torch.float32, size=512, prompts=("", ""), batch_size=None):
+def load_rewards(
+    terms, paths, *, device="cpu", dtype=torch.float32, size=(512, 512), prompts=("", ""), batch_size=None
+):
     """The `WeightedSum` of `parse_reward`'s terms.
 
     Args:
         terms: of `parse_reward`.
         paths: of `parse_reward_paths`; folders of rewards that are not in the sum are ignored.
         device, dtype: of the networks.
-        size, prompts: side in pixels and prompts of the two random images on which custom rewards are tried.
+        size, prompts: height and width in pixels and prompts of the two random images on which custom rewards are tried.
         batch_size: images that a reward sees at a time; default: all.
 
     Raises:

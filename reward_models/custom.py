@@ -128,7 +128,7 @@ def load_custom(name, device, size, prompts):
         name: `package.module:callable` or `path/to/file.py:callable`. The callable maps images (B, 3, H, W) in [0, 1]
             and B prompts to a (B,) tensor; its attribute `differentiable` says whether that has a gradient, and is
             found out, and logged, where there is none. A torch module is frozen and moved to `device`.
-        size: the side of the images to try, in pixels.
+        size: height and width of the images to try, in pixels.
         prompts: two prompts.
 
     Raises:
@@ -137,7 +137,7 @@ def load_custom(name, device, size, prompts):
     function = import_callable(name)
     declared = getattr(function, "differentiable", None)
     reward = CustomReward(name, function, declared).to(device).eval().requires_grad_(False)
-    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         scores_of(function, images.clone(), prompts)
     if declared is None:

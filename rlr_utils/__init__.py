@@ -15,7 +15,8 @@
 
 from .baselines import PredictedReward, RunningReward, leave_one_out, normalize, per_prompt
 from .branching import branch
-from .chain import StableDiffusionChain, decode_latents
+from .chain import SCHEDULERS, StableDiffusionChain, decode_latents, denoising_steps, make_scheduler
+from .dcot import BOUNDARIES, ChainOfThought, levels_of_steps
 from .estimators import (
     AdaptiveMixing,
     Schedule,
@@ -32,14 +33,17 @@ from .estimators import (
 )
 from .kl import GaussianKL
 from .policy_gradient import ClippedRatio
-from .prompts import PromptEmbeds, PromptSampler, load_prompts
+from .prompts import PromptEmbeds, PromptSampler, load_levels, load_prompts, unique_prompts
 from .rollout import Trajectory, renoise, rollout
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
 
 __all__ = [
+    "BOUNDARIES",
+    "SCHEDULERS",
     "AdaptiveMixing",
+    "ChainOfThought",
     "ClippedRatio",
     "GaussianKL",
     "PerturbedChain",
@@ -58,11 +62,15 @@ __all__ = [
     "branch",
     "ddpo",
     "decode_latents",
+    "denoising_steps",
     "draft_lv",
     "full_bp",
     "leave_one_out",
+    "levels_of_steps",
     "likelihood_ratio",
+    "load_levels",
     "load_prompts",
+    "make_scheduler",
     "normalize",
     "per_prompt",
     "renoise",
@@ -72,4 +80,5 @@ __all__ = [
     "subchain_length",
     "thin_out",
     "truncated_bp",
+    "unique_prompts",
 ]

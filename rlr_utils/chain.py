@@ -29,7 +29,29 @@ from typing import NamedTuple
 
 import torch
 
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
+
+
+# {name: class and what its configuration must say}. Configurations of PNDM, SD 1.4's default, do not say clip_sample, and
+# the default of DDIM and DDPM would clip the latents; DPM-Solver of higher order remembers earlier steps.
+SCHEDULERS = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "dpm_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
+}
+
+
+def make_scheduler(name, config):
+    """The scheduler of a key of `SCHEDULERS` from the configuration of another one."""
+    scheduler_class, settings = SCHEDULERS[name]
+    return scheduler_class.from_config(config, **settings)
 
 
 class DenoisingStep(NamedTuple):
@@ -119,7 +141,7 @@ class StableDiffusionChain:
 
     def __init__(self, unet, scheduler, prompt_embeds, negative_prompt_embeds=None, *, guidance_scale=5.0, eta=1.0):
         self.unet = unet
-        self.scheduler = scheduler
+        self.scheduler = copy.deepcopy(scheduler)  # whose add_noise moves its tables to the device of the latents
         self.guidance_scale = guidance_scale
         # Numbers and tensors that are where they are needed: nothing waits for the device while the chain runs.
         self.steps = denoising_steps(scheduler, eta)

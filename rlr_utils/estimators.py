@@ -278,11 +278,13 @@ class AdaptiveMixing:
                 weights[k] = 1 + gammas[k + 1] * weights[k + 1]
             carried = covariance = pathwise[1].item()
             for k in range(2, self.num_steps + 1):
-                # A step without noise has no likelihood ratio to offer.
-                best = (fresh[k] - covariance / weights[k]) / (fresh[k] + carried) if fresh[k] == fresh[k] else 1.0
-                gammas[k] = min(max(best, 0.0), 1.0)
+                if fresh[k] == fresh[k]:
+                    gammas[k] = min(max((fresh[k] - covariance / weights[k]) / (fresh[k] + carried), 0.0), 1.0)
+                else:
+                    # A swept step without a likelihood ratio has no noise; of one not swept so far nothing is known.
+                    gammas[k] = 1.0 if pathwise[k] == pathwise[k] else self.initial
                 carried *= gammas[k] ** 2
-                if gammas[k] < 1:
+                if gammas[k] < 1 and fresh[k] == fresh[k]:
                     carried += (1 - gammas[k]) ** 2 * fresh[k]
                 covariance = gammas[k] * covariance + carried
         return gammas

@@ -23,7 +23,7 @@ class WeightPerturbation:
 
     This is the ZO part of RLR (huggingface.co/papers/2502.00639). The eps_k are drawn again from their seeds whenever
     they are needed, never kept; one copy of the weights is kept and copied back after each step, so that they come
-    back bit by bit. Both happen on the parameters' device, with nothing to wait for. All pictures of a batch share eps_k: their rewards are averaged, and the baseline must come from
+    back bit by bit. All pictures of a batch share eps_k: their rewards are averaged, and the baseline must come from
     other batches.
 
     Args:

@@ -17,19 +17,26 @@ from peft import LoraConfig
 from reward_models import load_reward
 from rlr_testing import TINY_AESTHETIC, Mix, gradients, tiny_pipeline
 from rlr_utils import (
+    SCHEDULERS,
+    ChainOfThought,
+    ClippedRatio,
+    GaussianKL,
     StableDiffusionChain,
     backward_sweep,
-    ddpo,
     decode_latents,
+    denoising_steps,
     full_bp,
+    levels_of_steps,
     likelihood_ratio,
+    make_scheduler,
     renoise,
-    rlr,
     rollout,
 )
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 
 PROMPTS = ["a red seven", "a blue two", "a green zero"]
@@ -65,6 +72,69 @@ def test_a_rollout_ends_in_the_pipelines_own_picture(eta, guidance_scale):
         pipeline.vae.decode(expected / pipeline.vae.config.scaling_factor).sample.detach(), output_type="pt"
     )
     torch.testing.assert_close(decode_latents(pipeline.vae, expected).detach(), images, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_rollout_ends_in_the_pipelines_own_picture_under_every_scheduler(name, prediction_type):
+    pipeline = tiny_pipeline()
+    settings = {"prediction_type": prediction_type}
+    pipeline.scheduler = make_scheduler(name, {**pipeline.scheduler.config, **settings})
+    if (name, prediction_type) == ("euler_ancestral", "sample"):  # which diffusers does not have either
+        with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler cannot be used here"):
+            make_chain(pipeline, 6)
+        return
+    options = {"num_inference_steps": 6, "eta": 1.0, "guidance_scale": 3.0, "output_type": "latent"}
+    expected = pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images
+    chain = make_chain(pipeline, 6, guidance_scale=3.0)
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(3, 4, 8, 8, generator=generator) * pipeline.scheduler.init_noise_sigma
+    trajectory = rollout(chain, x_T, generator, predict=True)
+    torch.testing.assert_close(trajectory.latents[0], expected, rtol=2e-4, atol=2e-4)
+    if chain.sigma(1) == 0:  # the last step then ends in what it predicts
+        torch.testing.assert_close(trajectory.predictions[1], trajectory.latents[0], rtol=1e-3, atol=1e-3)
+    assert all(chain.sigma(k) > 0 for k in range(2, 7))
+
+
+def test_pure_noise_at_the_start_needs_another_prediction_than_noise():
+    """Zero terminal signal: v prediction works, and noise prediction would divide by zero at the first step."""
+    pipeline = tiny_pipeline()
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config = {**pipeline.scheduler.config, **settings}
+    pipeline.scheduler = make_scheduler("ddim", {**config, "prediction_type": "v_prediction"})
+    chain = make_chain(pipeline, 5)
+    assert chain.timesteps[0] == 999 and chain.steps[0].x0_from_x == 0
+    pipeline.scheduler = make_scheduler("ddim", config)
+    with pytest.raises(ValueError, match=r"'epsilon', step 5 from the end \(timestep 999\): the schedule degenerates"):
+        make_chain(pipeline, 5)
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (DDIMScheduler(clip_sample=True), "no Gaussian step"),
+        (DDPMScheduler(clip_sample=False, thresholding=True), "no Gaussian step"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "step 3 from the end .* no Gaussian step"),
+        (PNDMScheduler(), "PNDMScheduler cannot be used here: .*generator"),
+    ],
+    ids=["clips", "thresholds", "remembers", "no noise"],
+)
+def test_a_scheduler_that_is_no_gaussian_chain_is_refused(scheduler, message):
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=message):
+        denoising_steps(scheduler, eta=1.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_asking_a_scheduler_leaves_it_as_it_is(name):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
+    options = {"num_inference_steps": 4, "output_type": "latent"}
+    pictures = []
+    for _ in range(2):
+        pictures.append(pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images)
+        make_chain(pipeline, 4)
+    assert torch.equal(*pictures)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -103,6 +173,33 @@ def test_every_step_can_have_its_own_prompt():
         assert torch.equal(both.mean(2, x), first.mean(2, x))
         assert torch.equal(both.mean(1, x), last.mean(1, x))
         assert not torch.allclose(first.mean(1, x), last.mean(1, x))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_a_chain_of_thought_at_inference_is_that_of_training(guidance_scale):
+    """Five steps: two coarse, two mid, one fine, in the pipeline through a callback and in the chain step by step."""
+    pipeline = tiny_pipeline()
+    levels = [PROMPTS, [f"a yellow {p.split()[-1]}" for p in PROMPTS], PROMPTS[::-1]]
+    order = levels_of_steps(5, (0.4, 0.8))
+    assert order == [0, 0, 1, 1, 2]
+    chains = [make_chain(pipeline, 5, level, guidance_scale=guidance_scale) for level in levels]
+    embeds = torch.stack([chains[level].prompt_embeds[0] for level in order])
+    chain = chains[0].conditioned_on(embeds, chains[0].negative_prompt_embeds)
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(3, 4, 8, 8, generator=generator)
+    thought = ChainOfThought(pipeline, *levels, num_inference_steps=5, boundaries=(0.4, 0.8))
+    options = {"num_inference_steps": 5, "guidance_scale": guidance_scale, "eta": 1.0, "output_type": "latent"}
+    found = pipeline(
+        levels[0],
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=thought,
+        **thought.inputs,
+        **options,
+    ).images
+    expected = rollout(chain, x_T, generator).latents[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    plain = pipeline(levels[0], generator=torch.Generator().manual_seed(0), **options).images
+    assert (plain - found).abs().max() > 0.05
 
 
 def replay(chain, trajectory):
@@ -199,8 +296,8 @@ class Carried(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("schedule", [rlr(4, 0.5, differentiable=True), ddpo(4)], ids=["rlr", "ddpo"])
-def test_nothing_in_rollout_and_sweep_waits_for_the_device(schedule):
+@pytest.mark.parametrize("estimator", ["rlr", "ddpo", "rlr with KL", "draft_lv"])
+def test_nothing_in_rollout_and_sweep_waits_for_the_device(estimator):
     """On a device without memory no value can be asked for; and after the noise, all that it needs is there."""
     pipeline = tiny_pipeline()
     add_lora(pipeline.unet)
@@ -220,14 +317,20 @@ def test_nothing_in_rollout_and_sweep_waits_for_the_device(schedule):
         trajectory = rollout(chain, x_T, [torch.Generator().manual_seed(i) for i in range(3)])
     # The noise of generators on the CPU, all of it before the first call.
     assert before[0] > 0 and before == [len(carried.operations)] * 4
+    rewards, options = torch.zeros(3, device="meta"), {"reward_grad": torch.zeros_like(x_T)}
+    mixing = ([0.0] if estimator == "ddpo" else [0.5]) * 5
+    if estimator == "draft_lv":
+        trajectory = renoise(chain, trajectory.latents[0])
+        StableDiffusionChain(pipeline.unet, pipeline.scheduler, embeds[0], embeds[1])  # the scheduler is as it was
+        mixing, options["stop_after"] = [1.0] * 5, 1
+    elif estimator == "ddpo":
+        options["cotangent"] = ClippedRatio(chain, trajectory, rewards)
+    else:
+        options["advantages"] = rewards
+    if estimator == "rlr with KL":
+        options["penalty"] = GaussianKL(chain, lambda k, x: chain.mean(k, x).detach(), trajectory, 0.1)
     with Carried() as carried:
-        rows = backward_sweep(
-            chain,
-            trajectory,
-            schedule.mixing,
-            reward_grad=torch.zeros_like(x_T),
-            advantages=torch.zeros(3, device="meta"),
-        )
+        rows = backward_sweep(chain, trajectory, mixing, **options)
     assert rows.pathwise.is_meta and not carried.operations
     assert all(p.grad.is_meta for p in pipeline.unet.parameters() if p.requires_grad)
     with pytest.raises(RuntimeError, match="item"):

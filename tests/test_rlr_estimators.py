@@ -85,6 +85,17 @@ def statistics(pathwise, likelihood_ratio):
     return SweepStatistics(*rows)
 
 
+def test_a_step_not_seen_so_far_is_not_taken_for_one_without_noise():
+    """Of a thinned-out batch the adaptive mixing knows some steps only, and the next one is as thin again."""
+    adaptive, nan = AdaptiveMixing(6), float("nan")
+    adaptive.update(statistics([1.0, 1.0, nan, nan, nan, 2.0], [nan, 5.0, nan, nan, 5.0, nan]))
+    gammas = adaptive.gammas(differentiable=True)
+    assert gammas[3] == gammas[4] == 0.9 and gammas[6] == 1.0  # the last one was swept, and had no likelihood ratio
+    for _ in range(20):
+        thin = thin_out(rlr(6, adaptive, differentiable=True), 0.3)
+        assert sum(gamma is not None for gamma in thin.mixing[1:]) <= 4
+
+
 def test_adaptive_mixing_is_inverse_variance_of_earlier_batches():
     adaptive = AdaptiveMixing(2, decay=0.75)
     assert rlr(2, adaptive, differentiable=True).mixing[1:] == [1.0, 0.9]

@@ -62,7 +62,7 @@ def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
     # The pictures are those of a plain pipeline, scored by the reward itself.
     prompts = ["a green zero"] * 2 + ["a green one"] * 2 + ["a green two"] * 2
-    args.resolution = 32
+    args.height = args.width = 32
     pipeline, reward = tiny_pipeline(), load_reward("aesthetic", path=TINY_AESTHETIC)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     base = reward(generate(pipeline, prompts, args), prompts)

@@ -11,15 +11,20 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import json
+
 import pytest
 import torch
-from rlr_utils import PromptEmbeds, PromptSampler, load_prompts
+from rlr_utils import PromptEmbeds, PromptSampler, load_levels, load_prompts
+from rlr_utils.prompts import expand
 
 
 def test_built_in_prompts():
     prompts = load_prompts("simple_animals")
     assert len(prompts) == len(set(prompts)) >= 40
     assert "a cat" in prompts and "an owl" in prompts
+    activities = load_prompts("activities")
+    assert len(activities) == len(set(activities)) == 10 * len(prompts) and "a fox baking bread" in activities
 
 
 def test_a_file_is_read_line_by_line(tmp_path):
@@ -29,7 +34,7 @@ def test_a_file_is_read_line_by_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b" \n\n", "no prompt"), (b"caf\xe9\n", "not UTF-8"), (None, "no such file")]
+    "content, message", [(b" \n\n", "no prompt"), (b"caf\xe9\0\n", "not UTF-8"), (None, "no such file")]
 )
 def test_bad_files_are_named(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
@@ -37,6 +42,61 @@ def test_bad_files_are_named(tmp_path, content, message):
         file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         load_prompts(str(file))
+    assert str(file) in str(error.value)
+
+
+def test_other_encodings_are_read_and_said(tmp_path, caplog):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a café\r\n".encode("utf-16"))
+    assert load_prompts(str(file)) == ["a café"] and not caplog.text
+    file.write_bytes("a café\n“a fox”\n".encode("cp1252"))
+    assert load_prompts(str(file)) == ["a café", "“a fox”"]
+    assert "not UTF-8 (invalid continuation byte at byte 5), read as Windows-1252" in caplog.text
+
+
+def test_empty_and_repeated_prompts_are_left_out_and_said(tmp_path, caplog):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\n\na cat\n a fox \n\n\n")
+    with caplog.at_level("INFO"):
+        assert load_prompts(str(file)) == ["a fox", "a cat"]
+    assert "2 prompts; left out: 3 empty, 1 repeated" in caplog.text
+
+
+def test_templates_stand_for_all_their_prompts():
+    assert expand("a {red|blue} {cat|small dog}") == ["a red cat", "a red small dog", "a blue cat", "a blue small dog"]
+    assert expand("a {very |}big {cat}") == ["a very big {cat}", "a big {cat}"]
+    with pytest.raises(ValueError, match="stands for 1,048,576 prompts"):
+        expand("{a|b}" * 20)
+
+
+LEVELS = {"prompt": "a fox", "coarse": "an animal", "mid": "a fox in snow", "fine": "fur of a fox"}
+
+
+def test_a_jsonl_file_may_hold_a_chain_of_thought(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, [LEVELS, {"prompt": "a {red|blue} cat", "source": "me"}])) + "\n\n")
+    assert load_prompts(str(file)) == ["a fox", "a red cat", "a blue cat"]
+    assert load_levels(str(file)) == {"a fox": ("an animal", "a fox in snow", "fur of a fox")}
+    assert load_levels("simple_animals") == {}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "a fox"', "line 2 is no JSON"),
+        ('["a fox"]', 'line 2 is no object with a text "prompt"'),
+        ('{"prompt": 3}', 'line 2 is no object with a text "prompt"'),
+        ('{"prompt": "a fox", "coarse": "x"}', "'a fox' needs all of coarse, mid, fine"),
+        ('{"prompt": "a fox", "coarse": "x", "mid": 1, "fine": "y"}', "'a fox' needs all of coarse, mid, fine"),
+        ('{"prompt": "a {b|c}", "coarse": "x", "mid": "z", "fine": "y"}', "is a template, which cannot have levels"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(LEVELS) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message) as error:
+        load_prompts(str(file))
+        load_levels(str(file))
     assert str(file) in str(error.value)
 
 

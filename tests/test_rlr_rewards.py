@@ -500,7 +500,7 @@ number = 3
 
 def custom(tmp_path, name, **kwargs):
     (tmp_path / "my_rewards.py").write_text(CUSTOM)
-    rewards = load_rewards(parse_reward(f"{tmp_path}/my_rewards.py:{name}"), {}, size=16, **kwargs)
+    rewards = load_rewards(parse_reward(f"{tmp_path}/my_rewards.py:{name}"), {}, size=(16, 16), **kwargs)
     return rewards.members[f"{tmp_path}/my_rewards.py:{name}"[: -2 if name.endswith(":2") else None]]
 
 
@@ -552,7 +552,7 @@ def test_custom_modules_and_files_that_cannot_be_imported(tmp_path, monkeypatch)
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "by_module.py").write_text(CUSTOM)
-    assert load_rewards(parse_reward("by_module:red"), {}, size=16).differentiable
+    assert load_rewards(parse_reward("by_module:red"), {}, size=(16, 16)).differentiable
     for entry, problem in (
         ("os:system", "fails on two random images: TypeError"),
         ("os:getcwd", "fails on two random images: TypeError"),
@@ -562,7 +562,7 @@ def test_custom_modules_and_files_that_cannot_be_imported(tmp_path, monkeypatch)
         ("broken:f", r"No module named 'not_there' \(broken.py, line 1\)"),
     ):
         with pytest.raises(ValueError, match=problem) as error:
-            load_rewards(parse_reward(entry), {}, size=16)
+            load_rewards(parse_reward(entry), {}, size=(16, 16))
         assert repr(entry) in str(error.value)
 
 
@@ -576,7 +576,7 @@ def test_a_reward_that_writes_into_its_pictures_or_fails_harms_no_other(tmp_path
         "calls = []\n\ndef f(images, prompts):\n    calls.append(1)\n    assert len(calls) < 3, 'no more'\n"
         "    return images.mean((1, 2, 3))\n"
     )
-    rewards = load_rewards(parse_reward(f"{tmp_path}/later.py:f"), {}, size=16)
+    rewards = load_rewards(parse_reward(f"{tmp_path}/later.py:f"), {}, size=(16, 16))
     with pytest.raises(ValueError, match=r"reward '.*later.py:f' fails: AssertionError: no more \(later.py, line 5\)"):
         rewards(images, ["", ""])
 

@@ -34,9 +34,10 @@ from rlr_testing import (
     tiny_pipeline,
     train,
 )
+from rlr_utils import load_levels
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_rlr_sd import LOW_MEMORY, loss_scale, main, parse_args
+from train_rlr_sd import LOW_MEMORY, command_of, generate, load_training_prompts, loss_scale, main, parse_args
 
 from diffusers import DDIMScheduler
 
@@ -157,6 +158,10 @@ def test_training_raises_the_reward(tmp_path):
         ["--sweep_fraction", "0.4", "--kl_weight", "0.1", "--max_train_steps", "3"],
         ["--sweep_fraction", "0.4", "--gradient_estimator", "ddpo", "--gradient_accumulation_steps", "2"],
         ["--preset_low_memory"],
+        ["--scheduler", "ddpm", "--baseline", "predicted_x0"],
+        ["--scheduler", "euler_ancestral", "--num_eval_images", "2"],
+        ["--scheduler", "dpm_sde", "--height", "48", "--width", "32", "--num_eval_images", "2"],
+        ["--scheduler", "dpm_sde", "--gradient_estimator", "draft_lv"],
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -455,6 +460,11 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
             ["--sweep_fraction", ".5", "--gradient_estimator", "full_bp"],
             "--sweep_fraction 0.5 needs an estimator that",
         ),
+        (["--scheduler", "ddpm", "--eta", "0.5"], "--eta 0.5 is of --scheduler ddim, and ddpm has"),
+        (["--scheduler", "euler_ancestral", "--gradient_estimator", "ddpo"], "adds no noise at step 1 from the end"),
+        (["--dcot_boundaries", ".7", ".3"], "--dcot_boundaries"),
+        (["--height", "40", "--width", "36"], "pictures of 40 x 36 pixels"),
+        (["--adapter_path", "/nowhere"], "--adapter_path '/nowhere' cannot be loaded"),
         (["--branches", "2"], "--branches 2 is for black boxes"),
         (["--branches", "2", "--gradient_estimator", "ddpo"], "--branches 2 needs --gradient_estimator rlr"),
         (["--baseline_vae", "x"], "needs --baseline predicted_x0"),
@@ -479,7 +489,7 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),
         (["--output_dir", "/proc/no/folder"], "/proc/no"),
         (["--push_every", "2"], "--push_every 2 needs --push_to_hub"),
-        (["--resolution", "36"], "--resolution 36 is no multiple of 8"),
+        (["--resolution", "36"], "pictures of 36 x 36 pixels: no multiples of 8"),
         (["--lora_layers", "to_k, to_nothing"], "has no layer 'to_nothing'"),
         (["--dataset_name", "x"], "give one of them"),
         (["--report_to", "wandb", "--hub_token", "hf_x"], "would log the token"),
@@ -530,10 +540,61 @@ def test_prompts_from_a_local_dataset(tmp_path, capsys):
     pandas.DataFrame({"caption": ["a red one", "", "a blue two"]}).to_parquet(data / "train.parquet")
     flags = [flag for flag in BASE if flag not in ("--prompts", DIGITS)]
     flags += ["--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
-    with pytest.raises(SystemExit, match="'text' is not in .* which has: caption"):
+    with pytest.raises(SystemExit, match="--dataset_name .*: no --caption_column 'text' in it, only caption"):
         main(parse_args(flags))
+    with pytest.raises(SystemExit, match="--dataset_name .*: .*validation"):
+        main(parse_args([*flags, "--dataset_split", "validation"]))
     main(parse_args([*flags, "--caption_column", "caption"]))
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("streaming", [[], ["--dataset_streaming"]], ids=["loaded", "streamed"])
+def test_prompts_of_a_dataset_in_a_folder_or_a_file(tmp_path, streaming):
+    rows = [{"text": [f"a red {word}", "another caption"], "other": 1} for word in ("one", "two", "one", "three")]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for source in (tmp_path / "data", tmp_path / "data" / "train.jsonl"):
+        args = parse_args(["--dataset_name", str(source), *streaming])
+        assert load_training_prompts(args) == ["a red one", "a red two", "a red three"]
+        args = parse_args(["--dataset_name", str(source), "--max_prompts", "2", *streaming])
+        assert load_training_prompts(args) == ["a red one", "a red two"]
+
+
+def test_what_the_text_encoder_does_not_see_is_said_once(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a red one\n" + "a red two and " * 10 + "a blue nine\n")
+    with caplog.at_level("WARNING", logger="train_rlr_sd"):
+        train(tmp_path / "out", "--prompts", str(tmp_path / "prompts.txt"))
+    told = [record.getMessage() for record in caplog.records if "text encoder reads" in record.getMessage()]
+    assert len(told) == 1 and "1 of 2 prompts are longer than the 16 tokens that the text encoder reads" in told[0]
+    assert re.search(r"it does not see '[a-z ]*a red two and a blue nine'$", told[0]), told
+
+
+def test_a_chain_of_thought_trains_each_third_under_its_own_prompt(tmp_path, capsys):
+    """With the same prompt at all levels it is the plain run; with others it is not; and it is validated as it is trained."""
+    file, prompts = tmp_path / "levels.jsonl", ["a red one", "a blue two"]
+
+    def lines(levels_of):
+        file.write_text(
+            "\n".join(json.dumps({"prompt": p, **dict(zip(("coarse", "mid", "fine"), levels_of(p)))}) for p in prompts)
+        )
+        load_levels.cache_clear()
+
+    flags = ["--prompts", str(file), "--num_inference_steps", "4", "--num_eval_images", "2"]
+    (tmp_path / "plain.txt").write_text("\n".join(prompts))
+    plain = train(tmp_path / "plain", *flags, "--prompts", str(tmp_path / "plain.txt"))
+    lines(lambda p: (p, p, p))
+    same = train(tmp_path / "same", *flags)
+    assert [line["reward_mean"] for line in same] == pytest.approx([line["reward_mean"] for line in plain], rel=1e-5)
+    lines(lambda p: ("a green nine", p, p))
+    other = train(tmp_path / "other", *flags)
+    assert other[0]["reward_mean"] != pytest.approx(same[0]["reward_mean"], rel=1e-3)
+    base = [
+        json.loads((tmp_path / name / "evaluation.json").read_text())["base"]["mean"] for name in ("same", "other")
+    ]
+    assert base[0] != pytest.approx(base[1], rel=1e-3)
+    # Where coarse has no step, it does not matter.
+    free = train(tmp_path / "free", *flags, "--dcot_boundaries", "0", "0.67")
+    assert free[0]["reward_mean"] == pytest.approx(same[0]["reward_mean"], rel=1e-5)
 
 
 def test_a_tiny_autoencoder_may_decode_the_predictions(tmp_path):
@@ -560,14 +621,40 @@ def test_defaults_are_those_of_the_documentation():
     assert args.output_dir == "rlr-sd-lora" and args.prompts is None and args.dataset_name is None
 
 
-def test_a_preset_sets_what_the_command_does_not():
+def test_training_goes_on_from_an_adapter(tmp_path):
+    train(tmp_path / "first", "--rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-2")
+    same = train(tmp_path / "same", "--adapter_path", str(tmp_path / "first"), "--learning_rate", "1e-30")
+    assert same_adapter(tmp_path / "first", tmp_path / "same")
+    assert 4.0 in json.loads(safe_open(tmp_path / "same" / LORA, "pt").metadata()["lora_adapter_metadata"]).values()
+    further = train(tmp_path / "further", "--adapter_path", str(tmp_path / "first"), "--learning_rate", "1e-2")
+    assert same[0]["reward_mean"] == further[0]["reward_mean"] and not same_adapter(
+        tmp_path / "first", tmp_path / "further"
+    )
+    # The divergence is from the base model, not from the adapter that training began with.
+    flags = ["--adapter_path", str(tmp_path / "first"), "--kl_weight", "0.1"]
+    assert train(tmp_path / "kl", *flags)[0]["kl"] > 0
+
+
+def test_pictures_need_not_be_square(tmp_path):
+    train(tmp_path, "--height", "48", "--width", "32", "--num_eval_images", "2", "--baseline", "predicted_x0")
+    config = json.loads((tmp_path / "training_args.json").read_text())
+    assert (config["height"], config["width"], config["resolution"]) == (48, 32, 32)
+    args = parse_args([*BASE, "--height", "48", "--width", "32"])
+    assert generate(tiny_pipeline(), ["a red one"], args).shape == (1, 3, 48, 32)
+
+
+def test_a_preset_is_the_flags_that_it_stands_for():
     plain, preset = vars(parse_args([])), vars(parse_args(["--preset_low_memory"]))
-    changed = {name: value for name, value in preset.items() if value != plain[name]}
-    assert changed == {"preset_low_memory": True, **{k: v for k, v in LOW_MEMORY.items() if v != plain[k]}}
+    assert {name: value for name, value in preset.items() if value != plain[name]} == {
+        name: value for name, value in LOW_MEMORY.items() if value != plain[name]
+    }
     # The same pictures a step, one at a time.
     assert preset["gradient_accumulation_steps"] == plain["train_batch_size"] and preset["train_batch_size"] == 1
-    own = parse_args(["--train_batch_size", "2", "--mixed_precision", "fp16", "--preset_low_memory"])
-    assert (own.train_batch_size, own.mixed_precision, own.gradient_checkpointing) == (2, "fp16", True)
+    own = parse_args(["--train_batch_size", "4", "--mixed_precision", "fp16", "--preset_low_memory"])
+    assert (own.train_batch_size, own.mixed_precision, own.reward_offload) == (4, "fp16", True)
+    # The card's command starts the same run.
+    words = command_of(own, 1).split()
+    assert vars(parse_args(words[words.index("train_rlr_sd.py") + 1 :])) == vars(own)
 
 
 def test_the_third_step_tells_how_long_the_run_will_take(tmp_path, caplog):
@@ -583,22 +670,20 @@ def test_a_thinned_out_sweep_is_of_the_steps_that_the_plan_promises(tmp_path, ca
     assert all(line["gamma_mean"] <= (1 + 2 * 0.3) / 3 + 1e-6 for line in metrics)
 
 
-def test_the_divergence_of_a_thinned_out_sweep_is_that_of_all_steps(tmp_path):
-    """Its weights make up for the steps that are left out: over many draws, the same."""
-    flags = [
-        "--num_inference_steps",
-        "4",
-        "--kl_weight",
-        "0.5",
-        "--learning_rate",
-        "1e-3",
-        "--gradient_estimator",
-        "ddpo",
-    ]
-    full = train(tmp_path / "full", *flags, "--max_train_steps", "3")
-    thin = train(tmp_path / "thin", *flags, "--max_train_steps", "3", "--sweep_fraction", "0.75")
-    assert full[0]["kl"] == thin[0]["kl"] == 0.0
-    assert thin[1]["kl"] == pytest.approx(full[1]["kl"], rel=0.6) and thin[1]["kl"] != full[1]["kl"]
+@pytest.mark.parametrize("estimator", ["rlr", "ddpo"])
+def test_the_weights_of_a_schedule_reach_gradient_and_divergence(tmp_path, monkeypatch, estimator):
+    """Every weight doubled, with nothing left out: so are the gradient and the divergence."""
+    flags = ["--num_inference_steps", "4", "--gradient_estimator", estimator, "--max_grad_norm", "1e9"]
+    plain = train(tmp_path / "plain", *flags)
+    doubled = lambda schedule, fraction: schedule._replace(weights=[2.0] * len(schedule.mixing))  # noqa: E731
+    monkeypatch.setattr("train_rlr_sd.thin_out", doubled)
+    twice = train(tmp_path / "twice", *flags, "--sweep_fraction", "0.5")
+    assert twice[0]["grad_norm"] == pytest.approx(2 * plain[0]["grad_norm"], rel=1e-4)
+    train(tmp_path / "adapter", "--learning_rate", "1e-2")
+    flags += ["--kl_weight", "0.1", "--adapter_path", str(tmp_path / "adapter")]
+    twice = train(tmp_path / "twice_kl", *flags, "--sweep_fraction", "0.5")
+    plain = train(tmp_path / "plain_kl", *flags)
+    assert plain[0]["kl"] > 0 and twice[0]["kl"] == pytest.approx(2 * plain[0]["kl"], rel=1e-4)
 
 
 def test_a_compiler_that_fails_is_warned_of_and_done_without(tmp_path, caplog):

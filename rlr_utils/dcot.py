@@ -1,0 +1,60 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The diffusive chain of thought of RLR (huggingface.co/papers/2502.00639): coarse, mid and fine prompts, one after the
+other along one chain."""
+
+import torch
+
+
+BOUNDARIES = (0.33, 0.67)
+
+
+def levels_of_steps(num_steps, boundaries=BOUNDARIES):
+    """The level of each of T steps, the first executed first: 0 (coarse), 1 (mid) or 2 (fine).
+
+    Args:
+        boundaries: where the levels change, as shares of the chain.
+    """
+    return [sum(i >= boundary * num_steps for boundary in boundaries) for i in range(num_steps)]
+
+
+class ChainOfThought:
+    """A `callback_on_step_end` for diffusers' Stable Diffusion pipelines, which are called with the coarse prompts:
+
+        thought = ChainOfThought(pipeline, coarse, mid, fine, num_inference_steps=50)
+        pipeline(coarse, num_inference_steps=50, callback_on_step_end=thought, **thought.inputs)
+
+    Args:
+        pipeline: with `encode_prompt`, its text encoder on the device that the pipeline runs on.
+        coarse, mid, fine: B prompts each.
+        num_inference_steps: as for the pipeline.
+        boundaries: where the levels change, as shares of the chain.
+    """
+
+    inputs = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+    def __init__(self, pipeline, coarse, mid, fine, num_inference_steps, boundaries=BOUNDARIES):
+        device = pipeline.text_encoder.device
+        with torch.no_grad():
+            self.embeds = [pipeline.encode_prompt(level, device, 1, False)[0] for level in (coarse, mid, fine)]
+        self.levels = levels_of_steps(num_inference_steps, boundaries)
+
+    def __call__(self, pipeline, step_index, timestep, kwargs):
+        """What the pipeline is to go on with after the step `step_index`: the embeddings of the next step's level."""
+        if step_index + 1 == len(self.levels):
+            return {}
+        embeds = self.embeds[self.levels[step_index + 1]].to(kwargs["prompt_embeds"])
+        if pipeline.do_classifier_free_guidance:
+            embeds = torch.cat([kwargs["prompt_embeds"].chunk(2)[0], embeds])
+        return {"prompt_embeds": embeds}

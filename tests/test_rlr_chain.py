@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -127,14 +129,13 @@ def test_a_scheduler_that_is_no_gaussian_chain_is_refused(scheduler, message):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_asking_a_scheduler_leaves_it_as_it_is(name):
-    pipeline = tiny_pipeline()
-    pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
-    options = {"num_inference_steps": 4, "output_type": "latent"}
-    pictures = []
-    for _ in range(2):
-        pictures.append(pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images)
-        make_chain(pipeline, 4)
-    assert torch.equal(*pictures)
+    scheduler = make_scheduler(name, tiny_pipeline().scheduler.config)
+    scheduler.set_timesteps(4)
+    before = copy.deepcopy(vars(scheduler))
+    denoising_steps(scheduler, eta=1.0)
+    for key, value in vars(scheduler).items():
+        same = torch.equal(value, before[key]) if isinstance(value, torch.Tensor) else str(value) == str(before[key])
+        assert same, key
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])

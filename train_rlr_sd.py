@@ -149,7 +149,6 @@ LOW_MEMORY = {
     "train_batch_size": 1,
     "gradient_accumulation_steps": 4,
     "decode_batch_size": 1,
-    "gradient_checkpointing": True,
     "reward_offload": True,
     "mixed_precision": "bf16",
 }
@@ -619,8 +618,8 @@ def parse_args(input_args=None):
     training.add_argument(
         "--gradient_checkpointing",
         action="store_true",
-        help="For the U-Net: less memory, a sweep slower by a third. Worth it from a batch of 2 on: the decoder, which"
-        " takes the most at a batch of 1, is always checkpointed.",
+        help="For the U-Net: less memory from a batch of 2 on, a sweep slower by a third. The decoder, which takes the most"
+        " at a batch of 1, is always checkpointed.",
     )
     training.add_argument(
         "--compile",

@@ -80,8 +80,9 @@ def denoising_steps(scheduler, eta):
         eta: for schedulers whose `step` takes it.
 
     Raises:
-        ValueError: for a scheduler whose steps are not of this form, and for one that divides by zero at some step, such
-            as that of noise prediction where the schedule ends in pure noise.
+        ValueError: for a scheduler whose steps are not of this form, and for one that is not finite at some step, such as
+            noise prediction where the schedule starts in pure noise: it divides by an alpha of zero. So does DDIM there
+            with eta = 1 for some numbers of steps, by rounding.
     """
     name, count = type(scheduler).__name__, len(scheduler.timesteps)
     asked = copy.deepcopy(scheduler)
@@ -106,7 +107,9 @@ def denoising_steps(scheduler, eta):
         step = DenoisingStep(*(v.item() for v in (mean[0], mean[1], sigma, x0[0], x0[1])), input_scale)
         where = f"{name}, prediction_type {scheduler.config.prediction_type!r}, step {count - i} from the end (timestep {timestep.item():g})"
         if not all(map(math.isfinite, step)):
-            raise ValueError(f"{where}: the schedule degenerates, it divides by an alpha or sigma of zero")
+            raise ValueError(
+                f"{where}: the schedule degenerates, the step is not finite; another eta or number of steps may do"
+            )
         for found, foretold in (
             (mean[3], step.x_from_x * x[3] + step.x_from_e * e[3]),
             (x0[3], step.x0_from_x * x[3] + step.x0_from_e * e[3]),

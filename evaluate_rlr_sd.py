@@ -29,15 +29,14 @@ import os
 import sys
 
 import torch
-from huggingface_hub import file_exists
 from matplotlib.figure import Figure
 from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_paths
 from reward_models.__main__ import read_image
 from reward_models.features import diversity, drift, frechet_distance, load_features
 from reward_models.loading import first_line
-from rlr_utils import BOUNDARIES, SCHEDULERS, load_prompts
+from rlr_utils import BOUNDARIES, SCHEDULERS, levels_of_steps, load_prompts
 from tqdm.auto import tqdm
-from train_rlr_sd import LORA_FILE, OneLineParser, generate, load_pipeline, set_size
+from train_rlr_sd import OneLineParser, adapter_file, generate, load_pipeline, set_size
 
 
 def parse_args(input_args=None):
@@ -100,6 +99,10 @@ def parse_args(input_args=None):
         parser.error(f"--eta {args.eta} must be in [0, 1]")
     args.train_batch_size = args.batch_size  # as the training script calls it, whose pictures these are
     try:
+        levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+    except ValueError as error:
+        parser.error(f"--dcot_boundaries: {error}")
+    try:
         args.lora_scales = [float(scale) for scale in args.lora_scales.split(",")] if args.lora_scales else []
     except ValueError:
         parser.error(f"--lora_scales {args.lora_scales!r} are not numbers with commas between")
@@ -130,10 +133,7 @@ def load_adapters(pipeline, sources):
         while name in (*names, "base"):
             name += "-again"
         try:
-            # A repository of the training script holds others too, in best/ and ema/.
-            local = os.path.exists(source)
-            found = os.path.isfile(os.path.join(source, LORA_FILE)) if local else file_exists(source, LORA_FILE)
-            pipeline.load_lora_weights(source, weight_name=LORA_FILE if found else None, adapter_name=name)
+            pipeline.load_lora_weights(source, weight_name=adapter_file(source), adapter_name=name)
         except Exception as error:  # peft's, safetensors' and the Hub's
             raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
         names.append(name)

@@ -45,7 +45,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from datasets import load_dataset
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 from matplotlib.figure import Figure
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -134,6 +134,7 @@ EVALUATION_SEED = 1_000_000
 # Those by which the best adapter is chosen are others again, or the comparison would flatter it.
 HELDOUT_SEED = 2_000_000
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
+DATASET_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "rlr_state.json"
 EMA_FILE = "ema.safetensors"
@@ -229,9 +230,15 @@ pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_o
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{settings})
 pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
 image = pipeline(
-    {prompt!r}{negative}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
+    {prompt!r}{negative}, height={args.height}, width={args.width},
+    num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
 ).images[0]
 ```
+"""
+    if levels_of(args, [prompt]) is not None:
+        text += f"""
+It was trained, and its pictures below are drawn, with a coarse, a middle and a fine prompt one after the other, which
+change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the steps.
 """
     if results is not None:
         rows = {args.reward: results, **(results["members"] if len(results["members"]) > 1 else {})}
@@ -298,12 +305,13 @@ def generate(pipeline, prompts, args, desc=None, first_seed=EVALUATION_SEED):
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
         # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
         with offload_models(pipeline.text_encoder, device=pipeline.unet.device):  # which rests on the CPU in training
-            levels, thought = levels_of(args, batch), {}
+            levels, prompts_of_first_step, thought = levels_of(args, batch), batch, {}
             if levels is not None:
                 callback = ChainOfThought(pipeline, *levels, args.num_inference_steps, args.dcot_boundaries)
+                prompts_of_first_step = callback.first
                 thought = {"callback_on_step_end": callback, **callback.inputs}
             latents = pipeline(
-                batch if levels is None else levels[0],
+                prompts_of_first_step,
                 height=args.height,
                 width=args.width,
                 negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
@@ -689,6 +697,13 @@ def parse_args(input_args=None):
         parser.set_defaults(**LOW_MEMORY)
         args = parser.parse_args(input_args)
     del args.preset_low_memory  # the run is what it stands for
+    shape = [
+        name
+        for name in ("rank", "lora_alpha", "lora_layers", "use_dora")
+        if getattr(args, name) != parser.get_default(name)
+    ]
+    if args.adapter_path is not None and shape:
+        parser.error(f"--{shape[0]} is for a new adapter, and --adapter_path {args.adapter_path!r} has its own")
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     try:
         check_args(args)
@@ -803,8 +818,7 @@ def check_args(args):
         )
     if args.prompts is not None and args.dataset_name is not None:
         raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
-    if not 0 <= args.dcot_boundaries[0] <= args.dcot_boundaries[1] <= 1:
-        raise ValueError(f"--dcot_boundaries {args.dcot_boundaries} must be two shares of the chain, in their order")
+    levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
     if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
         raise ValueError(
             f"--report_to {args.report_to} with --hub_token would log the token: log in with `hf auth login` instead"
@@ -828,11 +842,14 @@ def load_training_prompts(args):
         return prompts[: args.max_prompts]
     name, options = args.dataset_name, {"split": args.dataset_split, "streaming": args.dataset_streaming}
     try:
+        options["cache_dir"] = args.cache_dir
         if os.path.isfile(name):
-            kind = os.path.splitext(name)[1][1:]
-            dataset = load_dataset("json" if kind == "jsonl" else kind, data_files=name, **options)
+            kind = DATASET_FILES.get(os.path.splitext(name)[1])
+            if kind is None:
+                raise ValueError(f"a file of this kind cannot be read, only {', '.join(DATASET_FILES)}")
+            dataset = load_dataset(kind, data_files=name, **options)
         else:
-            dataset = load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir, **options)
+            dataset = load_dataset(name, args.dataset_config_name, **options)
         # A stream may not know its columns before it has begun.
         columns = dataset.column_names or list(next(iter(dataset), {}))
         if args.caption_column not in columns:
@@ -843,8 +860,8 @@ def load_training_prompts(args):
         # Where a picture has several captions, the first.
         captions = [caption[0] if isinstance(caption, list) and caption else caption for caption in captions]
         return unique_prompts(caption for caption in captions if isinstance(caption, str))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--dataset_name {name!r}: {error}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"--dataset_name {name!r}: {first_line(error.__cause__ or error)}") from error
 
 
 def levels_of(args, prompts):
@@ -1127,6 +1144,21 @@ def add_adapter(args, unet):
     )
 
 
+def adapter_file(source):
+    """The name of the adapter in a folder or Hub repository of this script, which holds others in best/ and ema/ too, or
+    `None` where it has another name."""
+    if os.path.exists(source):
+        return LORA_FILE if os.path.isfile(os.path.join(source, LORA_FILE)) else None
+    return LORA_FILE if file_exists(source, LORA_FILE) else None
+
+
+def set_adapter(unet, layers):
+    """Give the adapter the weights of a state dict as diffusers saves it, in float32 whatever the U-Net is in."""
+    cast_training_params(unet, dtype=torch.float32)
+    layers = {key.removeprefix("unet."): value for key, value in layers.items()}
+    set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+
+
 def load_adapter(args, pipeline):
     """The LoRA of --adapter_path, to be trained further.
 
@@ -1134,15 +1166,17 @@ def load_adapter(args, pipeline):
         ValueError: if it cannot be loaded, or is not of the U-Net alone, which is all that is trained and saved.
     """
     try:
-        layers, _ = pipeline.lora_state_dict(args.adapter_path, cache_dir=args.cache_dir)
+        options = {"weight_name": adapter_file(args.adapter_path), "cache_dir": args.cache_dir}
+        layers, _ = pipeline.lora_state_dict(args.adapter_path, **options)
         others = sorted(key for key in layers if not key.startswith("unet."))
         if others:
             raise ValueError(f"it holds more than layers of the U-Net, such as {others[0]!r}")
-        pipeline.load_lora_weights(args.adapter_path, cache_dir=args.cache_dir, adapter_name="default")
+        pipeline.load_lora_weights(args.adapter_path, adapter_name="default", **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"--adapter_path {args.adapter_path!r} cannot be loaded: {error}") from error
     for name, parameter in pipeline.unet.named_parameters():
         parameter.requires_grad_("lora_" in name)
+    set_adapter(pipeline.unet, layers)  # again: it has been rounded to the U-Net's precision
 
 
 def load_baseline_vae(args, dtype):
@@ -1397,8 +1431,9 @@ def main(args):
         pipeline = load_pipeline(args, dtype)
         unet, vae = pipeline.unet, pipeline.vae
         set_size(args, pipeline)
-        warn_of_long_prompts(prompts, pipeline.tokenizer)
-        levels_of(args, prompts)
+        levels = levels_of(args, prompts)
+        encoded = prompts if levels is None else list(dict.fromkeys(itertools.chain(*levels)))
+        warn_of_long_prompts(encoded, pipeline.tokenizer)
         config = configuration(args, accelerator.num_processes)
         if resume_path is not None:
             check_same_run(config, resume_path)
@@ -1560,9 +1595,7 @@ def main(args):
     def load_state_hook(models, directory):
         models.clear()
         layers, _ = StableDiffusionPipeline.lora_state_dict(directory)
-        layers = {key.removeprefix("unet."): value for key, value in layers.items()}
-        set_peft_model_state_dict(pipeline.unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
-        cast_training_params(pipeline.unet, dtype=torch.float32)
+        set_adapter(pipeline.unet, layers)
         with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
         sampler.position = state["position"]

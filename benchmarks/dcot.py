@@ -102,7 +102,7 @@ def run(thought, in_range, seed, num_steps, steps):
 
 
 def plot(groups, path):
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for place, (name, rows) in enumerate(groups.items()):
         axes.plot([row["gain"] for row in rows], [place] * len(rows), "o", color="C0", alpha=0.5)
@@ -110,7 +110,7 @@ def plot(groups, path):
     axes.set_yticks(range(len(groups)), groups)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=0.6)
-    axes.set(xlabel="gain in edge sharpness, a point for each seed, a bar for their mean")
+    axes.set(xlabel="gain in edge sharpness; bars: means of the seeds")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
 

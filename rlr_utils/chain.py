@@ -110,6 +110,8 @@ def denoising_steps(scheduler, eta):
             raise ValueError(
                 f"{where}: the schedule degenerates, the step is not finite; another eta or number of steps may do"
             )
+        if abs(step.sigma) < 1e-6:  # what DDPM keeps its variance above is nothing that float32 could add to latents
+            step = step._replace(sigma=0.0)
         for found, foretold in (
             (mean[3], step.x_from_x * x[3] + step.x_from_e * e[3]),
             (x0[3], step.x0_from_x * x[3] + step.x0_from_e * e[3]),

@@ -25,21 +25,29 @@ def levels_of_steps(num_steps, boundaries=BOUNDARIES):
 
     Args:
         boundaries: where the levels change, as shares of the chain.
+
+    Raises:
+        ValueError: if they are not two shares in their order.
     """
+    if not 0 <= boundaries[0] <= boundaries[1] <= 1:
+        raise ValueError(f"the boundaries {list(boundaries)} are not two shares of the chain, in their order")
     return [sum(i >= boundary * num_steps for boundary in boundaries) for i in range(num_steps)]
 
 
 class ChainOfThought:
-    """A `callback_on_step_end` for diffusers' Stable Diffusion pipelines, which are called with the coarse prompts:
+    """A `callback_on_step_end` for diffusers' Stable Diffusion pipelines, which are called with the first step's prompts:
 
         thought = ChainOfThought(pipeline, coarse, mid, fine, num_inference_steps=50)
-        pipeline(coarse, num_inference_steps=50, callback_on_step_end=thought, **thought.inputs)
+        pipeline(thought.first, num_inference_steps=50, callback_on_step_end=thought, **thought.inputs)
 
     Args:
         pipeline: with `encode_prompt`, its text encoder on the device that the pipeline runs on.
         coarse, mid, fine: B prompts each.
         num_inference_steps: as for the pipeline.
         boundaries: where the levels change, as shares of the chain.
+
+    Attributes:
+        first: the prompts of the first step, the coarse ones unless the first boundary is 0.
     """
 
     inputs = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
@@ -49,6 +57,7 @@ class ChainOfThought:
         with torch.no_grad():
             self.embeds = [pipeline.encode_prompt(level, device, 1, False)[0] for level in (coarse, mid, fine)]
         self.levels = levels_of_steps(num_inference_steps, boundaries)
+        self.first = (coarse, mid, fine)[self.levels[0]]
 
     def __call__(self, pipeline, step_index, timestep, kwargs):
         """What the pipeline is to go on with after the step `step_index`: the embeddings of the next step's level."""

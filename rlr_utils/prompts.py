@@ -77,14 +77,14 @@ def load_levels(source):
         return {}
     levels = {}
     for entry in _entries(source):
-        prompt, given = entry["prompt"].strip(), [level for level in LEVELS if entry.get(level)]
-        if not given:
+        if not any(entry.get(level) for level in LEVELS):
             continue
+        prompt, *others = expand(entry["prompt"])
         if not all(isinstance(entry.get(level), str) and entry[level].strip() for level in LEVELS):
             raise ValueError(f"prompts {source!r}: {prompt!r} needs all of {', '.join(LEVELS)} as texts, or none")
-        if len(expand(prompt)) > 1:
-            raise ValueError(f"prompts {source!r}: {prompt!r} is a template, which cannot have levels")
-        levels[prompt] = tuple(entry[level].strip() for level in LEVELS)
+        if others:
+            raise ValueError(f"prompts {source!r}: {entry['prompt']!r} is a template, which cannot have levels")
+        levels.setdefault(prompt, tuple(entry[level].strip() for level in LEVELS))
     return levels
 
 

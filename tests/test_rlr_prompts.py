@@ -69,7 +69,7 @@ def test_templates_stand_for_all_their_prompts():
         expand("{a|b}" * 20)
 
 
-LEVELS = {"prompt": "a fox", "coarse": "an animal", "mid": "a fox in snow", "fine": "fur of a fox"}
+LEVELS = {"prompt": "a  fox", "coarse": "an animal", "mid": "a fox in snow", "fine": "fur of a fox"}
 
 
 def test_a_jsonl_file_may_hold_a_chain_of_thought(tmp_path):

@@ -462,7 +462,10 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         ),
         (["--scheduler", "ddpm", "--eta", "0.5"], "--eta 0.5 is of --scheduler ddim, and ddpm has"),
         (["--scheduler", "euler_ancestral", "--gradient_estimator", "ddpo"], "adds no noise at step 1 from the end"),
-        (["--dcot_boundaries", ".7", ".3"], "--dcot_boundaries"),
+        (["--scheduler", "ddpm", "--reward", "jpeg_compressibility"], "adds no noise at step 1 from the end"),
+        (["--scheduler", "dpm_sde", "--kl_weight", "1"], "adds no noise at step 1 from the end"),
+        (["--adapter_path", "x", "--rank", "2"], "--rank is for a new adapter, and --adapter_path 'x' has its own"),
+        (["--dcot_boundaries", ".7", ".3"], "the boundaries .0.7, 0.3. are not two shares"),
         (["--height", "40", "--width", "36"], "pictures of 40 x 36 pixels"),
         (["--adapter_path", "/nowhere"], "--adapter_path '/nowhere' cannot be loaded"),
         (["--branches", "2"], "--branches 2 is for black boxes"),
@@ -560,6 +563,15 @@ def test_prompts_of_a_dataset_in_a_folder_or_a_file(tmp_path, streaming):
         assert load_training_prompts(args) == ["a red one", "a red two"]
 
 
+def test_a_dataset_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    (tmp_path / "broken.csv").write_text('text\na fox\n"a cat", "b", 3\n\0\n')
+    for name in ("prompts.txt", "broken.csv"):
+        with pytest.raises(ValueError, match=f"--dataset_name .*{name}") as error:
+            load_training_prompts(parse_args(["--dataset_name", str(tmp_path / name)]))
+        assert "\n" not in str(error.value)
+
+
 def test_what_the_text_encoder_does_not_see_is_said_once(tmp_path, caplog):
     (tmp_path / "prompts.txt").write_text("a red one\n" + "a red two and " * 10 + "a blue nine\n")
     with caplog.at_level("WARNING", logger="train_rlr_sd"):
@@ -592,9 +604,12 @@ def test_a_chain_of_thought_trains_each_third_under_its_own_prompt(tmp_path, cap
         json.loads((tmp_path / name / "evaluation.json").read_text())["base"]["mean"] for name in ("same", "other")
     ]
     assert base[0] != pytest.approx(base[1], rel=1e-3)
-    # Where coarse has no step, it does not matter.
+    # Where coarse has no step, it does not matter, in training and in the comparison.
     free = train(tmp_path / "free", *flags, "--dcot_boundaries", "0", "0.67")
     assert free[0]["reward_mean"] == pytest.approx(same[0]["reward_mean"], rel=1e-5)
+    found = json.loads((tmp_path / "free" / "evaluation.json").read_text())["base"]["mean"]
+    assert found == pytest.approx(base[0], rel=1e-5)
+    assert "a coarse, a middle and a fine prompt" in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_a_tiny_autoencoder_may_decode_the_predictions(tmp_path):
@@ -630,6 +645,12 @@ def test_training_goes_on_from_an_adapter(tmp_path):
     assert same[0]["reward_mean"] == further[0]["reward_mean"] and not same_adapter(
         tmp_path / "first", tmp_path / "further"
     )
+    # In half precision, too, the adapter is read as it was written.
+    half = ["--adapter_path", str(tmp_path / "first"), "--learning_rate", "1e-30", "--mixed_precision", "bf16"]
+    AcceleratorState._reset_state()
+    train(tmp_path / "half", *half)
+    AcceleratorState._reset_state()
+    assert same_adapter(tmp_path / "first", tmp_path / "half")
     # The divergence is from the base model, not from the adapter that training began with.
     flags = ["--adapter_path", str(tmp_path / "first"), "--kl_weight", "0.1"]
     assert train(tmp_path / "kl", *flags)[0]["kl"] > 0

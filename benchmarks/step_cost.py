@@ -488,7 +488,7 @@ def main(input_args=None):
         )
     }
     if not full:
-        steps, sizes, lengths, sides = [10, 20, 50, 100], [1, 4, 16, 32], [1, 2, 4, 8], [32, 64, 96]
+        steps, sizes, lengths, sides = [10, 20, 50, 100], [1, 4, 16], [1, 4, 8], [32, 64, 96]
         if args.quick:
             steps, sizes, lengths, sides = [4, 8], [1, 2], [1, 2], [32, 64]
         plain = Case("rlr", steps[0], 2 if args.quick else 8, 2, resolution)

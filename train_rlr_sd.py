@@ -1226,7 +1226,7 @@ def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_s
     """The arithmetic of the run as one table."""
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
     num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
-    forwards, swept = num_steps, sum(gamma is not None for gamma in schedule.mixing[1 : schedule.stop_after + 1])
+    forwards, swept = num_steps, len(schedule.swept)
     if args.gradient_estimator == "alignprop":
         swept = num_steps
     if args.gradient_estimator == "draft_lv":
@@ -1681,14 +1681,15 @@ def main(args):
         accelerator.device,
     )
 
+    (negative,) = embeds_of([args.negative_prompt or ""])
     level_of_step = levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
 
     def make_chain(batch):
-        levels, negative = levels_of(args, batch), embeds_of([args.negative_prompt or ""] * len(batch))
+        levels, negatives = levels_of(args, batch), negative.expand(len(batch), -1, -1)
         if levels is None:
-            return promptless.conditioned_on(*embeds_of(batch), *negative)
+            return promptless.conditioned_on(*embeds_of(batch), negatives)
         by_level = torch.stack([embeds for level in levels for embeds in embeds_of(level)])
-        return promptless.conditioned_on(by_level[level_of_step], *negative)
+        return promptless.conditioned_on(by_level[level_of_step], negatives)
 
     if is_compiled_module(unet):
         x, swept = torch.zeros(latents_shape, device=accelerator.device), schedule.mixing[2 : schedule.stop_after + 1]
@@ -1926,7 +1927,7 @@ def main(args):
                 subchain.update(seen)
 
             seconds = time.perf_counter() - started
-            gammas = [gamma for gamma in schedule.mixing[1 : schedule.stop_after + 1] if gamma is not None]
+            gammas = [schedule.mixing[k] for k in schedule.swept]
             line = {
                 "step": step,
                 "reward_mean": scores["total"].mean().item(),

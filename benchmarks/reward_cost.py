@@ -125,19 +125,20 @@ def cases(quick):
 
 
 def call(function, images, with_gradient):
-    """The function of the images, or that and the gradient of its sum; waits for the device."""
+    """The function of the images, or that and the gradient of its sum."""
     images = images.detach().requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
         result = function(images)
         if with_gradient:
             torch.autograd.grad(result.sum(), images)
-    if images.device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
-def seconds_of(*called):
+def seconds_of(run):
+    """How long `run()` takes, until the device is done with it."""
     started = time.perf_counter()
-    call(*called)
+    run()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 
@@ -179,7 +180,7 @@ def measure(name, build, device, batch_size, resolution, rounds, bar):
         seconds = {side: [] for side in sides}
         for i in range(rounds + 1):  # the first warms up, and has the prompt encoded
             for side in sorted(sides, reverse=i % 2 == 0):
-                seconds[side].append(seconds_of(*sides[side], with_gradient))
+                seconds[side].append(seconds_of(lambda: call(*sides[side], with_gradient)))
             bar.update()
         ratios = [a / b for a, b in zip(seconds["reward"][1:], seconds["network"][1:])]
         row = {"reward": name, "what": "score + gradient" if with_gradient else "score"}

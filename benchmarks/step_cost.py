@@ -35,14 +35,12 @@ import platform
 import random
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple, Optional
 
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
-from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -56,13 +54,12 @@ sys.path.insert(0, ROOT)
 
 from gradient_quality import write_csv  # noqa: E402
 from reward_cost import cases as reward_cases  # noqa: E402
-from reward_cost import peak_memory  # noqa: E402
+from reward_cost import peak_memory, seconds_of  # noqa: E402
 from reward_models import load_reward  # noqa: E402
 from reward_models.base import WeightedSum  # noqa: E402
 from rlr_utils import (  # noqa: E402
     ClippedRatio,
     PerturbedChain,
-    Schedule,
     StableDiffusionChain,
     WeightPerturbation,
     backward_sweep,
@@ -78,7 +75,7 @@ from rlr_utils import (  # noqa: E402
     thin_out,
     truncated_bp,
 )
-from train_rlr_sd import load_pipeline, parse_args, score_latents  # noqa: E402
+from train_rlr_sd import add_adapter, load_pipeline, parse_args, score_latents  # noqa: E402
 
 
 SD14_UNET = {
@@ -104,7 +101,6 @@ SD14_SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-LORA_LAYERS = ["to_k", "to_q", "to_v", "to_out.0"]
 LV_SAMPLES = 2
 # {name: schedule of T steps and sub-chains of h}. AlignProp is shown with the mean of its random K.
 ESTIMATORS = {
@@ -149,7 +145,7 @@ class Case(NamedTuple):
 def with_lora(unet, accelerator, checkpointing):
     """The U-Net as the training script has it."""
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=4, init_lora_weights="gaussian", target_modules=LORA_LAYERS))
+    add_adapter(parse_args([]), unet)
     cast_training_params(unet, dtype=torch.float32)
     if checkpointing:
         unet.enable_gradient_checkpointing()
@@ -217,7 +213,9 @@ class Step:
     def __init__(self, model, case):
         self.model, self.case = model, case
         self.decode_batch_size = model.decode_batch_size or case.batch_size
-        self.schedule: Schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
+        # How often the sweep is taken, each time at a re-noised last step where it is more than once.
+        self.samples = LV_SAMPLES if case.estimator == "draft_lv" else 1
+        self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
         model.scheduler.set_timesteps(case.num_steps)
         size = case.resolution // model.vae_scale_factor
         shape = (case.batch_size, model.unet.config.in_channels, size, size)
@@ -230,14 +228,9 @@ class Step:
         self.trajectory = None
 
     @property
-    def swept(self):
-        mixing = self.schedule.mixing[: self.schedule.stop_after + 1]
-        return [k for k, gamma in enumerate(mixing) if k > 0 and gamma is not None]
-
-    @property
     def vjps(self):
         """Recomputed U-Net calls of the whole batch."""
-        return LV_SAMPLES if self.case.estimator == "draft_lv" else len(self.swept)
+        return self.samples * len(self.schedule.swept)
 
     def score(self, latents, with_gradient):
         scores, gradient = score_latents(
@@ -253,10 +246,10 @@ class Step:
         x_0, with_gradient = trajectory.latents[0], estimator not in ("ddpo", "draft_lv")
         advantages, reward_grad = self.score(x_0, with_gradient)
         if estimator == "draft_lv":
-            for _ in range(LV_SAMPLES):
+            for _ in range(self.samples):
                 renoised = renoise(chain, x_0)
                 _, reward_grad = self.score(renoised.latents[0], True)
-                reward_grad = reward_grad / LV_SAMPLES
+                reward_grad = reward_grad / self.samples
                 backward_sweep(chain, renoised, schedule.mixing, reward_grad=reward_grad, stop_after=1)
         elif estimator == "ddpo":
             backward_sweep(chain, trajectory, schedule.mixing, cotangent=ClippedRatio(chain, trajectory, advantages))
@@ -304,10 +297,11 @@ class Step:
                 predict(k, latents[k])
         if self.case.estimator == "draft_lv":
             decode_and_score(False)
-        for _ in range(LV_SAMPLES if self.case.estimator == "draft_lv" else 1):
+        for _ in range(self.samples):
             decode_and_score(with_gradient)
-        with_input_grad = any(self.schedule.mixing[k] for k in self.swept if k > 1)
-        for k in self.swept * (LV_SAMPLES if self.case.estimator == "draft_lv" else 1):
+        swept = self.schedule.swept
+        with_input_grad = any(self.schedule.mixing[k] for k in swept if k > 1)
+        for k in swept * self.samples:
             prediction = predict(k, latents[k].detach().requires_grad_(with_input_grad))
             torch.autograd.backward(prediction, prediction.detach())
         self.optimizer.zero_grad()
@@ -317,14 +311,6 @@ class Step:
     def stored_bytes(self):
         """Latents and noises of the rollout, which grow with T by design."""
         return (2 * self.case.num_steps + 1) * self.x_T.nbytes
-
-
-def seconds_of(run):
-    started = time.perf_counter()
-    run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
 
 
 def matmul_flops(device, dtype):

@@ -37,6 +37,11 @@ class Schedule(NamedTuple):
     perturbed: tuple = ()
     weights: Optional[list] = None
 
+    @property
+    def swept(self):
+        """The steps that are swept, in the sweep's order."""
+        return [k for k in range(1, self.stop_after + 1) if self.mixing[k] is not None]
+
 
 def full_bp(num_steps):
     """Backpropagation through the whole chain: gamma_k = 1, k = 1..T. Unbiased; needs a differentiable reward.

@@ -37,6 +37,9 @@ from reward_models.loading import first_line
 from rlr_utils import BOUNDARIES, SCHEDULERS, levels_of_steps, load_prompts
 from tqdm.auto import tqdm
 from train_rlr_sd import OneLineParser, adapter_file, generate, load_pipeline, set_size
+from train_rlr_sdxl import load_xl_pipeline
+
+from diffusers import DiffusionPipeline
 
 
 def parse_args(input_args=None):
@@ -48,6 +51,9 @@ def parse_args(input_args=None):
         "--pretrained_model_name_or_path",
         default="CompVis/stable-diffusion-v1-4",
         help="Path to the base model's pipeline or its name on huggingface.co/models.",
+    )
+    parser.add_argument(
+        "--pretrained_vae_model_name_or_path", default=None, help="For SDXL: a VAE instead of the model's own."
     )
     parser.add_argument("--revision", default=None, help="Revision of the model to take from the Hub.")
     parser.add_argument("--variant", default=None, help="Variant of the model files, such as fp16.")
@@ -107,6 +113,21 @@ def parse_args(input_args=None):
     except ValueError:
         parser.error(f"--lora_scales {args.lora_scales!r} are not numbers with commas between")
     return args
+
+
+def load_base(args, dtype):
+    """The base model's pipeline, Stable Diffusion's or SDXL's as the model says itself.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    name = args.pretrained_model_name_or_path
+    try:
+        found = DiffusionPipeline.load_config(name, revision=args.revision, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--pretrained_model_name_or_path {name!r} cannot be loaded: {error}") from error
+    is_xl = found["_class_name"] == "StableDiffusionXLPipeline"
+    return (load_xl_pipeline if is_xl else load_pipeline)(args, dtype)
 
 
 def load_real(directory, features):
@@ -319,7 +340,7 @@ def main(args):
         )
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)
-        pipeline = load_pipeline(args, dtype).to(device)
+        pipeline = load_base(args, dtype).to(device)
         set_size(args, pipeline)
         names = load_adapters(pipeline, args.adapters)
         os.makedirs(args.output_dir, exist_ok=True)

@@ -32,7 +32,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -75,6 +74,7 @@ from rlr_utils import (
     ddpo,
     decode_latents,
     draft_lv,
+    embed,
     full_bp,
     leave_one_out,
     levels_of_steps,
@@ -89,6 +89,7 @@ from rlr_utils import (
     rlr_paper,
     rollout,
     subchain_length,
+    text_encoders_of,
     thin_out,
     truncated_bp,
     unique_prompts,
@@ -176,6 +177,73 @@ class Batch(NamedTuple):
     predicted: Optional[dict]
 
 
+class Advantages(NamedTuple):
+    """What the pictures of a micro-batch are worth to the sweep.
+
+    Attributes:
+        total, black_box: (B,), or (T + 1, B) where the baseline differs by step; of the reward, and of its part without a
+            gradient.
+        mean: of the micro-batch against other micro-batches, for the weight perturbation that its pictures share.
+        kl_weight: reward per nat of divergence, in the unit of the advantages.
+    """
+
+    total: torch.Tensor
+    black_box: torch.Tensor
+    mean: float
+    kl_weight: float
+
+
+class Swept(NamedTuple):
+    """What the sweep of a micro-batch has seen, each `None` or empty where there was nothing to see.
+
+    Attributes:
+        statistics: (3, T + 1), the rows of `SweepStatistics`.
+        divergence: from the base model, in nats.
+        clipped: the fraction of the batch that PPO has cut, of each step.
+    """
+
+    statistics: Optional[torch.Tensor] = None
+    divergence: Optional[torch.Tensor] = None
+    clipped: tuple = ()
+
+
+class RunError(Exception):
+    """What ends a run, in one line that names the culprit and the remedy."""
+
+
+class RunStopped(RunError):
+    """The run ends as it was asked to."""
+
+
+@contextmanager
+def ending_in_one_line(script):
+    """Around the main of a script: what ends the run is said in one line."""
+    try:
+        yield
+    except RunStopped as error:
+        raise SystemExit(f"{script}: {error}") from error
+    except RunError as error:
+        raise SystemExit(f"{script}: error: {error}") from error
+    except RuntimeError as error:
+        # On the CPU it is no OutOfMemoryError but a message of the allocator.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise SystemExit(
+            f"{script}: error: out of memory: use a smaller --train_batch_size with more"
+            " --gradient_accumulation_steps, --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16, or"
+            f" --preset_low_memory ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@contextmanager
+def refusing_bad_input():
+    """Within it, what is wrong with the input ends the run."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RunError(" ".join(str(error).split())) from error
+
+
 def license_of(model, token):
     """The licence that a model's card states, or `None`."""
     card = os.path.join(model, "README.md") if os.path.isdir(model) else model
@@ -186,10 +254,11 @@ def license_of(model, token):
         return None
 
 
-def command_of(args, num_processes):
+def command_of(args, num_processes, script="train_rlr_sd.py", defaults=None):
     """The command that starts the same run: the arguments that are not the default's, less what is nobody's business."""
-    words = ["accelerate", "launch", "--num_processes", str(num_processes), "train_rlr_sd.py"]
-    for name, default in vars(parse_args([])).items():
+    words = ["accelerate", "launch", "--num_processes", str(num_processes), script]
+    defaults = parse_args([]) if defaults is None else defaults
+    for name, default in vars(defaults).items():
         value = getattr(args, name)
         if value == default or name in ("hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir"):
             continue
@@ -202,20 +271,26 @@ def command_of(args, num_processes):
     return shlex.join(words)
 
 
-def save_model_card(args, num_processes, repo_id, base_license, prompt, step, results):
+def save_model_card(args, pipeline_class, command, repo_id, base_license, prompt, step, results):
     """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any."""
     local = os.path.isdir(args.pretrained_model_name_or_path)
+    # Of SDXL's script alone.
+    vae = getattr(args, "pretrained_vae_model_name_or_path", None)
+    family = "stable-diffusion" if pipeline_class is StableDiffusionPipeline else "stable-diffusion-xl"
     data = ModelCardData(
         base_model=None if local else args.pretrained_model_name_or_path,
         library_name="diffusers",
         license=base_license,
-        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
+        tags=[family, f"{family}-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
         inference=True,
     )
     source = repo_id or args.output_dir
     scheduler_class, settings = SCHEDULERS[args.scheduler]
     scheduler = scheduler_class.__name__
     settings = "".join(f", {name}={value!r}" for name, value in settings.items())
+    loaded = repr(args.pretrained_model_name_or_path)
+    if vae is not None:
+        loaded += f", vae=AutoencoderKL.from_pretrained({vae!r})"
     negative = "" if args.negative_prompt is None else f", negative_prompt={args.negative_prompt!r}"
     text = f"""
 # LoRA fine-tuned with RLR - {source}
@@ -224,9 +299,9 @@ LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the re
 `{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639); {step} optimizer steps.
 
 ```py
-from diffusers import {scheduler}, StableDiffusionPipeline
+from diffusers import {"" if vae is None else "AutoencoderKL, "}{scheduler}, {pipeline_class.__name__}
 
-pipeline = StableDiffusionPipeline.from_pretrained({args.pretrained_model_name_or_path!r})
+pipeline = {pipeline_class.__name__}.from_pretrained({loaded})
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{settings})
 pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
 image = pipeline(
@@ -258,7 +333,7 @@ Over {results["num_images"]} pictures of fixed seeds; the gain is {results["gain
 ![reward by optimizer step](./reward_curve.png)
 
 ```bash
-{command_of(args, num_processes)}
+{command}
 ```
 
 Seed {args.seed}; {", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate", "peft"))}. Every step's figures are in `metrics.jsonl`, all arguments in `training_args.json`.
@@ -304,7 +379,9 @@ def generate(pipeline, prompts, args, desc=None, first_seed=EVALUATION_SEED):
         # Generators of the CPU, so that a seed is the same picture on every device.
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
         # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
-        with offload_models(pipeline.text_encoder, device=pipeline.unet.device):  # which rests on the CPU in training
+        with offload_models(
+            *text_encoders_of(pipeline), device=pipeline.unet.device
+        ):  # which rest on the CPU in training
             levels, prompts_of_first_step, thought = levels_of(args, batch), batch, {}
             if levels is not None:
                 callback = ChainOfThought(pipeline, *levels, args.num_inference_steps, args.dcot_boundaries)
@@ -346,16 +423,15 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse_args(input_args=None):
-    parser = OneLineParser(
-        prog="train_rlr_sd.py", description="Fine-tune a LoRA of Stable Diffusion on a reward with RLR."
-    )
+def make_parser(script, family):
+    """The parser of a training script for a family of models, which may add to it and set other defaults."""
+    parser = OneLineParser(prog=script, description=f"Fine-tune a LoRA of {family} on a reward with RLR.")
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_model_name_or_path",
         type=str,
         default="CompVis/stable-diffusion-v1-4",
-        help="Path to a Stable Diffusion pipeline or its name on huggingface.co/models.",
+        help=f"Path to a {family} pipeline or its name on huggingface.co/models.",
     )
     model.add_argument("--revision", type=str, default=None, help="Revision of the model to take from the Hub.")
     model.add_argument("--variant", type=str, default=None, help="Variant of the model files, such as fp16.")
@@ -481,8 +557,8 @@ def parse_args(input_args=None):
         "--baseline_vae",
         type=str,
         default=None,
-        help="For predicted_x0: an AutoencoderTiny (path or Hub name, such as madebyollin/taesd) that decodes the"
-        " predictions; default: the pipeline's own decoder.",
+        help="For predicted_x0: an AutoencoderTiny (path or Hub name, such as madebyollin/taesd, taesdxl for SDXL) that"
+        " decodes the predictions; default: the pipeline's own decoder.",
     )
     estimator.add_argument(
         "--baseline_steps",
@@ -692,6 +768,15 @@ def parse_args(input_args=None):
         "--hub_model_id", type=str, default=None, help="Repository; default: the output folder's name."
     )
 
+    return parser
+
+
+def parse_args(input_args=None):
+    return parse_and_check(make_parser("train_rlr_sd.py", "Stable Diffusion"), input_args)
+
+
+def parse_and_check(parser, input_args):
+    """The arguments with what --preset_low_memory and the launcher say; what is wrong with them ends the program."""
     args = parser.parse_args(input_args)
     if args.preset_low_memory:
         parser.set_defaults(**LOW_MEMORY)
@@ -877,8 +962,11 @@ def levels_of(args, prompts):
     return [list(level) for level in zip(*(levels.get(prompt, (prompt,) * 3) for prompt in prompts))]
 
 
-def warn_of_long_prompts(prompts, tokenizer):
+def warn_of_long_prompts(args, prompts, tokenizer):
     """Say how many prompts are longer than the text encoder reads, and what it does not see of the first of them."""
+    levels = levels_of(args, prompts)
+    if levels is not None:
+        prompts = list(dict.fromkeys(itertools.chain(*levels)))
     limit = tokenizer.model_max_length
     long = [
         (prompt, ids) for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids) if len(ids) > limit
@@ -891,32 +979,36 @@ def warn_of_long_prompts(prompts, tokenizer):
         )
 
 
-def load_pipeline(args, dtype):
+def load_pipeline(args, dtype, pipeline_class=StableDiffusionPipeline, **components):
     """The pipeline to train, with a scheduler of --scheduler made from its own.
 
+    Args:
+        dtype: or {component or "default": dtype}.
+        components: what the pipeline is to have instead of what its folder or repository has.
+
     Raises:
-        ValueError: if the path or name does not lead to a Stable Diffusion pipeline.
+        ValueError: if the path or name does not lead to a pipeline of this class.
     """
+    if pipeline_class is StableDiffusionPipeline:
+        components = {"safety_checker": None, "requires_safety_checker": False, **components}
+    name = args.pretrained_model_name_or_path
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            cache_dir=args.cache_dir,
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
+        pipeline = pipeline_class.from_pretrained(
+            name, revision=args.revision, variant=args.variant, cache_dir=args.cache_dir, dtype=dtype, **components
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} cannot be loaded: {error}"
-        ) from error
+        raise ValueError(f"--pretrained_model_name_or_path {name!r} cannot be loaded: {error}") from error
+    # Either class loads the other's models, and the U-Net would fail at its first call.
+    is_xl = pipeline.unet.config.addition_embed_type == "text_time"
+    if is_xl != ("text_encoder_2" in pipeline.components):
+        kind, script = ("an SDXL", "train_rlr_sdxl.py") if is_xl else ("a Stable Diffusion", "train_rlr_sd.py")
+        raise ValueError(f"--pretrained_model_name_or_path {name!r} is {kind} model: use {script}")
     pipeline.scheduler = make_scheduler(args.scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     # The order that the fast convolutions want, on tensor cores above all.
     for module in (pipeline.unet, pipeline.vae):
         module.to(memory_format=torch.channels_last)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for module in (pipeline.unet, pipeline.vae, *text_encoders_of(pipeline)):
         module.requires_grad_(False)
     return pipeline
 
@@ -1020,12 +1112,12 @@ def check_output_dir(args, resume_path):
         )
 
 
-def clear_run(args):
+def clear_run(args, tracker):
     """Remove what an earlier run has left in the output folder; what is not a run's stays."""
     incomplete = [os.path.join(args.output_dir, name) for name in incomplete_in(args.output_dir)]
     for path in [*checkpoints_of(args.output_dir).values(), *incomplete]:
         shutil.rmtree(path)
-    shutil.rmtree(os.path.join(args.output_dir, args.logging_dir, TRACKER), ignore_errors=True)
+    shutil.rmtree(os.path.join(args.output_dir, args.logging_dir, tracker), ignore_errors=True)
     for name in RUN_FILES:
         if os.path.isfile(os.path.join(args.output_dir, name)):
             os.remove(os.path.join(args.output_dir, name))
@@ -1191,39 +1283,121 @@ def load_baseline_vae(args, dtype):
         raise ValueError(f"--baseline_vae {args.baseline_vae!r} cannot be loaded: {error}") from error
 
 
-def make_schedule(args, adaptive, subchain, has_gradient):
-    """The schedule of --gradient_estimator for the next optimizer step."""
-    num_steps = args.num_inference_steps
-    if args.gradient_estimator == "rlr":
-        schedule = rlr(num_steps, adaptive if args.mixing == "auto" else args.mixing, has_gradient)
-    elif args.gradient_estimator == "rlr_paper":
-        schedule = rlr_paper(num_steps, subchain.draw(), args.subchain_length, args.rest, has_gradient)
-    elif args.gradient_estimator == "truncated_bp":
-        schedule = truncated_bp(num_steps, args.truncation_steps)
-    else:
-        simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
-        schedule = simple[args.gradient_estimator](num_steps)
-    return thin_out(schedule, args.sweep_fraction) if args.sweep_fraction < 1 else schedule
+class Estimator:
+    """--gradient_estimator and --baseline, with what they remember of earlier batches.
+
+    Attributes:
+        with_gradient: whether the sweep starts from the reward's gradient at the pictures of the rollout.
+        statistics: {name: what it remembers}, for the checkpoints.
+    """
+
+    def __init__(self, args, rewards):
+        self.args, self.rewards = args, rewards
+        # draft_lv takes its gradient at other noises of the same pictures.
+        self.with_gradient = rewards.has_gradient and args.gradient_estimator not in ("ddpo", "draft_lv")
+        self.adaptive = AdaptiveMixing(args.num_inference_steps)
+        self.subchain = SubchainSampler(
+            args.num_inference_steps,
+            args.subchain_length if args.gradient_estimator == "rlr_paper" else 0,
+            *(args.subchain_range or ()),
+            by_gradient_norm=args.subchain_sampling == "grad_norm",
+        )
+        self.running = {"total": RunningReward(), "black_box": RunningReward()}
+        self.predictors = {name: PredictedReward(args.num_inference_steps) for name in self.running}
+        self.statistics = {"mixing": self.adaptive, "subchain": self.subchain}
+        for name in self.running:
+            self.statistics[f"running_{name}"] = self.running[name]
+            self.statistics[f"predictor_{name}"] = self.predictors[name]
+
+    def schedule(self):
+        """The schedule of the next optimizer step."""
+        args, has_gradient = self.args, self.rewards.has_gradient
+        num_steps = args.num_inference_steps
+        if args.gradient_estimator == "rlr":
+            schedule = rlr(num_steps, self.adaptive if args.mixing == "auto" else args.mixing, has_gradient)
+        elif args.gradient_estimator == "rlr_paper":
+            schedule = rlr_paper(num_steps, self.subchain.draw(), args.subchain_length, args.rest, has_gradient)
+        elif args.gradient_estimator == "truncated_bp":
+            schedule = truncated_bp(num_steps, args.truncation_steps)
+        else:
+            simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
+            schedule = simple[args.gradient_estimator](num_steps)
+        return thin_out(schedule, args.sweep_fraction) if args.sweep_fraction < 1 else schedule
+
+    def check(self, schedule, chain):
+        """Refuse a schedule that the chain cannot be swept by.
+
+        Raises:
+            ValueError: if there is nothing that --sweep_fraction could leave out, or no noise where it is needed.
+        """
+        args, rewards = self.args, self.rewards
+        if args.sweep_fraction < 1 and schedule.weights is None:
+            raise ValueError(
+                f"--sweep_fraction {args.sweep_fraction}: {args.gradient_estimator} has no likelihood-ratio step to leave"
+                " out as it is set here"
+            )
+        noisy = [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None and gamma < 1]
+        if rewards.has_gradient and not rewards.differentiable:
+            noisy.append(1)
+        if args.kl_weight > 0:
+            noisy += [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None]
+        silent = [k for k in noisy if chain.sigma(k) == 0]
+        if silent:
+            raise ValueError(
+                f"the model's scheduler adds no noise at step {silent[0]} from the end, where {args.gradient_estimator}"
+                f" needs it for --reward {args.reward!r}{' and --kl_weight' if args.kl_weight > 0 else ''}"
+            )
+
+    def advantages(self, accelerator, batches):
+        """Over the pictures of all ranks: the scores {name: (N,)}, and the `Advantages` of each of this rank's batches.
+        What the baseline remembers is brought up to date after it has been used."""
+        args, rank = self.args, accelerator.process_index
+        scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in batches[0].scores}
+        scores = accelerator.gather(scores)
+        prompts = None
+        if args.baseline == "per_prompt":
+            prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
+        # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
+        means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), self.running["total"].mean)
+        found = {}
+        for name, running in self.running.items():
+            if args.baseline == "none":
+                found[name] = scores[name]
+            elif args.baseline == "per_prompt":
+                found[name] = per_prompt(scores[name], prompts, running.mean)
+            elif args.baseline == "predicted_x0":
+                predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
+                found[name] = self.predictors[name].advantages(scores[name], predicted)
+                self.predictors[name].update(scores[name], predicted)
+            else:
+                found[name] = leave_one_out(scores[name], running.mean)
+            running.update(scores[name])
+        kl_weight = args.kl_weight
+        if args.gradient_estimator == "ddpo":
+            # In units of the rewards' deviation, as what the divergence costs then is too.
+            found["total"], kl_weight = (
+                normalize(value, scores["total"], self.running["total"].largest_std)
+                for value in (found["total"], kl_weight)
+            )
+        local_images = args.train_batch_size * len(batches)
+        mine = slice(rank * local_images, (rank + 1) * local_images)
+        total, black_box = (found[name][..., mine].split(args.train_batch_size, -1) for name in self.running)
+        means = means[rank * len(batches) :].tolist()
+        return scores, [Advantages(*parts, kl_weight) for parts in zip(total, black_box, means)]
+
+    def update(self, accelerator, swept):
+        """Take in what the sweeps of an optimizer step have seen."""
+        seen = [one.statistics for one in swept if one.statistics is not None]
+        if seen:
+            # Of each step, what those ranks have seen that have swept it.
+            seen = SweepStatistics(*accelerator.gather(torch.stack(seen)).nanmean(0))
+            self.adaptive.update(seen)
+            self.subchain.update(seen)
 
 
-def advantages_of(args, rewards, prompts, predicted, running, predictor):
-    """Advantages of the rewards (N,) under --baseline, (N,) or (T + 1, N); what the baseline remembers is brought up to
-    date after it has been used."""
-    if args.baseline == "none":
-        advantages = rewards
-    elif args.baseline == "per_prompt":
-        advantages = per_prompt(rewards, prompts, running.mean)
-    elif args.baseline == "predicted_x0":
-        advantages = predictor.advantages(rewards, predicted)
-        predictor.update(rewards, predicted)
-    else:
-        advantages = leave_one_out(rewards, running.mean)
-    running.update(rewards)
-    return advantages
-
-
-def print_plan(accelerator, args, schedule, num_prompts, trainable, images_per_step):
+def print_plan(accelerator, args, schedule, num_prompts, trainable):
     """The arithmetic of the run as one table."""
+    images_per_step = images_of_a_step(args, accelerator)
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
     num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
     forwards, swept = num_steps, len(schedule.swept)
@@ -1286,8 +1460,11 @@ def plot_before_after(images, scores, prompts, path, columns=8):
     figure.savefig(path, dpi=120)
 
 
-def compare_with_base(args, rewards, prompts, device, dtype):
+def compare_with_base(args, rewards, prompts, pipeline):
     """Base against tuned model on fixed seeds, the adapter loaded from disk into a plain pipeline; on one process.
+
+    Args:
+        pipeline: without an adapter, on the device of the rewards.
 
     Returns:
         {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}, "members": {name:
@@ -1295,7 +1472,7 @@ def compare_with_base(args, rewards, prompts, device, dtype):
     """
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
-    pipeline = load_pipeline(args, dtype).to(device)
+    device = pipeline.unet.device
     images, scores, members = {}, {}, {member: {} for member in rewards.members}
     for name in ("base", "tuned"):
         if name == "tuned":
@@ -1317,19 +1494,47 @@ def compare_with_base(args, rewards, prompts, device, dtype):
     return results
 
 
-def score_heldout(pipeline, args, rewards, heldout, features, prompts, device):
-    """What is known of the adapter in use on pictures of fixed seeds, and the embeddings (N, D) of the pictures."""
-    images = generate(pipeline, prompts, args, first_seed=HELDOUT_SEED)
-    embeds = features(images, args.decode_batch_size)
-    with offload_models(*rewards.modules, *heldout.modules, device=device, offload=args.reward_offload):
-        trained = rewards(images.to(device), prompts).total
-        held = heldout(images.to(device), prompts).total
-    return {
-        "heldout_mean": held.mean().item(),
-        "heldout_std": held.std().item(),
-        "heldout_trained_mean": trained.mean().item(),
-        "diversity": diversity(embeds, prompts),
-    }, embeds
+class HeldOut:
+    """A reward that is not trained on, and what tells of hacking besides, on pictures of fixed seeds."""
+
+    def __init__(self, args, rewards, heldout, features, prompts, device):
+        self.args, self.rewards, self.heldout, self.features = args, rewards, heldout, features
+        self.device = device
+        pool = args.validation_prompts or prompts
+        self.prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
+        self.base_embeds = None
+
+    def _look(self, pipeline):
+        """What is known of the adapter in use, and the embeddings (N, D) of its pictures."""
+        args = self.args
+        try:
+            images = generate(pipeline, self.prompts, args, first_seed=HELDOUT_SEED)
+            embeds = self.features(images, args.decode_batch_size)
+            modules = (*self.rewards.modules, *self.heldout.modules)
+            with offload_models(*modules, device=self.device, offload=args.reward_offload):
+                trained = self.rewards(images.to(self.device), self.prompts).total
+                held = self.heldout(images.to(self.device), self.prompts).total
+        except ValueError as error:
+            raise RunError(f"held-out pictures: {error}") from error
+        return {
+            "heldout_mean": held.mean().item(),
+            "heldout_std": held.std().item(),
+            "heldout_trained_mean": trained.mean().item(),
+            "diversity": diversity(embeds, self.prompts),
+        }, embeds
+
+    def look_at_base(self, pipeline):
+        """Keep the embeddings of the base model's pictures, and say the rest."""
+        pipeline.unet.disable_adapters()
+        found, self.base_embeds = self._look(pipeline)
+        pipeline.unet.enable_adapters()
+        told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        logger.info(f"base model on {len(self.prompts)} pictures: {told}")
+
+    def look(self, pipeline):
+        """What is known of the adapter in use, {name: number}."""
+        found, embeds = self._look(pipeline)
+        return {**found, "drift": drift(self.base_embeds, embeds).mean().item()}
 
 
 class EarlyStopping:
@@ -1359,7 +1564,17 @@ class EarlyStopping:
         self.best_step, self.waited = state["best_step"], state["waited"]
 
 
-def main(args):
+def images_of_a_step(args, accelerator):
+    """Pictures per optimizer step, of all ranks."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def make_accelerator(args):
+    """The accelerator, and how much is logged.
+
+    Raises:
+        ValueError: if it does not see all processes, or its precision is too low for --kl_weight.
+    """
     # Without cpu=True two CPU processes under torchrun would each believe to be alone.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -1378,151 +1593,171 @@ def main(args):
             library.utils.logging.set_verbosity_warning()
         else:
             library.utils.logging.set_verbosity_error()
-
-    # The frozen models run in half precision under mixed precision; what is trained stays in float32.
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    try:
-        if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-            raise ValueError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
-            )
-        if args.kl_weight > 0 and dtype != torch.float32:
-            raise ValueError(
-                f"--kl_weight {args.kl_weight} needs --mixed_precision no: in {accelerator.mixed_precision} rounding"
-                " outweighs what the two means differ by"
-            )
-        prompts = load_training_prompts(args)
-        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        if args.max_train_steps is None:
-            images = args.num_train_epochs * len(prompts) * args.images_per_prompt
-            args.max_train_steps = math.ceil(images / images_per_step)
-        rewards, heldout = (
-            None
-            if text is None
-            else load_rewards(
-                parse_reward(text),
-                parse_reward_paths(args.reward_path),
-                device="cpu" if args.reward_offload else accelerator.device,
-                size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
-                prompts=(prompts[0], prompts[-1]),
-                batch_size=args.reward_batch_size,
-            )
-            for text in (args.reward, args.heldout_reward)
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
         )
-        features = None if heldout is None else load_features(args.feature_model, accelerator.device)
-        if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
-            raise ValueError(
-                f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
-            )
-        if rewards.has_gradient and args.branches:
-            raise ValueError(
-                f"--branches {args.branches} is for black boxes, and --reward {args.reward!r} has a gradient"
-            )
-        resume_path, first_step = resume_point(args)
-        if len(set(gather_object([first_step]))) > 1:
-            raise ValueError(
-                f"the ranks see different checkpoints in {args.output_dir!r}: put --output_dir on a disk that they share"
-            )
-        if args.seed is None and resume_path is not None:
-            args.seed = stored_configuration(resume_path)["seed"]
-        elif args.seed is None:
-            args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
-
-        pipeline = load_pipeline(args, dtype)
-        unet, vae = pipeline.unet, pipeline.vae
-        set_size(args, pipeline)
-        levels = levels_of(args, prompts)
-        encoded = prompts if levels is None else list(dict.fromkeys(itertools.chain(*levels)))
-        warn_of_long_prompts(encoded, pipeline.tokenizer)
-        config = configuration(args, accelerator.num_processes)
-        if resume_path is not None:
-            check_same_run(config, resume_path)
-        scheduler = make_scheduler(args.scheduler, pipeline.scheduler.config)
-        scheduler.set_timesteps(args.num_inference_steps)
-        if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
-            raise ValueError(
-                f"--num_inference_steps {args.num_inference_steps} reaches beyond the model's timesteps: lower it"
-            )
-        adaptive = AdaptiveMixing(args.num_inference_steps)
-        subchain = SubchainSampler(
-            args.num_inference_steps,
-            args.subchain_length if args.gradient_estimator == "rlr_paper" else 0,
-            *(args.subchain_range or ()),
-            by_gradient_norm=args.subchain_sampling == "grad_norm",
+    if args.kl_weight > 0 and frozen_dtype(accelerator) != torch.float32:
+        raise ValueError(
+            f"--kl_weight {args.kl_weight} needs --mixed_precision no: in {accelerator.mixed_precision} rounding"
+            " outweighs what the two means differ by"
         )
-        baseline_vae = vae if args.baseline_vae is None else load_baseline_vae(args, dtype)
-        schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
-        if args.sweep_fraction < 1 and schedule.weights is None:
-            raise ValueError(
-                f"--sweep_fraction {args.sweep_fraction}: {args.gradient_estimator} has no likelihood-ratio step to leave"
-                " out as it is set here"
-            )
-        # Every batch's chain is this one under the batch's prompts.
-        nothing = torch.zeros(1, 1, 1, device=accelerator.device)
-        promptless = StableDiffusionChain(unet, scheduler, nothing, guidance_scale=args.guidance_scale, eta=args.eta)
-        noisy = [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None and gamma < 1]
-        if rewards.has_gradient and not rewards.differentiable:
-            noisy.append(1)
-        if args.kl_weight > 0:
-            noisy += [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None]
-        silent = [k for k in noisy if promptless.sigma(k) == 0]
-        if silent:
-            raise ValueError(
-                f"the model's scheduler adds no noise at step {silent[0]} from the end, where {args.gradient_estimator}"
-                f" needs it for --reward {args.reward!r}{' and --kl_weight' if args.kl_weight > 0 else ''}"
-            )
+    return accelerator
 
-        # The same adapter on every rank; what else is drawn, such as perturbations and branches, is each rank's own.
-        set_seed(args.seed)
-        if args.adapter_path is None:
-            add_adapter(args, unet)
-        else:
-            load_adapter(args, pipeline)
-        cast_training_params(unet, dtype=torch.float32)
-        trainable = [p for p in unet.parameters() if p.requires_grad]
-        set_seed(args.seed, device_specific=True)
 
-        if args.enable_xformers_memory_efficient_attention:
-            if not is_xformers_available():
-                raise ValueError("--enable_xformers_memory_efficient_attention: xformers is not installed")
-            unet.enable_xformers_memory_efficient_attention()
-        check_output_dir(args, resume_path)
-        # No rank may look into the output folder after another has begun to write there.
-        accelerator.wait_for_everyone()
-        repo_id = base_license = None
-        if accelerator.is_main_process:
-            base_license = license_of(args.pretrained_model_name_or_path, args.hub_token)
-        if accelerator.is_main_process and args.push_to_hub:
-            name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
-            try:
-                repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-            except Exception as error:  # the client lets the errors of its HTTP library through
-                raise ValueError(f"--push_to_hub: cannot create {name!r} on the Hub: {error}") from error
-        if accelerator.is_main_process:
-            os.makedirs(args.output_dir, exist_ok=True)
-            if args.overwrite_output_dir:
-                clear_run(args)
-            with open(os.path.join(args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=2)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train_rlr_sd.py: error: {' '.join(str(error).split())}") from error
+def frozen_dtype(accelerator):
+    """The frozen models run in half precision under mixed precision; what is trained stays in float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
+
+def load_judges(args, prompts, device):
+    """The reward, and `HeldOut` or `None`.
+
+    Raises:
+        ValueError: for a reward that cannot be loaded, or whose gradient the estimator cannot do without, or with.
+    """
+    rewards, heldout = (
+        None
+        if text is None
+        else load_rewards(
+            parse_reward(text),
+            parse_reward_paths(args.reward_path),
+            device="cpu" if args.reward_offload else device,
+            size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
+            prompts=(prompts[0], prompts[-1]),
+            batch_size=args.reward_batch_size,
+        )
+        for text in (args.reward, args.heldout_reward)
+    )
+    if heldout is not None:
+        heldout = HeldOut(args, rewards, heldout, load_features(args.feature_model, device), prompts, device)
+    if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
+        raise ValueError(
+            f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
+        )
+    if rewards.has_gradient and args.branches:
+        raise ValueError(f"--branches {args.branches} is for black boxes, and --reward {args.reward!r} has a gradient")
+    return rewards, heldout
+
+
+def find_start(args, accelerator, num_prompts):
+    """(path, step) of the checkpoint to go on from, or (None, 0); --max_train_steps and --seed are set if they are not.
+
+    Raises:
+        ValueError: as `resume_point` does, and if the ranks disagree.
+    """
+    if args.max_train_steps is None:
+        images = args.num_train_epochs * num_prompts * args.images_per_prompt
+        args.max_train_steps = math.ceil(images / images_of_a_step(args, accelerator))
+    path, step = resume_point(args)
+    if len(set(gather_object([step]))) > 1:
+        raise ValueError(
+            f"the ranks see different checkpoints in {args.output_dir!r}: put --output_dir on a disk that they share"
+        )
+    if args.seed is None and path is not None:
+        args.seed = stored_configuration(path)["seed"]
+    elif args.seed is None:
+        args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    return path, step
+
+
+def fit_to_model(args, accelerator, pipeline, prompts, resume_path):
+    """Complete the arguments by what the model says.
+
+    Returns:
+        (scheduler of the chain at its timesteps, `configuration` of the run).
+
+    Raises:
+        ValueError: if the model cannot draw such pictures in so many steps, or the checkpoint is of another run.
+    """
+    set_size(args, pipeline)
+    warn_of_long_prompts(args, prompts, pipeline.tokenizer)
+    config = configuration(args, accelerator.num_processes)
+    if resume_path is not None:
+        check_same_run(config, resume_path)
+    scheduler = make_scheduler(args.scheduler, pipeline.scheduler.config)
+    scheduler.set_timesteps(args.num_inference_steps)
+    if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
+        raise ValueError(
+            f"--num_inference_steps {args.num_inference_steps} reaches beyond the model's timesteps: lower it"
+        )
+    return scheduler, config
+
+
+def make_trainable(args, pipeline):
+    """The parameters of the LoRA that the U-Net is given here, in float32.
+
+    Raises:
+        ValueError: if there is none to give, or no xformers.
+    """
+    # The same adapter on every rank; what else is drawn, such as perturbations and branches, is each rank's own.
+    set_seed(args.seed)
+    if args.adapter_path is None:
+        add_adapter(args, pipeline.unet)
+    else:
+        load_adapter(args, pipeline)
+    cast_training_params(pipeline.unet, dtype=torch.float32)
+    set_seed(args.seed, device_specific=True)
+    if args.enable_xformers_memory_efficient_attention:
+        if not is_xformers_available():
+            raise ValueError("--enable_xformers_memory_efficient_attention: xformers is not installed")
+        pipeline.unet.enable_xformers_memory_efficient_attention()
+    return [p for p in pipeline.unet.parameters() if p.requires_grad]
+
+
+def claim_output_dir(args, accelerator, config, resume_path, tracker):
+    """The output folder with training_args.json in it.
+
+    Returns:
+        (repository on the Hub, licence of the base model), `None` where there is none, and on all ranks but the first.
+
+    Raises:
+        ValueError: if the folder or the repository is not to be had.
+    """
+    check_output_dir(args, resume_path)
+    # No rank may look into the output folder after another has begun to write there.
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None, None
+    repo_id, base_license = None, license_of(args.pretrained_model_name_or_path, args.hub_token)
+    if args.push_to_hub:
+        name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+        try:
+            repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        except Exception as error:  # the client lets the errors of its HTTP library through
+            raise ValueError(f"--push_to_hub: cannot create {name!r} on the Hub: {error}") from error
+    os.makedirs(args.output_dir, exist_ok=True)
+    if args.overwrite_output_dir:
+        clear_run(args, tracker)
+    with open(os.path.join(args.output_dir, "training_args.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2)
+    return repo_id, base_license
+
+
+def to_device(args, accelerator, pipeline, baseline_vae):
+    """The U-Net as rollout and sweep call it; the pipeline keeps it without what accelerate may have wrapped around it."""
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        pipeline.unet.enable_gradient_checkpointing()
     # At the price of one more decoding a picture, as much as one or two steps of its chain.
-    vae.enable_gradient_checkpointing()
-    for module in (unet, vae, baseline_vae):
+    pipeline.vae.enable_gradient_checkpointing()
+    for module in (pipeline.unet, pipeline.vae, baseline_vae):
         module.to(accelerator.device)
+    # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
+    # calls; the gradients are averaged over the ranks once a step, see `average_gradients`.
+    return accelerator.prepare_model(pipeline.unet, evaluation_mode=True)
 
+
+def make_optimizer(args, accelerator, trainable):
+    """(optimizer, schedule of its learning rate)."""
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
     optimizer = AdamW(
         trainable,
-        lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
+        lr=args.learning_rate * (images_of_a_step(args, accelerator) if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -1534,106 +1769,330 @@ def main(args):
         num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
-    # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
-    # calls; the gradients are averaged over the ranks once a step, below.
-    promptless.unet = unet = accelerator.prepare_model(unet, evaluation_mode=True)
-    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    return accelerator.prepare(optimizer, lr_scheduler)
 
-    sampler = PromptSampler(
-        prompts, args.seed, accelerator.process_index, accelerator.num_processes, args.images_per_prompt
-    )
-    running = {"total": RunningReward(), "black_box": RunningReward()}
-    predictors = {name: PredictedReward(args.num_inference_steps) for name in running}
 
-    # All that an estimator remembers of earlier batches; it goes into the checkpoints.
-    stopping = EarlyStopping(args.early_stop_patience)
-    statistics = {"mixing": adaptive, "subchain": subchain, "early_stopping": stopping}
-    for name in running:
-        statistics.update({f"running_{name}": running[name], f"predictor_{name}": predictors[name]})
+def make_embeds_of(pipeline, device):
+    """`PromptEmbeds` of the pipeline's text encoders."""
+    return PromptEmbeds(lambda prompt: embed(pipeline, prompt, device), text_encoders_of(pipeline), device)
 
-    # The pipeline keeps the U-Net as it is, without what accelerate may have wrapped around it, such as a compiled one.
-    def save_adapter(directory):
-        StableDiffusionPipeline.save_lora_weights(
-            directory,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet)),
-            **_collate_lora_metadata({"unet": pipeline.unet}),
+
+def embeds_by_step(args, prompts, embeds_of):
+    """What the text encoders make of B prompts, tensors (B, ...), or (T, B, ...) where the prompts have levels."""
+    levels = levels_of(args, prompts)
+    if levels is None:
+        return embeds_of(prompts)
+    level_of_step = levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+    return [torch.stack(parts)[level_of_step] for parts in zip(*map(embeds_of, levels))]
+
+
+def can_be_compiled(chain, shape, schedule):
+    """Whether the compiler manages what rollout and sweep will ask for, latents of a shape (B, C, h, w)."""
+    x, swept = torch.zeros(shape, device=chain.timesteps.device), schedule.mixing[2 : schedule.stop_after + 1]
+    try:
+        with torch.no_grad():
+            chain.mean(chain.num_steps, x)
+        chain.mean(chain.num_steps, x.requires_grad_(any(swept))).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler may say
+        logger.warning(f"the U-Net cannot be compiled and runs as it is: {first_line(error)}")
+        return False
+    finally:
+        chain.unet.zero_grad()
+    return True
+
+
+def latents_shape(args, pipeline):
+    """(B, C, h, w) of a micro-batch."""
+    size = args.height // pipeline.vae_scale_factor, args.width // pipeline.vae_scale_factor
+    return (args.train_batch_size, pipeline.unet.config.in_channels, *size)
+
+
+def generators_of(args, accelerator, step, index):
+    """One for each picture of a micro-batch, on the CPU: its noise depends on the seed, the step and its place among the
+    step's pictures alone, whatever ranks and devices there are."""
+    first = (index * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+    places = range(first, first + args.train_batch_size)
+    seeds = [random.Random(f"{args.seed}/{step}/{place}").getrandbits(63) for place in places]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Scorer:
+    """The reward of latents."""
+
+    def __init__(self, args, accelerator, rewards, vae, baseline_vae):
+        self.args, self.accelerator, self.rewards = args, accelerator, rewards
+        self.vae, self.baseline_vae = vae, baseline_vae
+
+    def __call__(self, latents, prompts, with_gradient=False, vae=None):
+        """As `score_latents`, with --reward_offload; what goes wrong ends the run."""
+        args, device, scale = self.args, self.accelerator.device, loss_scale(self.accelerator)
+        vae = self.vae if vae is None else vae
+        try:
+            with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
+                return score_latents(vae, self.rewards, latents, prompts, args.decode_batch_size, with_gradient, scale)
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    def predictions(self, trajectory, prompts):
+        """The rewards of the pictures predicted at each step, {"total", "black_box"} -> (B, T + 1)."""
+        steps = trajectory.predictions[1:][: self.args.baseline_steps]
+        scores, _ = self(torch.cat(steps), prompts * len(steps), vae=self.baseline_vae)
+        predicted = {}
+        for name in ("total", "black_box"):
+            by_step = torch.zeros(self.args.num_inference_steps + 1, len(prompts), device=self.accelerator.device)
+            by_step[1 : len(steps) + 1] = scores[name].view(len(steps), -1)
+            predicted[name] = by_step.T
+        return predicted
+
+
+def base_mean(chain, unet):
+    """The chain's means with the adapter disabled: the base model, without a second one in memory."""
+
+    @torch.no_grad()
+    def mean(k, x):
+        unet.disable_adapters()
+        try:
+            return chain.mean(k, x)
+        finally:
+            unet.enable_adapters()
+
+    return mean
+
+
+def branch_batch(args, batch, scorer, scale):
+    """Branches instead of a sweep: one random step of each picture."""
+    for i, prompt in enumerate(batch.prompts):
+        k = random.randint(1, batch.chain.num_steps)
+        copies = [prompt] * (2 * args.branches)
+        branch(
+            batch.chain.repeat(i, 1),
+            batch.chain.repeat(i, 2 * args.branches),
+            Trajectory([x[i : i + 1] for x in batch.trajectory.latents], None),
+            k,
+            lambda x_0: scorer(x_0, copies)[0]["total"],
+            args.branches,
+            weight=scale * batch.chain.num_steps / args.train_batch_size,
         )
 
-    ema = None if args.ema_decay is None else EMAModel(trainable, decay=args.ema_decay)
+
+def sweep_renoised(args, batch, schedule, scorer, scale):
+    """The last step again from other noises of the same pictures, for draft_lv."""
+    for _ in range(args.lv_samples):
+        renoised = renoise(batch.chain, batch.trajectory.latents[0])
+        _, reward_grad = scorer(renoised.latents[0], batch.prompts, with_gradient=True)
+        reward_grad = scale / args.lv_samples * reward_grad
+        backward_sweep(batch.chain, renoised, schedule.mixing, reward_grad=reward_grad, stop_after=1)
+
+
+def sweep(args, batch, advantages, schedule, scorer, unet, scale):
+    """Add the gradient of -(mean reward) of a micro-batch to `.grad`, as --gradient_estimator estimates it.
+
+    Args:
+        unet: the pipeline's, with the adapter.
+        scale: of all cotangents, and so of the gradient, see `loss_scale`.
+
+    Returns:
+        Swept
+    """
+    chain, trajectory = batch.chain, batch.trajectory
+    penalty, common = None, {"weights": schedule.weights}
+    if args.kl_weight > 0:
+        penalty = common["penalty"] = GaussianKL(chain, base_mean(chain, unet), trajectory, advantages.kl_weight)
+    swept = Swept()
+    if args.branches:
+        branch_batch(args, batch, scorer, scale)
+    elif args.gradient_estimator == "draft_lv":
+        sweep_renoised(args, batch, schedule, scorer, scale)
+    elif args.gradient_estimator == "ddpo":
+        ratio = ClippedRatio(chain, trajectory, scale * advantages.total, args.ppo_clip_range)
+        backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio, **common)
+        swept = swept._replace(clipped=tuple(ratio.clipped))
+    else:
+        reward_grad = batch.reward_grad
+        if reward_grad is not None and not scorer.rewards.differentiable:
+            reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, advantages.black_box)
+        by_norm, trainable = args.subchain_sampling == "grad_norm", batch.perturbation.parameters
+        rows = backward_sweep(
+            chain,
+            trajectory,
+            schedule.mixing,
+            reward_grad=None if reward_grad is None else scale * reward_grad,
+            advantages=scale * advantages.total,
+            stop_after=schedule.stop_after,
+            parameters=trainable if by_norm else None,
+            **common,
+        )
+        batch.perturbation.add_gradient(scale * advantages.mean)
+        norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
+        swept = swept._replace(statistics=torch.stack(norms))
+    if penalty is not None:
+        weights = schedule.weights or [1.0] * len(schedule.mixing)
+        swept = swept._replace(divergence=sum(weights[k] * kl for k, kl in penalty.divergences.items()))
+    return swept
+
+
+def average_gradients(args, accelerator, trainable):
+    """The gradients of all ranks and micro-batches averaged and clipped; their norm before that."""
+    gradients = [p.grad for p in trainable]
+    flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
+    vector_to_parameters(flat, gradients)
+    grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
+    if not math.isfinite(grad_norm) and accelerator.scaler is None:
+        raise RunError(f"the gradient is not finite ({grad_norm})")
+    return grad_norm
+
+
+def metrics_of(accelerator, step, schedule, scores, swept, grad_norm, learning_rate, seconds):
+    """The line of an optimizer step in metrics.jsonl."""
+    num_images = len(scores["total"])
+    figures = {
+        name: (values.mean().item(), values.std(correction=int(num_images > 1)).item())
+        for name, values in scores.items()
+    }
+    gammas = [schedule.mixing[k] for k in schedule.swept]
+    line = {
+        "step": step,
+        "reward_mean": figures["total"][0],
+        "reward_std": figures["total"][1],
+        "num_images": num_images,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "gamma_mean": sum(gammas) / len(gammas),
+        "seconds": seconds,
+        "images_per_second": num_images / seconds,
+        "learning_rate": learning_rate,
+    }
+    divergences = [one.divergence for one in swept if one.divergence is not None]
+    clipped = [fraction for one in swept for fraction in one.clipped]
+    for name, values in (("kl", divergences), ("clip_fraction", clipped)):
+        if values:
+            line[name] = accelerator.reduce(torch.stack(values).mean(), "mean").item()
+    for name, (mean, std) in figures.items():
+        if name not in ("total", "black_box"):
+            line[f"{name}_mean"], line[f"{name}_std"] = mean, std
+    return line
+
+
+@contextmanager
+def saving(path):
+    """Within it, what cannot be written ends the run; what has been saved before stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        message = " ".join(str(error).split())
+        raise RunError(
+            f"cannot write {path!r}: {message}; mend that, and go on from the last checkpoint with"
+            " --resume_from_checkpoint latest"
+        ) from error
+
+
+class Record:
+    """What is kept, shown and sent of a run: checkpoints, adapters, metrics, held-out and validation pictures, the Hub.
+
+    Args:
+        pipeline: whose U-Net has the adapter.
+        card: `save_model_card`'s "command", "repo_id", "base_license" and "prompt".
+        step: the step that the run starts after.
+
+    Attributes:
+        step: the step that is being taken, or has been.
+        stopped: whether somebody has asked for the end.
+        is_over: whether that step is the last.
+        ema: the moving average of the adapter, or `None`.
+    """
+
+    def __init__(self, args, accelerator, pipeline, sampler, estimator, heldout, config, card, step):
+        self.args, self.accelerator, self.pipeline, self.sampler = args, accelerator, pipeline, sampler
+        self.heldout, self.config, self.card, self.step = heldout, config, card, step
+        self.trainable = [p for p in pipeline.unet.parameters() if p.requires_grad]
+        self.ema = None if args.ema_decay is None else EMAModel(self.trainable, decay=args.ema_decay)
+        self.stopping = EarlyStopping(args.early_stop_patience)
+        self.stopped = self.is_over = False
+        self.statistics = {**estimator.statistics, "early_stopping": self.stopping}
+        self.metrics_file, self.partial_adapter = (
+            os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "partial-adapter")
+        )
+        self.bar, self.times = None, []
+        accelerator.register_save_state_pre_hook(self.save_state_hook)
+        accelerator.register_load_state_pre_hook(self.load_state_hook)
 
     @contextmanager
-    def averaged():
+    def averaged(self):
         """Within it, the U-Net has the moving average of the adapter, if there is one."""
-        if ema is not None:
-            ema.store(trainable)
-            ema.copy_to(trainable)
+        if self.ema is not None:
+            self.ema.store(self.trainable)
+            self.ema.copy_to(self.trainable)
         yield
-        if ema is not None:
-            ema.restore(trainable)
+        if self.ema is not None:
+            self.ema.restore(self.trainable)
 
-    def place_adapter(directory):
-        """The adapter as it is now into a folder, where it is never half there."""
-        partial = os.path.join(args.output_dir, "partial-adapter")
-        save_adapter(partial)
+    @contextmanager
+    def naming_the_step(self):
+        """Within it, what ends the run says at which step."""
+        try:
+            yield
+        except RunError as error:
+            raise RunError(f"step {self.step}: {error}") from error
+
+    def save_adapter(self, directory):
+        # The pipeline keeps the U-Net as it is, without what accelerate may have wrapped around it.
+        unet = self.pipeline.unet
+        self.pipeline.save_lora_weights(
+            directory,
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+            **_collate_lora_metadata({"unet": unet}),
+        )
+
+    def place_adapter(self, name=""):
+        """The adapter as it is now into a folder of the output folder, where it is never half there."""
+        self.save_adapter(self.partial_adapter)
+        directory = os.path.join(self.args.output_dir, name)
         os.makedirs(directory, exist_ok=True)
-        os.replace(os.path.join(partial, LORA_FILE), os.path.join(directory, LORA_FILE))
-        shutil.rmtree(partial)
+        os.replace(os.path.join(self.partial_adapter, LORA_FILE), os.path.join(directory, LORA_FILE))
+        shutil.rmtree(self.partial_adapter)
 
-    def save_state_hook(models, weights, directory):
+    def save_state_hook(self, models, weights, directory):
         weights.clear()  # or accelerate writes the whole U-Net beside the adapter
-        if accelerator.is_main_process:
-            save_adapter(directory)
-            state = {"position": sampler.position, "config": config}
-            state.update({name: kept.state_dict() for name, kept in statistics.items()})
-            if ema is not None:
-                state["ema_step"] = ema.optimization_step
-                average = {str(i): values.contiguous() for i, values in enumerate(ema.shadow_params)}
+        if self.accelerator.is_main_process:
+            self.save_adapter(directory)
+            state = {"position": self.sampler.position, "config": self.config}
+            state.update({name: kept.state_dict() for name, kept in self.statistics.items()})
+            if self.ema is not None:
+                state["ema_step"] = self.ema.optimization_step
+                average = {str(i): values.contiguous() for i, values in enumerate(self.ema.shadow_params)}
                 save_file(average, os.path.join(directory, EMA_FILE))
             with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(state, file)
 
-    def load_state_hook(models, directory):
+    def load_state_hook(self, models, directory):
         models.clear()
-        layers, _ = StableDiffusionPipeline.lora_state_dict(directory)
-        set_adapter(pipeline.unet, layers)
+        layers, _ = self.pipeline.lora_state_dict(directory)
+        set_adapter(self.pipeline.unet, layers)
         with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
-        sampler.position = state["position"]
-        if ema is not None:
-            ema.optimization_step = state["ema_step"]
+        self.sampler.position = state["position"]
+        if self.ema is not None:
+            self.ema.optimization_step = state["ema_step"]
             average = load_file(os.path.join(directory, EMA_FILE))
-            for i, values in enumerate(ema.shadow_params):
+            for i, values in enumerate(self.ema.shadow_params):
                 values.copy_(average[str(i)])
-        for name, kept in statistics.items():
+        for name, kept in self.statistics.items():
             kept.load_state_dict(state[name])
 
-    accelerator.register_save_state_pre_hook(save_state_hook)
-    accelerator.register_load_state_pre_hook(load_state_hook)
-
-    @contextmanager
-    def saving(step, path):
-        """Within it, what cannot be written ends the run with one line; what has been saved before stays."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
-            message = " ".join(str(error).split())
-            raise SystemExit(
-                f"train_rlr_sd.py: error: step {step}: cannot write {path!r}: {message}; mend that, and go on from the"
-                " last checkpoint with --resume_from_checkpoint latest"
-            ) from error
-
-    def save_checkpoint(step):
+    def save_checkpoint(self):
         """checkpoint-N appears under its name only when it is whole, and older ones go only after that."""
-        checksums = accelerator.gather(parameters_to_vector(trainable).detach().square().sum()[None])
+        args, accelerator = self.args, self.accelerator
+        checksums = accelerator.gather(parameters_to_vector(self.trainable).detach().square().sum()[None])
         if (checksums != checksums[0]).any():
-            raise SystemExit(f"train_rlr_sd.py: error: step {step}: the ranks' adapters differ, {checksums.tolist()}")
-        path = os.path.join(args.output_dir, f"checkpoint-{step}")
-        partial = os.path.join(args.output_dir, f"partial-{step}")
-        with saving(step, partial):
+            raise RunError(f"the ranks' adapters differ, {checksums.tolist()}")
+        path = os.path.join(args.output_dir, f"checkpoint-{self.step}")
+        partial = os.path.join(args.output_dir, f"partial-{self.step}")
+        with saving(partial):
             if accelerator.is_main_process:
                 for name in incomplete_in(args.output_dir):
                     if name.startswith("partial-"):
@@ -1651,393 +2110,252 @@ def main(args):
                         os.rename(old, gone)
                         shutil.rmtree(gone)
 
-    def save_card(step, results):
-        save_model_card(args, accelerator.num_processes, repo_id, base_license, prompts[0], step, results)
+    def save_card(self, results=None):
+        save_model_card(self.args, type(self.pipeline), step=self.step, results=results, **self.card)
 
-    def save_result(step):
-        """The adapter, which is never half there, and what tells of it, into the output folder."""
-        with saving(step, os.path.join(args.output_dir, "partial-adapter")):
-            place_adapter(args.output_dir)
-            if ema is not None:
-                with averaged():
-                    place_adapter(os.path.join(args.output_dir, "ema"))
-            plot_reward_curve(metrics_file, os.path.join(args.output_dir, "reward_curve.png"))
-            save_card(step, results=None)
+    def save_result(self):
+        """The adapter, and what tells of it, into the output folder."""
+        with saving(self.partial_adapter):
+            self.place_adapter()
+            if self.ema is not None:
+                with self.averaged():
+                    self.place_adapter("ema")
+            plot_reward_curve(self.metrics_file, os.path.join(self.args.output_dir, "reward_curve.png"))
+            self.save_card()
 
-    latents_size = args.height // pipeline.vae_scale_factor, args.width // pipeline.vae_scale_factor
-    latents_shape = (args.train_batch_size, unet.config.in_channels, *latents_size)
-
-    def generators_of(step, index):
-        """One for each picture of a micro-batch, on the CPU: its noise depends on the seed, the step and its place among
-        the step's pictures alone, whatever ranks and devices there are."""
-        first = (index * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
-        places = range(first, first + args.train_batch_size)
-        seeds = [random.Random(f"{args.seed}/{step}/{place}").getrandbits(63) for place in places]
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    embeds_of = PromptEmbeds(
-        lambda prompt: pipeline.encode_prompt(prompt, accelerator.device, 1, False)[:1],
-        [pipeline.text_encoder],
-        accelerator.device,
-    )
-
-    (negative,) = embeds_of([args.negative_prompt or ""])
-    level_of_step = levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
-
-    def make_chain(batch):
-        levels, negatives = levels_of(args, batch), negative.expand(len(batch), -1, -1)
-        if levels is None:
-            return promptless.conditioned_on(*embeds_of(batch), negatives)
-        by_level = torch.stack([embeds for level in levels for embeds in embeds_of(level)])
-        return promptless.conditioned_on(by_level[level_of_step], negatives)
-
-    if is_compiled_module(unet):
-        x, swept = torch.zeros(latents_shape, device=accelerator.device), schedule.mixing[2 : schedule.stop_after + 1]
-        try:
-            # What rollout and sweep will ask for, so that a failing compiler is known now.
-            chain = make_chain(prompts[:1] * args.train_batch_size)
-            with torch.no_grad():
-                chain.mean(chain.num_steps, x)
-            chain.mean(chain.num_steps, x.requires_grad_(any(swept))).sum().backward()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler may say
-            logger.warning(f"the U-Net cannot be compiled and runs as it is: {first_line(error)}")
-            promptless.unet = pipeline.unet
-        optimizer.zero_grad()
-
-    if accelerator.is_main_process:
-        # TensorBoard takes no lists.
-        shown = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.items()}
-        accelerator.init_trackers(TRACKER, shown, {"tensorboard": {"purge_step": first_step + 1}})
-    metrics_file = os.path.join(args.output_dir, "metrics.jsonl")
-    if resume_path is not None:
-        try:
-            accelerator.load_state(resume_path)
-        except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
-            message = " ".join(str(error).split())
-            raise SystemExit(f"train_rlr_sd.py: error: cannot resume from {resume_path!r}: {message}") from error
-    if accelerator.is_main_process:
+    def start(self, resume_path, tracker):
+        """Trackers, the state of a checkpoint, and the metrics up to it."""
+        accelerator = self.accelerator
+        if accelerator.is_main_process:
+            # TensorBoard takes no lists.
+            shown = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in self.config.items()}
+            accelerator.init_trackers(tracker, shown, {"tensorboard": {"purge_step": self.step + 1}})
+        if resume_path is not None:
+            try:
+                accelerator.load_state(resume_path)
+            except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
+                message = " ".join(str(error).split())
+                raise RunError(f"cannot resume from {resume_path!r}: {message}") from error
+        if not accelerator.is_main_process:
+            return
         # The steps after the checkpoint will be taken again: their lines go.
         kept = []
-        if resume_path is not None and os.path.isfile(metrics_file):
-            with open(metrics_file, encoding="utf-8") as file:
+        if resume_path is not None and os.path.isfile(self.metrics_file):
+            with open(self.metrics_file, encoding="utf-8") as file:
                 # A line that a killed run has not finished has no end.
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        with open(metrics_file + ".partial", "w", encoding="utf-8") as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        with open(self.metrics_file + ".partial", "w", encoding="utf-8") as file:
             file.writelines(kept)
-        os.replace(metrics_file + ".partial", metrics_file)
-        print_plan(accelerator, args, schedule, len(prompts), trainable, images_per_step)
+        os.replace(self.metrics_file + ".partial", self.metrics_file)
 
-    def base_mean(chain):
-        """The chain's means with the adapter disabled: the base model, without a second one in memory."""
+    @contextmanager
+    def running(self):
+        """Within it, the first Ctrl-C or SIGTERM ends the run after the step in progress, and an error says at which."""
+        show = self.accelerator.is_local_main_process
+        bar = {"total": self.args.max_train_steps, "initial": self.step, "desc": "Steps", "disable": not show}
+        with self.naming_the_step():
+            if self.heldout is not None and self.accelerator.is_main_process:
+                self.heldout.look_at_base(self.pipeline)
+            with stopping_at_a_step(self.accelerator), tqdm(**bar) as self.bar:
+                yield
 
-        @torch.no_grad()
-        def mean(k, x):
-            pipeline.unet.disable_adapters()
-            try:
-                return chain.mean(k, x)
-            finally:
-                pipeline.unet.enable_adapters()
+    def steps(self):
+        """The steps that are to be taken."""
+        for self.step in range(self.step + 1, self.args.max_train_steps + 1):
+            yield self.step
+            if self.is_over:
+                return
 
-        return mean
+    def after_step(self, line):
+        """Held-out pictures, metrics, checkpoint, validation and upload, as they are due after a step.
 
-    def score(latents, batch_prompts, with_gradient=False, decoder=vae):
-        try:
-            with offload_models(*rewards.modules, device=accelerator.device, offload=args.reward_offload):
-                return score_latents(
-                    decoder,
-                    rewards,
-                    latents,
-                    batch_prompts,
-                    args.decode_batch_size,
-                    with_gradient,
-                    loss_scale(accelerator),
-                )
-        except ValueError as error:
-            raise SystemExit(f"train_rlr_sd.py: error: step {step}: {error}") from error
-
-    def score_predictions(trajectory, batch_prompts):
-        """The rewards of the pictures predicted at each step, {"total", "black_box"} -> (B, T + 1)."""
-        shape = (args.num_inference_steps + 1, args.train_batch_size)
-        predicted = {name: torch.zeros(shape, device=accelerator.device) for name in running}
-        steps = trajectory.predictions[1:][: args.baseline_steps]
-        scores, _ = score(torch.cat(steps), batch_prompts * len(steps), decoder=baseline_vae)
-        for name, values in predicted.items():
-            values[1 : len(steps) + 1] = scores[name].view(len(steps), -1)
-        return {name: values.T for name, values in predicted.items()}
-
-    def branch_batch(batch, scale):
-        """Branches instead of a sweep: one random step of each picture."""
-        for i, prompt in enumerate(batch.prompts):
-            k = random.randint(1, batch.chain.num_steps)
-            copies = [prompt] * (2 * args.branches)
-            branch(
-                batch.chain.repeat(i, 1),
-                batch.chain.repeat(i, 2 * args.branches),
-                Trajectory([x[i : i + 1] for x in batch.trajectory.latents], None),
-                k,
-                lambda x_0: score(x_0, copies)[0]["total"],
-                args.branches,
-                weight=scale * batch.chain.num_steps / args.train_batch_size,
+        Args:
+            line: from `metrics_of`.
+        """
+        args, accelerator, step = self.args, self.accelerator, self.step
+        reason = None
+        if self.heldout is not None and step % args.heldout_steps == 0:
+            if accelerator.is_main_process:
+                with self.averaged():
+                    line.update(self.heldout.look(self.pipeline))
+                    is_best, reason = self.stopping.update(step, line["heldout_mean"])
+                    if is_best:
+                        with saving(self.partial_adapter):
+                            self.place_adapter("best")
+            reason = broadcast_object_list([reason])[0]
+        if accelerator.is_main_process:
+            with saving(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
+        self.bar.update()
+        self.bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{line['seconds']:.2f}")
+        self.times.append(time.perf_counter())
+        if len(self.times) == 3:  # the first step has warmed up
+            per_step, num_steps = (self.times[2] - self.times[0]) / 2, args.max_train_steps - step + 3
+            total = datetime.timedelta(seconds=round(per_step * num_steps))
+            logger.info(
+                f"about {total} for {num_steps} steps in all, at {per_step:.1f} seconds a step as the last two"
             )
+        if reason is not None:
+            logger.info(reason)
+            self.is_over = True
+            return
+        self.is_over = self.stopped = accelerator.check_trigger()
+        # What is pushed can be gone on from.
+        pushing = args.push_every is not None and step % args.push_every == 0 and step < args.max_train_steps
+        if step % args.checkpointing_steps == 0 or self.stopped or pushing:
+            self.save_checkpoint()
+        if self.stopped or not accelerator.is_main_process:
+            return
+        if args.validation_prompts and step % args.validation_steps == 0:
+            with self.averaged():
+                log_validation(self.pipeline, args, accelerator, step)
+        if pushing:
+            self.save_result()
+            try:
+                push(args, self.card["repo_id"], f"Step {step}")
+            except ValueError as error:
+                logger.warning(str(error))
 
-    def sweep_renoised(batch, schedule, scale):
-        """The last step again from other noises of the same pictures, for draft_lv."""
-        for _ in range(args.lv_samples):
-            renoised = renoise(batch.chain, batch.trajectory.latents[0])
-            _, reward_grad = score(renoised.latents[0], batch.prompts, with_gradient=True)
-            reward_grad = scale / args.lv_samples * reward_grad
-            backward_sweep(batch.chain, renoised, schedule.mixing, reward_grad=reward_grad, stop_after=1)
+    def finish(self, load_pipeline, rewards, prompts):
+        """The adapter into the output folder, its comparison with the base model, the upload.
 
-    # draft_lv takes its gradient at other noises of the same pictures.
-    with_gradient = rewards.has_gradient and args.gradient_estimator not in ("ddpo", "draft_lv")
-    local_images = args.train_batch_size * args.gradient_accumulation_steps
-    mine = slice(accelerator.process_index * local_images, (accelerator.process_index + 1) * local_images)
+        Args:
+            load_pipeline: `load_pipeline(args, dtype)`, for a plain pipeline.
+        """
+        args, accelerator = self.args, self.accelerator
+        if self.stopped:
+            accelerator.end_training()
+            if not accelerator.is_main_process:
+                raise SystemExit(1)
+            how = "go on with the same command and --resume_from_checkpoint latest"
+            raise RunStopped(f"stopped after step {self.step}; {how}")
+        accelerator.wait_for_everyone()
+        failures = []
+        if accelerator.is_main_process:
+            with self.naming_the_step():
+                self.save_result()
+            self.pipeline.to("cpu")
+            free_memory()
+            if args.num_eval_images > 0:
+                # The adapter is there: what goes wrong from here on is said at the end.
+                try:
+                    plain = load_pipeline(args, frozen_dtype(accelerator)).to(accelerator.device)
+                    results = compare_with_base(args, rewards, prompts, plain)
+                    self.save_card(results)
+                except (ValueError, OSError) as error:
+                    failures.append(f"the comparison with the base model has failed: {' '.join(str(error).split())}")
+                else:
+                    print_comparison(args, results)
+            if self.card["repo_id"] is not None:
+                try:
+                    push(args, self.card["repo_id"], "End of training")
+                except ValueError as error:
+                    failures.append(str(error))
+        accelerator.end_training()
+        if failures:
+            raise RunError("; ".join(failures))
 
-    def look_at_heldout():
-        try:
-            return score_heldout(pipeline, args, rewards, heldout, features, heldout_prompts, accelerator.device)
-        except ValueError as error:
-            raise SystemExit(f"train_rlr_sd.py: error: step {step}: held-out pictures: {error}") from error
 
-    step, heldout_prompts, base_embeds = first_step, None, None
-    if heldout is not None and accelerator.is_main_process:
-        pool = args.validation_prompts or prompts
-        heldout_prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
-        pipeline.unet.disable_adapters()
-        found, base_embeds = look_at_heldout()
-        pipeline.unet.enable_adapters()
-        told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
-        logger.info(f"base model on {args.num_heldout_images} pictures: {told}")
-    bar = tqdm(
-        total=args.max_train_steps, initial=first_step, desc="Steps", disable=not accelerator.is_local_main_process
+def print_comparison(args, results):
+    """What `compare_with_base` has found."""
+    for name in ("base", "tuned"):
+        mean, std = results[name]["mean"], results[name]["std"]
+        print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
+    gain = results["gain"]
+    print(
+        f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
+        f" {results['num_images']} pictures of the same prompts and seeds"
     )
-    stopped = False
-    with stopping_at_a_step(accelerator), bar:
-        for step in range(first_step + 1, args.max_train_steps + 1):
+
+
+@ending_in_one_line("train_rlr_sd.py")
+def main(args):
+    with refusing_bad_input():
+        accelerator = make_accelerator(args)
+        dtype = frozen_dtype(accelerator)
+        prompts = load_training_prompts(args)
+        rewards, heldout = load_judges(args, prompts, accelerator.device)
+        resume_path, first_step = find_start(args, accelerator, len(prompts))
+        pipeline = load_pipeline(args, dtype)
+        scheduler, config = fit_to_model(args, accelerator, pipeline, prompts, resume_path)
+        estimator = Estimator(args, rewards)
+        baseline_vae = pipeline.vae if args.baseline_vae is None else load_baseline_vae(args, dtype)
+        schedule = estimator.schedule()
+        # Every batch's chain is this one under the batch's prompts.
+        nothing = torch.zeros(1, 1, 1, device=accelerator.device)
+        promptless = StableDiffusionChain(
+            pipeline.unet, scheduler, nothing, guidance_scale=args.guidance_scale, eta=args.eta
+        )
+        estimator.check(schedule, promptless)
+        trainable = make_trainable(args, pipeline)
+        repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, TRACKER)
+
+    promptless.unet = to_device(args, accelerator, pipeline, baseline_vae)
+    optimizer, lr_scheduler = make_optimizer(args, accelerator, trainable)
+    sampler = PromptSampler(
+        prompts, args.seed, accelerator.process_index, accelerator.num_processes, args.images_per_prompt
+    )
+    scorer = Scorer(args, accelerator, rewards, pipeline.vae, baseline_vae)
+    command = command_of(args, accelerator.num_processes)
+    card = {"command": command, "repo_id": repo_id, "base_license": base_license, "prompt": prompts[0]}
+    record = Record(args, accelerator, pipeline, sampler, estimator, heldout, config, card, first_step)
+
+    embeds_of = make_embeds_of(pipeline, accelerator.device)
+    (negative,) = embeds_of([args.negative_prompt or ""])
+
+    def chain_of(batch_prompts):
+        (embeds,) = embeds_by_step(args, batch_prompts, embeds_of)
+        return promptless.conditioned_on(embeds, negative)
+
+    shape = latents_shape(args, pipeline)
+    trial = prompts[:1] * args.train_batch_size
+    if is_compiled_module(promptless.unet) and not can_be_compiled(chain_of(trial), shape, schedule):
+        promptless.unet = pipeline.unet
+    record.start(resume_path, TRACKER)
+    print_plan(accelerator, args, schedule, len(prompts), trainable)
+    predict = args.baseline == "predicted_x0"
+    with record.running():
+        for step in record.steps():
             started = time.perf_counter()
 
             # prompt -> rollout -> reward
-            schedule = make_schedule(args, adaptive, subchain, rewards.has_gradient)
+            schedule = estimator.schedule()
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
-                chain = make_chain(batch_prompts)
+                chain = chain_of(batch_prompts)
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
-                generators = generators_of(step, index)
-                x_T = randn_tensor(latents_shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                predict = args.baseline == "predicted_x0"
+                generators = generators_of(args, accelerator, step, index)
+                x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
                 trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict)
-                scores, reward_grad = score(trajectory.latents[0], batch_prompts, with_gradient)
-                predicted = score_predictions(trajectory, batch_prompts) if predict else None
+                scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
+                predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
                 batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))
 
             # reward -> advantages, over the pictures of all ranks
-            scores = {name: torch.cat([batch.scores[name] for batch in batches]) for name in scores}
-            scores = accelerator.gather(scores)
-            all_prompts = None
-            if args.baseline == "per_prompt":
-                all_prompts = gather_object([prompt for batch in batches for prompt in batch.prompts])
-            # All pictures of a micro-batch share its weight perturbation, so it is compared with other micro-batches.
-            means = leave_one_out(scores["total"].view(-1, args.train_batch_size).mean(1), running["total"].mean)
-            advantages = {}
-            for name in running:
-                predicted = None
-                if args.baseline == "predicted_x0":
-                    predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
-                advantages[name] = advantages_of(
-                    args, scores[name], all_prompts, predicted, running[name], predictors[name]
-                )
-            kl_weight = args.kl_weight
-            if args.gradient_estimator == "ddpo":
-                # In units of the rewards' deviation, as what the divergence costs then is too.
-                advantages["total"], kl_weight = (
-                    normalize(value, scores["total"], running["total"].largest_std)
-                    for value in (advantages["total"], kl_weight)
-                )
-            advantages = {
-                name: values[..., mine].split(args.train_batch_size, -1) for name, values in advantages.items()
-            }
-            means = means[accelerator.process_index * len(batches) :]
+            scores, advantages = estimator.advantages(accelerator, batches)
 
-            # advantages -> sweep -> optimizer
-            clipped, divergences = [], []
+            # advantages -> sweep -> optimizer step
+            swept = []
             for _ in range(args.num_inner_epochs):
                 scale = loss_scale(accelerator)
-                seen = []
-                for batch, advantage, black_box, mean in zip(
-                    batches, advantages["total"], advantages["black_box"], means.tolist()
-                ):
-                    chain, trajectory = batch.chain, batch.trajectory
-                    penalty = None
-                    if args.kl_weight > 0:
-                        penalty = GaussianKL(chain, base_mean(chain), trajectory, kl_weight)
-                    if args.branches:
-                        branch_batch(batch, scale)
-                    elif args.gradient_estimator == "draft_lv":
-                        sweep_renoised(batch, schedule, scale)
-                    elif args.gradient_estimator == "ddpo":
-                        ratio = ClippedRatio(chain, trajectory, scale * advantage, args.ppo_clip_range)
-                        backward_sweep(
-                            chain,
-                            trajectory,
-                            schedule.mixing,
-                            cotangent=ratio,
-                            penalty=penalty,
-                            weights=schedule.weights,
-                        )
-                        clipped += ratio.clipped
-                    else:
-                        reward_grad = batch.reward_grad
-                        if with_gradient and not rewards.differentiable:
-                            reward_grad = reward_grad + likelihood_ratio(chain, trajectory, 1, black_box)
-                        rows = backward_sweep(
-                            chain,
-                            trajectory,
-                            schedule.mixing,
-                            reward_grad=scale * reward_grad if with_gradient else None,
-                            advantages=scale * advantage,
-                            stop_after=schedule.stop_after,
-                            penalty=penalty,
-                            weights=schedule.weights,
-                            parameters=trainable if args.subchain_sampling == "grad_norm" else None,
-                        )
-                        batch.perturbation.add_gradient(scale * mean)
-                        norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
-                        seen.append(torch.stack(norms))
-                    if penalty is not None:
-                        weights = schedule.weights or [1.0] * len(schedule.mixing)
-                        divergences.append(sum(weights[k] * kl for k, kl in penalty.divergences.items()))
-                gradients = [p.grad for p in trainable]
-                flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
-                vector_to_parameters(flat, gradients)
-                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
-                if not math.isfinite(grad_norm) and accelerator.scaler is None:
-                    raise SystemExit(f"train_rlr_sd.py: error: step {step}: the gradient is not finite ({grad_norm})")
+                for batch, worth in zip(batches, advantages):
+                    swept.append(sweep(args, batch, worth, schedule, scorer, pipeline.unet, scale))
+                grad_norm = average_gradients(args, accelerator, trainable)
                 optimizer.step()
                 optimizer.zero_grad()
-                if ema is not None:
-                    ema.step(trainable)
+                if record.ema is not None:
+                    record.ema.step(trainable)
             lr_scheduler.step()
-            if seen and math.isfinite(grad_norm):
-                # Of each step, what those ranks have seen that have swept it.
-                seen = SweepStatistics(*accelerator.gather(torch.stack(seen)).nanmean(0))
-                adaptive.update(seen)
-                subchain.update(seen)
+            if math.isfinite(grad_norm):
+                estimator.update(accelerator, swept)
 
-            seconds = time.perf_counter() - started
-            gammas = [schedule.mixing[k] for k in schedule.swept]
-            line = {
-                "step": step,
-                "reward_mean": scores["total"].mean().item(),
-                "reward_std": scores["total"].std(correction=int(images_per_step > 1)).item(),
-                "num_images": images_per_step,
-                "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-                "gamma_mean": sum(gammas) / len(gammas),
-                "seconds": seconds,
-                "images_per_second": images_per_step / seconds,
-                "learning_rate": lr_scheduler.get_last_lr()[0],
-            }
-            if divergences:
-                line["kl"] = accelerator.reduce(torch.stack(divergences).mean(), "mean").item()
-            if clipped:
-                line["clip_fraction"] = accelerator.reduce(torch.stack(clipped).mean(), "mean").item()
-            for name in rewards.members:
-                line[f"{name}_mean"] = scores[name].mean().item()
-                line[f"{name}_std"] = scores[name].std(correction=int(images_per_step > 1)).item()
-            reason = None
-            if heldout is not None and step % args.heldout_steps == 0:
-                if accelerator.is_main_process:
-                    with averaged():
-                        found, embeds = look_at_heldout()
-                        line.update(found, drift=drift(base_embeds, embeds).mean().item())
-                        is_best, reason = stopping.update(step, line["heldout_mean"])
-                        if is_best:
-                            with saving(step, os.path.join(args.output_dir, "partial-adapter")):
-                                place_adapter(os.path.join(args.output_dir, "best"))
-                reason = broadcast_object_list([reason])[0]
-            if accelerator.is_main_process:
-                with saving(step, metrics_file), open(metrics_file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            accelerator.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=step)
-            bar.update()
-            bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{seconds:.2f}")
-            if step == first_step + 1:
-                warmed_up = time.perf_counter()
-            if step == first_step + 3:
-                per_step, num_steps = (time.perf_counter() - warmed_up) / 2, args.max_train_steps - first_step
-                total = datetime.timedelta(seconds=round(per_step * num_steps))
-                logger.info(
-                    f"about {total} for {num_steps} steps in all, at {per_step:.1f} seconds a step as the last two"
-                )
-
-            if reason is not None:
-                logger.info(reason)
-                break
-            stopped = accelerator.check_trigger()
-            # What is pushed can be gone on from.
-            pushing = args.push_every is not None and step % args.push_every == 0 and step < args.max_train_steps
-            if step % args.checkpointing_steps == 0 or stopped or pushing:
-                save_checkpoint(step)
-            if stopped:
-                break
-            if args.validation_prompts and step % args.validation_steps == 0 and accelerator.is_main_process:
-                with averaged():
-                    log_validation(pipeline, args, accelerator, step)
-            if pushing and accelerator.is_main_process:
-                save_result(step)
-                try:
-                    push(args, repo_id, f"Step {step}")
-                except ValueError as error:
-                    logger.warning(str(error))
-
-    if stopped:
-        accelerator.end_training()
-        how = "go on with the same command and --resume_from_checkpoint latest"
-        raise SystemExit(f"train_rlr_sd.py: stopped after step {step}; {how}" if accelerator.is_main_process else 1)
-    accelerator.wait_for_everyone()
-    failures = []
-    if accelerator.is_main_process:
-        save_result(step)
-        pipeline.to("cpu")
-        free_memory()
-        if args.num_eval_images > 0:
-            # The adapter is there: what goes wrong from here on is said at the end.
-            try:
-                results = compare_with_base(args, rewards, prompts, accelerator.device, dtype)
-                save_card(step, results)
-            except (ValueError, OSError) as error:
-                failures.append(f"the comparison with the base model has failed: {' '.join(str(error).split())}")
-            else:
-                for name in ("base", "tuned"):
-                    mean, std = results[name]["mean"], results[name]["std"]
-                    accelerator.print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
-                gain = results["gain"]
-                accelerator.print(
-                    f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
-                    f" {results['num_images']} pictures of the same prompts and seeds"
-                )
-        if repo_id is not None:
-            try:
-                push(args, repo_id, "End of training")
-            except ValueError as error:
-                failures.append(str(error))
-    accelerator.end_training()
-    if failures:
-        raise SystemExit(f"train_rlr_sd.py: error: {'; '.join(failures)}")
+            learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
+            line = metrics_of(accelerator, step, schedule, scores, swept, grad_norm, learning_rate, seconds)
+            record.after_step(line)
+    record.finish(load_pipeline, rewards, prompts)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except RuntimeError as error:
-        # On the CPU it is no OutOfMemoryError but a message of the allocator.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        sys.exit(
-            "train_rlr_sd.py: error: out of memory: use a smaller --train_batch_size with more"
-            " --gradient_accumulation_steps, --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16, or"
-            " --preset_low_memory"
-            f" ({str(error).splitlines()[0]})"
-        )
+    main(parse_args())

@@ -33,7 +33,15 @@ from .estimators import (
 )
 from .kl import GaussianKL
 from .policy_gradient import ClippedRatio
-from .prompts import PromptEmbeds, PromptSampler, load_levels, load_prompts, unique_prompts
+from .prompts import (
+    PromptEmbeds,
+    PromptSampler,
+    embed,
+    load_levels,
+    load_prompts,
+    text_encoders_of,
+    unique_prompts,
+)
 from .rollout import Trajectory, renoise, rollout
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
@@ -64,6 +72,7 @@ __all__ = [
     "decode_latents",
     "denoising_steps",
     "draft_lv",
+    "embed",
     "full_bp",
     "leave_one_out",
     "levels_of_steps",
@@ -78,6 +87,7 @@ __all__ = [
     "rlr_paper",
     "rollout",
     "subchain_length",
+    "text_encoders_of",
     "thin_out",
     "truncated_bp",
     "unique_prompts",

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The denoising chain of a Stable Diffusion pipeline, as the rollout and the sweep see it.
+"""The denoising chain of a Stable Diffusion or SDXL pipeline, as the rollout and the sweep see it.
 
 A chain is anything with three members:
 
@@ -132,11 +132,15 @@ class StableDiffusionChain:
     is the mean: the gradient flows through both halves.
 
     Args:
-        unet: predicts from (x, timestep, encoder_hidden_states=...) and returns an object with `.sample`.
+        unet: predicts from (x, timestep, encoder_hidden_states=..., added_cond_kwargs=...) and returns an object with
+            `.sample`; what is added is `None` but for SDXL (huggingface.co/papers/2307.01952).
         scheduler: with `set_timesteps` already called.
         prompt_embeds: (B, L, D) for the whole chain, or (T, B, L, D) for one prompt per step, the first executed first.
             The U-Net runs in the dtype of these embeddings, the latents keep their own.
-        negative_prompt_embeds: (B, L, D), or `None` for no guidance.
+        negative_prompt_embeds: (B, L, D), (1, L, D) for the same in all pictures, or `None` for no guidance.
+        pooled_prompt_embeds: of SDXL, (B, D') or (T, B, D'), else `None`.
+        negative_pooled_prompt_embeds: of SDXL, (B, D') or (1, D').
+        time_ids: of SDXL, (1, 6): original size, crop and target size of all pictures.
         guidance_scale: s; guidance is off at s <= 1, as in the pipeline.
         eta: of DDIM, 0 for the deterministic chain (every sigma_k = 0) up to 1 for the noise of DDPM.
 
@@ -144,33 +148,63 @@ class StableDiffusionChain:
         ValueError: if the scheduler's steps are not of this form.
     """
 
-    def __init__(self, unet, scheduler, prompt_embeds, negative_prompt_embeds=None, *, guidance_scale=5.0, eta=1.0):
+    def __init__(
+        self,
+        unet,
+        scheduler,
+        prompt_embeds,
+        negative_prompt_embeds=None,
+        pooled_prompt_embeds=None,
+        negative_pooled_prompt_embeds=None,
+        *,
+        time_ids=None,
+        guidance_scale=5.0,
+        eta=1.0,
+    ):
         self.unet = unet
         self.scheduler = copy.deepcopy(scheduler)  # whose add_noise moves its tables to the device of the latents
         self.guidance_scale = guidance_scale
         # Numbers and tensors that are where they are needed: nothing waits for the device while the chain runs.
         self.steps = denoising_steps(scheduler, eta)
         self.timesteps = scheduler.timesteps.to(prompt_embeds.device)
-        self._condition_on(prompt_embeds, negative_prompt_embeds)
+        self.time_ids = time_ids
+        self._condition_on(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
 
-    def _condition_on(self, prompt_embeds, negative_prompt_embeds):
+    def _condition_on(
+        self,
+        prompt_embeds,
+        negative_prompt_embeds=None,
+        pooled_prompt_embeds=None,
+        negative_pooled_prompt_embeds=None,
+    ):
         # Detached: a graph back into the text encoder would be spent by the first of the sweep's backward calls.
-        self.prompt_embeds = prompt_embeds.detach().expand(self.num_steps, *prompt_embeds.shape[-3:])
-        self.negative_prompt_embeds = None if negative_prompt_embeds is None else negative_prompt_embeds.detach()
+        def expanded(embeds, *shape):
+            return None if embeds is None else embeds.detach().expand(*shape)
+
+        batch = prompt_embeds.shape[-3]
+        self.prompt_embeds = expanded(prompt_embeds, self.num_steps, batch, -1, -1)
+        self.negative_prompt_embeds = expanded(negative_prompt_embeds, batch, -1, -1)
+        self.pooled_prompt_embeds = expanded(pooled_prompt_embeds, self.num_steps, batch, -1)
+        self.negative_pooled_prompt_embeds = expanded(negative_pooled_prompt_embeds, batch, -1)
         self.guided = negative_prompt_embeds is not None and self.guidance_scale > 1
 
-    def conditioned_on(self, prompt_embeds, negative_prompt_embeds=None):
+    def conditioned_on(self, *embeds):
         """The same chain under other prompts, embedded as in the constructor."""
         chain = copy.copy(self)
-        chain._condition_on(prompt_embeds, negative_prompt_embeds)
+        chain._condition_on(*embeds)
         return chain
 
     def repeat(self, i, copies):
         """The chain of picture i alone, for a batch of `copies`; nothing is encoded again."""
-        negative = self.negative_prompt_embeds
+        embeds = self.prompt_embeds[:, i : i + 1].expand(-1, copies, -1, -1)
+        pooled, negative, negative_pooled = self.pooled_prompt_embeds, self.negative_prompt_embeds, None
+        if pooled is not None:
+            pooled = pooled[:, i : i + 1].expand(-1, copies, -1)
         if negative is not None:
-            negative = negative[i : i + 1].expand(copies, -1, -1)
-        return self.conditioned_on(self.prompt_embeds[:, i : i + 1].expand(-1, copies, -1, -1), negative)
+            negative = negative[i : i + 1]
+        if self.negative_pooled_prompt_embeds is not None:
+            negative_pooled = self.negative_pooled_prompt_embeds[i : i + 1]
+        return self.conditioned_on(embeds, negative, pooled, negative_pooled)
 
     @property
     def num_steps(self):
@@ -192,13 +226,19 @@ class StableDiffusionChain:
     def _prediction(self, k, x):
         """The guided prediction of the U-Net at x_k."""
         i = self.num_steps - k
-        embeds = self.prompt_embeds[i]
+        embeds, added = self.prompt_embeds[i], None
         model_input = self.steps[i].input_scale * x
         if self.guided:
             embeds = torch.cat([self.negative_prompt_embeds, embeds])
             model_input = torch.cat([model_input, model_input])
-        model_input = model_input.to(embeds.dtype)
-        prediction = self.unet(model_input, self.timesteps[i], encoder_hidden_states=embeds).sample.to(x.dtype)
+        if self.pooled_prompt_embeds is not None:
+            pooled = self.pooled_prompt_embeds[i]
+            if self.guided:
+                pooled = torch.cat([self.negative_pooled_prompt_embeds, pooled])
+            added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(pooled), -1)}
+        prediction = self.unet(
+            model_input.to(embeds.dtype), self.timesteps[i], encoder_hidden_states=embeds, added_cond_kwargs=added
+        ).sample.to(x.dtype)
         if self.guided:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
@@ -210,6 +250,14 @@ class StableDiffusionChain:
 
 
 def decode_latents(vae, latents):
-    """Latents (B, C, h, w) of a Stable Diffusion pipeline -> images (B, 3, H, W) in [0, 1], differentiable."""
-    images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    """Latents (B, C, h, w) of a Stable Diffusion or SDXL pipeline -> images (B, 3, H, W) in [0, 1], differentiable."""
+    latents = latents.to(vae.dtype)
+    # Of some VAEs of SDXL; others do not name them, or not both.
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        latents = latents / vae.config.scaling_factor
+    else:
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        latents = latents * std / vae.config.scaling_factor + mean
+    images = vae.decode(latents, return_dict=False)[0]
     return (images.float() / 2 + 0.5).clamp(0, 1)

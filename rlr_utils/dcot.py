@@ -16,6 +16,8 @@ other along one chain."""
 
 import torch
 
+from .prompts import embed
+
 
 BOUNDARIES = (0.33, 0.67)
 
@@ -35,35 +37,38 @@ def levels_of_steps(num_steps, boundaries=BOUNDARIES):
 
 
 class ChainOfThought:
-    """A `callback_on_step_end` for diffusers' Stable Diffusion pipelines, which are called with the first step's prompts:
+    """A `callback_on_step_end` for diffusers' Stable Diffusion and SDXL pipelines, which are called with the first step's
+    prompts:
 
         thought = ChainOfThought(pipeline, coarse, mid, fine, num_inference_steps=50)
         pipeline(thought.first, num_inference_steps=50, callback_on_step_end=thought, **thought.inputs)
 
     Args:
-        pipeline: with `encode_prompt`, its text encoder on the device that the pipeline runs on.
+        pipeline: with `encode_prompt`, its text encoders on the device that the pipeline runs on.
         coarse, mid, fine: B prompts each.
         num_inference_steps: as for the pipeline.
         boundaries: where the levels change, as shares of the chain.
 
     Attributes:
         first: the prompts of the first step, the coarse ones unless the first boundary is 0.
+        inputs: what the pipeline must be called with besides.
     """
 
-    inputs = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-
     def __init__(self, pipeline, coarse, mid, fine, num_inference_steps, boundaries=BOUNDARIES):
-        device = pipeline.text_encoder.device
-        with torch.no_grad():
-            self.embeds = [pipeline.encode_prompt(level, device, 1, False)[0] for level in (coarse, mid, fine)]
+        self.embeds = [embed(pipeline, level, pipeline.text_encoder.device) for level in (coarse, mid, fine)]
         self.levels = levels_of_steps(num_inference_steps, boundaries)
         self.first = (coarse, mid, fine)[self.levels[0]]
+        self.names = ["prompt_embeds", "add_text_embeds"][: len(self.embeds[0])]
+        self.inputs = {"callback_on_step_end_tensor_inputs": self.names}
 
     def __call__(self, pipeline, step_index, timestep, kwargs):
         """What the pipeline is to go on with after the step `step_index`: the embeddings of the next step's level."""
         if step_index + 1 == len(self.levels):
             return {}
-        embeds = self.embeds[self.levels[step_index + 1]].to(kwargs["prompt_embeds"])
-        if pipeline.do_classifier_free_guidance:
-            embeds = torch.cat([kwargs["prompt_embeds"].chunk(2)[0], embeds])
-        return {"prompt_embeds": embeds}
+        found = dict(zip(self.names, self.embeds[self.levels[step_index + 1]]))
+        for name, embeds in found.items():
+            embeds = embeds.to(kwargs[name])
+            if pipeline.do_classifier_free_guidance:
+                embeds = torch.cat([kwargs[name].chunk(2)[0], embeds])
+            found[name] = embeds
+        return found

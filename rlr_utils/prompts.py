@@ -189,6 +189,20 @@ class PromptSampler:
         return self._order[index]
 
 
+@torch.no_grad()
+def embed(pipeline, prompts, device):
+    """A prompt or B of them -> (embeddings (B, L, D),), of SDXL (embeddings, pooled embeddings (B, D'))."""
+    # The pipelines return the negative prompts' after each of these, here nothing.
+    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return pipeline.encode_prompt(prompts, device=device, **options)[::2]
+
+
+def text_encoders_of(pipeline):
+    """Those that the pipeline has."""
+    modules = (pipeline.components.get(name) for name in ("text_encoder", "text_encoder_2"))
+    return [module for module in modules if module is not None]
+
+
 class PromptEmbeds:
     """What the text encoders make of prompts, kept on the CPU, where the encoders rest between new prompts.
 
@@ -198,8 +212,8 @@ class PromptEmbeds:
         encode: `encode(prompt) -> tuple of tensors (1, ...)`.
         text_encoders: the modules that it uses, which are moved to `device` for it.
         device: of the results.
-        max_prompts: how many prompts are kept, the latest; those of SD 1.4 take 118 KB each in half precision. With more
-            prompts than that, every batch has the encoders moved.
+        max_prompts: how many prompts are kept, the latest; those of SD 1.4 take 118 KB each in half precision, those of
+            SDXL 318 KB. With more prompts than that, every batch has the encoders moved.
     """
 
     def __init__(self, encode, text_encoders, device, max_prompts=4096):

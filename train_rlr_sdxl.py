@@ -183,6 +183,7 @@ def main(args):
 
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
+            keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -190,7 +191,7 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict)
+                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
                 batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))

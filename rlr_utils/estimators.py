@@ -254,25 +254,30 @@ class AdaptiveMixing:
 
     cut to [0, 1]; V_2 = C_2 = v^P_1. Inverse variance is the case C = 0, and leans on a rough gradient too long.
 
+    Before the first batch, the gradient alone if there is one: noise in the first step of all would stay in Adam's second
+    moments for a thousand more. Not quite 1, which would say that the step has no likelihood ratio. A black box starts
+    with each step's own noise, not with what the small one of the last step hands on.
+
     Args:
         num_steps: T.
         decay: weight of the past in the running means.
-        initial: gamma_k before the first batch.
     """
 
-    def __init__(self, num_steps, decay=0.7, initial=0.9):
+    unknown = 0.999
+
+    def __init__(self, num_steps, decay=0.7):
         self.num_steps = num_steps
         self.decay = decay
-        self.initial = initial
         self.squares = None
 
     def gammas(self, differentiable):
         """gamma_k for k = 0..T as a list; index 0 means nothing, and index 1 is the schedule's to set."""
+        unknown = self.unknown if differentiable else 0.0
         if self.squares is None:
-            return [self.initial] * (self.num_steps + 1)
+            return [unknown] * (self.num_steps + 1)
         pathwise, likelihood_ratio = self.squares
         # Where both are zero (every reward the same) or one is missing, neither is preferred.
-        gammas = torch.nan_to_num(likelihood_ratio / (likelihood_ratio + pathwise), nan=self.initial).tolist()
+        gammas = torch.nan_to_num(likelihood_ratio / (likelihood_ratio + pathwise), nan=unknown).tolist()
         if not differentiable or not pathwise[1] > 0:
             return gammas
         fresh = likelihood_ratio.tolist()
@@ -287,7 +292,7 @@ class AdaptiveMixing:
                     gammas[k] = min(max((fresh[k] - covariance / weights[k]) / (fresh[k] + carried), 0.0), 1.0)
                 else:
                     # A swept step without a likelihood ratio has no noise; of one not swept so far nothing is known.
-                    gammas[k] = 1.0 if pathwise[k] == pathwise[k] else self.initial
+                    gammas[k] = 1.0 if pathwise[k] == pathwise[k] else unknown
                 carried *= gammas[k] ** 2
                 if gammas[k] < 1 and fresh[k] == fresh[k]:
                     carried += (1 - gammas[k]) ** 2 * fresh[k]

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Running a chain forward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 import torch
@@ -29,18 +29,19 @@ class Trajectory:
         latents: `latents[k]` is x_k (B, ...) for k = 0..T; `latents[T]` is where the run started.
         noises: `noises[k]` is z_k (B, ...) for k = 1..T with unit variance; `noises[0]` is `None`.
         predictions: `predictions[k]` is the predicted x_0 (B, ...) at x_k for k = 1..T, if asked for, else `None`.
-        last_mean: mu_1(x_1) (B, ...) with its graph, for one sweep that follows at once and stops after step 1.
+        kept: {k: (x_k, mu_k(x_k))} of the steps whose graph was kept, (B, ...) each, for the first sweep that follows; it
+            uses them up.
     """
 
     latents: list
     noises: list
     predictions: Optional[list] = None
-    last_mean: Optional[torch.Tensor] = None
+    kept: dict = field(default_factory=dict)
 
 
 @torch.no_grad()
-def rollout(chain, x_T, generator=None, predict=False):
-    """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph.
+def rollout(chain, x_T, generator=None, predict=False, keep=()):
+    """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph but those of the steps to keep.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -49,19 +50,23 @@ def rollout(chain, x_T, generator=None, predict=False):
             before goes on to draw what a diffusers pipeline draws, so the run ends in the pipeline's own picture.
         predict: keep the predicted x_0 of every step; the chain then also needs
             `predict(k, x) -> (mu_k(x), x0_hat(x))`.
+        keep: steps k whose graphs are kept, which the sweep then need not compute again: memory for time.
     """
-    num_steps = chain.num_steps
+    num_steps, kept = chain.num_steps, {}
     latents, noises, predictions = [None] * num_steps + [x_T], [None] * (num_steps + 1), [None] * (num_steps + 1)
     # All of them first: noise of a generator on the CPU has to be carried over, for which a GPU would be waited for.
     for k in range(num_steps, 0, -1):
         noises[k] = randn_tensor(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
     for k in range(num_steps, 0, -1):
+        x = latents[k].detach().requires_grad_(k in keep)
+        with torch.set_grad_enabled(k in keep):
+            mean, prediction = chain.predict(k, x) if predict else (chain.mean(k, x), None)
+        if k in keep:
+            kept[k] = x, mean
         if predict:
-            mean, predictions[k] = chain.predict(k, latents[k])
-        else:
-            mean = chain.mean(k, latents[k])
-        latents[k - 1] = mean + chain.sigma(k) * noises[k]
-    return Trajectory(latents, noises, predictions if predict else None)
+            predictions[k] = prediction.detach()
+        latents[k - 1] = mean.detach() + chain.sigma(k) * noises[k]
+    return Trajectory(latents, noises, predictions if predict else None, kept)
 
 
 @torch.no_grad()
@@ -69,11 +74,11 @@ def renoise(chain, x_0):
     """A new last step for pictures x_0 (B, ...): x_1 from the chain's `renoise(x_0, noise)`, then the step itself.
 
     Returns:
-        Trajectory with `latents[0]`, `latents[1]`, `noises[1]` and `last_mean` alone: enough for a sweep with
+        Trajectory with `latents[0]`, `latents[1]`, `noises[1]` and the kept graph of step 1 alone: enough for a sweep with
         `stop_after=1`, which has nothing to compute again.
     """
     x_1 = chain.renoise(x_0, torch.randn_like(x_0))
     noise = torch.randn_like(x_0)
     with torch.enable_grad():
         mean = chain.mean(1, x_1)
-    return Trajectory([mean + chain.sigma(1) * noise, x_1], [None, noise], last_mean=mean)
+    return Trajectory([mean.detach() + chain.sigma(1) * noise, x_1], [None, noise], kept={1: (x_1, mean)})

@@ -75,7 +75,8 @@ def backward_sweep(
     Both cotangents are unbiased for the gradient with respect to mu_k, so any gamma_k that does not depend on this
     sample is too: gamma = 1 is backpropagation through the chain, gamma = 0 is REINFORCE, and everything between is
     total propagation (huggingface.co/papers/1902.01240) along the chain of RLR (huggingface.co/papers/2502.00639).
-    One graph of one step is alive at a time, whatever T is, and nothing waits for the device.
+    One graph of one step is alive at a time, whatever T is, but for those that the rollout was asked to keep, and nothing
+    waits for the device.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -124,9 +125,10 @@ def backward_sweep(
                 seen[row, k] = (term - centre).square().sum() / max(batch - 1, 1)
 
         hands_on = k < stop_after and bool(mixing[k + 1])
-        x = latents[k].detach().requires_grad_(with_input_grad)
-        mean = trajectory.last_mean
-        if mean is None:
+        if k in trajectory.kept:
+            x, mean = trajectory.kept.pop(k)  # its graph is gone after this
+        else:
+            x = latents[k].detach().requires_grad_(with_input_grad)
             with torch.enable_grad():
                 mean = chain.mean(k, x)
         mixed = torch.zeros_like(latents[k])
@@ -172,8 +174,6 @@ def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotan
         )
     if advantages is not None and cotangent is not None:
         raise ValueError("advantages and cotangent both stand for the likelihood ratio: give one of them")
-    if trajectory.last_mean is not None and stop_after > 1:
-        raise ValueError(f"last_mean serves a sweep of step 1 alone, not one that stops after {stop_after}")
     if not 1 <= stop_after <= num_steps:
         raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     for k in range(1, stop_after + 1):

@@ -50,14 +50,15 @@ class WeightPerturbation:
     @contextmanager
     def applied(self, k):
         """The weights perturbed inside, restored after, if k is one of the steps."""
+        if k not in self.steps:
+            yield
+            return
         with torch.no_grad():
-            if k in self.steps:
-                torch._foreach_add_(self.parameters, self._noises(k), alpha=self.scale)
+            torch._foreach_add_(self.parameters, self._noises(k), alpha=self.scale)
             try:
                 yield
             finally:
-                if k in self.steps:
-                    torch._foreach_copy_(self.parameters, self.kept)
+                torch._foreach_copy_(self.parameters, self.kept)
 
     def add_gradient(self, advantage):
         """Add the gradient of -(mean over the batch of R), given the batch's mean advantage (a number)."""

@@ -90,7 +90,7 @@ def test_a_step_not_seen_so_far_is_not_taken_for_one_without_noise():
     adaptive, nan = AdaptiveMixing(6), float("nan")
     adaptive.update(statistics([1.0, 1.0, nan, nan, nan, 2.0], [nan, 5.0, nan, nan, 5.0, nan]))
     gammas = adaptive.gammas(differentiable=True)
-    assert gammas[3] == gammas[4] == 0.9 and gammas[6] == 1.0  # the last one was swept, and had no likelihood ratio
+    assert gammas[3] == gammas[4] == 0.999 and gammas[6] == 1.0  # the last one was swept, and had no likelihood ratio
     for _ in range(20):
         thin = thin_out(rlr(6, adaptive, differentiable=True), 0.3)
         assert sum(gamma is not None for gamma in thin.mixing[1:]) <= 4
@@ -98,7 +98,8 @@ def test_a_step_not_seen_so_far_is_not_taken_for_one_without_noise():
 
 def test_adaptive_mixing_is_inverse_variance_of_earlier_batches():
     adaptive = AdaptiveMixing(2, decay=0.75)
-    assert rlr(2, adaptive, differentiable=True).mixing[1:] == [1.0, 0.9]
+    assert rlr(2, adaptive, differentiable=True).mixing[1:] == [1.0, 0.999]
+    assert rlr(2, adaptive, differentiable=False).mixing[1:] == [0.0, 0.0]
     adaptive.update(statistics([1.0, 1.0], [1.0, 3.0]))
     assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([0.5, 0.75])
     adaptive.update(statistics([1.0, 5.0], [1.0, 3.0]))
@@ -140,7 +141,8 @@ def test_adaptive_mixing_with_a_gradient_has_the_least_variance_of_all(first):
 def test_adaptive_mixing_without_a_preference_keeps_its_start():
     adaptive = AdaptiveMixing(2)
     adaptive.update(statistics([0.0, 1.0], [0.0, float("nan")]))
-    assert adaptive.gammas(differentiable=True)[1:] == adaptive.gammas(differentiable=False)[1:] == [0.9, 0.9]
+    assert adaptive.gammas(differentiable=True)[1:] == [0.999, 0.999]
+    assert adaptive.gammas(differentiable=False)[1:] == [0.0, 0.0]
 
 
 def test_adaptive_mixing_leaves_a_step_without_noise_to_the_gradient():

@@ -262,24 +262,56 @@ def test_a_weight_is_of_what_the_parameters_get_and_of_nothing_that_is_handed_on
     torch.testing.assert_close(summed, plain, **EXACT)
 
 
+class Counting(NonlinearChain):
+    """Counts its calls; predicts its mean, so that a rollout with predictions has graphs to keep, too."""
+
+    calls = 0
+
+    def mean(self, k, x):
+        self.calls += 1
+        return super().mean(k, x)
+
+    def predict(self, k, x):
+        mean = self.mean(k, x)
+        return mean, 2 * mean
+
+    def renoise(self, x_0, noise):
+        return x_0 + 0.1 * noise
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_steps_whose_graph_was_kept_are_not_computed_again(predict):
+    chain = Counting()
+    x_T, generator = torch.randn(6, 3, dtype=torch.float64), torch.Generator()
+    plain = rollout(chain, x_T, generator.manual_seed(1), predict)
+    kept = rollout(chain, x_T, generator.manual_seed(1), predict, keep=[1, 2, 4])
+    for k in range(chain.num_steps + 1):
+        assert torch.equal(plain.latents[k], kept.latents[k]) and not kept.latents[k].requires_grad
+        assert not predict or k == 0 or torch.equal(plain.predictions[k], kept.predictions[k])
+        assert not predict or k == 0 or not kept.predictions[k].requires_grad
+    x_0 = plain.latents[0].clone().requires_grad_()
+    rewards = reward_of(x_0)
+    (reward_grad,) = torch.autograd.grad(rewards.sum(), x_0)
+    found = []
+    for trajectory, calls in ((plain, 5), (kept, 2), (kept, 5)):  # a second sweep finds no graph left
+        chain.calls = 0
+        rows = backward_sweep(
+            chain, trajectory, [None] + [1.0] + [0.6] * 4, reward_grad=reward_grad, advantages=rewards.detach()
+        )
+        assert chain.calls == calls
+        found.append((gradients(chain), rows))
+    for gradient, rows in found[1:]:
+        assert torch.equal(gradient, found[0][0])
+        for row, expected in zip(rows, found[0][1]):
+            torch.testing.assert_close(row, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_last_step_with_its_graph_is_not_computed_again():
-    class Counting(NonlinearChain):
-        calls = 0
-
-        def mean(self, k, x):
-            self.calls += 1
-            return super().mean(k, x)
-
-        def renoise(self, x_0, noise):
-            return x_0 + 0.1 * noise
-
     chain = Counting()
     trajectory = renoise(chain, torch.randn(6, 3, dtype=torch.float64))
     assert chain.calls == 1 and not trajectory.latents[0].requires_grad
     x_0 = trajectory.latents[0].clone().requires_grad_()
     (reward_grad,) = torch.autograd.grad(reward_of(x_0).sum(), x_0)
-    with pytest.raises(ValueError, match="last_mean serves a sweep of step 1 alone"):
-        backward_sweep(chain, trajectory, [1.0] * 6, reward_grad=reward_grad, stop_after=2)
     backward_sweep(chain, trajectory, [1.0] * 6, reward_grad=reward_grad, stop_after=1)
     swept = gradients(chain)
     assert chain.calls == 1

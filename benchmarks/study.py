@@ -1,0 +1,495 @@
+#!/usr/bin/env python
+# coding=utf-8
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Does RLR win, and by how much: every estimator on the embedded Stable Diffusion, at equal compute.
+
+    python benchmarks/study.py              in pieces if need be: it goes on where it was stopped
+    python benchmarks/study.py --quick      half a minute of it, to see that it runs
+    python benchmarks/study.py --report     the table and the plot of what is there
+
+Every cell is a run of train_rlr_sd.py: a reward, an estimator, a learning rate, a seed. It may cost --budget seconds of bare
+network calls, forwards and vector-Jacobian products of U-Net, decoder and reward, whose prices are measured once, taking
+turns, and are then the same for all; so neither the load of the machine nor the speed of anybody's own code makes a
+winner. Each estimator has for each reward the learning rate of the grid that is best on a seed of its own. The adapters are
+judged on pictures of fixed seeds, from which no run has trained.
+
+Writes study_prices.csv, study_cells.csv (a row a run) and study_curves.csv (training rewards by compute) as it goes, and
+from them study.csv (the table) and study.png.
+"""
+
+import argparse
+import csv
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "benchmarks")]
+
+from evaluate_rlr_sd import measure  # noqa: E402
+from gradient_quality import write_csv  # noqa: E402
+from reward_cost import seconds_of  # noqa: E402
+from reward_hacking import BASE, CLIP, ink, real_digits  # noqa: E402
+from reward_models import load_rewards, parse_reward, parse_reward_paths  # noqa: E402
+from reward_models.features import load_features  # noqa: E402
+from rlr_utils import StableDiffusionChain, load_prompts  # noqa: E402
+from step_cost import bundle  # noqa: E402
+from train_rlr_sd import generate, load_pipeline, main, parse_args, score_latents, set_size  # noqa: E402
+
+import diffusers  # noqa: E402
+
+
+SINE = f"{os.path.join(ROOT, 'benchmarks', 'study.py')}:fast_sine"
+# {name: (what is trained, what is looked at besides)}
+REWARDS = {
+    "smooth": ("aesthetic", "clip_score"),
+    "text": ("clip_score", "aesthetic"),
+    "rough": (f"aesthetic,{SINE}:0.5", "clip_score"),
+    "black box": ("jpeg_compressibility", "clip_score"),
+}
+PAPER = ["--gradient_estimator", "rlr_paper", "--subchain_length", "2", "--rest"]
+ESTIMATORS = {
+    "rlr": [],
+    "rlr, predicted_x0": ["--baseline", "predicted_x0"],
+    "rlr, per_prompt": ["--baseline", "per_prompt", "--images_per_prompt", "2"],
+    "rlr, no baseline": ["--baseline", "none"],
+    "rlr_paper, zeroth_order": [*PAPER, "zeroth_order"],
+    "rlr_paper, likelihood_ratio": [*PAPER, "likelihood_ratio"],
+    "rlr_paper, none": [*PAPER, "none"],
+    "ddpo": ["--gradient_estimator", "ddpo"],
+    "full_bp": ["--gradient_estimator", "full_bp"],
+    "alignprop": ["--gradient_estimator", "alignprop"],
+    "truncated_bp 1": ["--gradient_estimator", "truncated_bp", "--truncation_steps", "1"],
+    "truncated_bp 5": ["--gradient_estimator", "truncated_bp", "--truncation_steps", "5"],
+    "draft_lv": ["--gradient_estimator", "draft_lv"],
+}
+NEED_GRADIENT = ("full_bp", "alignprop", "truncated_bp 1", "truncated_bp 5", "draft_lv")
+LEARNING_RATES = (5e-3, 1e-2, 2e-2)
+TUNING_SEED = 100
+SEEDS = range(5)
+
+
+class Settings(NamedTuple):
+    """What all cells share: seconds of bare calls a cell, pictures a step, T, and pictures that judge an adapter."""
+
+    budget: float
+    batch_size: int
+    num_steps: int
+    num_images: int
+
+
+class Cell(NamedTuple):
+    """A run."""
+
+    reward: str
+    estimator: str
+    learning_rate: float
+    seed: int
+
+
+def fast_sine(images, prompts):
+    """sin(1200 w . picture) for a fixed direction w: over the pictures' spread it averages to nothing, but it is nearly
+    all of the gradient at any one picture, which then points nowhere."""
+    direction = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(0))
+    direction = (direction / direction.norm()).to(images)
+    return torch.sin(1200 * (images * direction).sum((1, 2, 3)))
+
+
+def flags_of(settings):
+    """What every run of the training script is told."""
+    size = str(settings.batch_size)
+    return [
+        *(*BASE, "--num_inference_steps", str(settings.num_steps), "--train_batch_size", size),
+        *("--decode_batch_size", size, "--lr_scheduler", "linear", "--resolution", "32"),
+    ]
+
+
+def graphs_of(estimator, num_steps):
+    """All graphs are kept, as a researcher with memory to spare would, where the estimator sweeps those of the rollout."""
+    sweeps = estimator not in ("draft_lv", "rlr_paper, zeroth_order")
+    return ["--keep_graphs", str(num_steps)] if sweeps else []
+
+
+@functools.cache
+def rewards_of(text, settings):
+    args = parse_args(flags_of(settings))
+    return load_rewards(parse_reward(text), parse_reward_paths(args.reward_path), size=(32, 32))
+
+
+@functools.cache
+def judges():
+    """What every process judges pictures by: the features, and the ink of real digits."""
+    return load_features(CLIP), ink(real_digits())
+
+
+def measure_prices(settings, rounds):
+    """Seconds per picture of every bare call, {name: seconds}: the median of rounds in which all take their turn."""
+    torch.set_num_threads(1)
+    model = bundle(Accelerator(cpu=True), checkpointing=False)
+    model.vae.disable_gradient_checkpointing()
+    model.scheduler.set_timesteps(settings.num_steps)
+    batch = settings.batch_size
+    chain = StableDiffusionChain(model.unet, model.scheduler, *[model.embeds.expand(batch, -1, -1)] * 2)
+    side, prompts = model.unet.config.sample_size, ["a red seven"] * batch
+    latents = torch.randn(batch, model.unet.config.in_channels, side, side)
+
+    def forward():
+        with torch.no_grad():
+            chain.mean(1, latents)
+
+    def vjp():
+        chain.mean(1, latents.clone().requires_grad_()).sum().backward()
+
+    calls = {"forward": forward, "vjp": vjp}
+    for name, (text, _) in REWARDS.items():
+        rewards = rewards_of(text, settings)
+        for kind in ("score", "gradient") if rewards.has_gradient else ("score",):
+            calls[f"{kind} {name}"] = lambda rewards=rewards, kind=kind: score_latents(
+                model.vae, rewards, latents, prompts, batch, kind == "gradient"
+            )
+    seconds = {name: [] for name in calls}
+    for i in tqdm(range(rounds + 2), desc="prices"):
+        for name, call in calls.items():
+            value = seconds_of(call) / batch
+            if i >= 2:
+                seconds[name].append(value)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def price_of(reward, estimator, prices, num_steps):
+    """Seconds of bare calls that a picture costs; of alignprop, whose length is drawn, in the mean."""
+    swept = {
+        "alignprop": (num_steps + 1) / 2,
+        "truncated_bp 1": 1,
+        "truncated_bp 5": min(5, num_steps),
+        "draft_lv": 2,
+        "rlr_paper, zeroth_order": 3,
+        "rlr_paper, none": 3,
+    }.get(estimator, num_steps)
+    score, gradient = prices[f"score {reward}"], prices.get(f"gradient {reward}")
+    scoring = score if gradient is None or estimator == "ddpo" else gradient
+    if estimator == "draft_lv":
+        scoring = score + 2 * gradient
+    if estimator == "rlr, predicted_x0":
+        scoring += num_steps * score
+    # Where the graphs of the rollout are kept, a swept step's forward is the rollout's.
+    forwards = num_steps - swept if graphs_of(estimator, num_steps) else num_steps
+    return forwards * prices["forward"] + swept * prices["vjp"] + scoring
+
+
+def run_cell(cell, settings, steps):
+    """Train and judge: the row of a run and its curve, rows of training rewards by optimizer step. No step is the base
+    model."""
+    torch.set_num_threads(1)
+    trained, other = REWARDS[cell.reward]
+    flags = [*flags_of(settings), "--reward", trained]
+    if steps > 0:
+        flags += [*ESTIMATORS[cell.estimator], *graphs_of(cell.estimator, settings.num_steps)]
+        flags += [
+            "--learning_rate",
+            str(cell.learning_rate),
+            "--seed",
+            str(cell.seed),
+            "--max_train_steps",
+            str(steps),
+        ]
+    means = []
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        args = parse_args([*flags, "--output_dir", folder])
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            pipeline = load_pipeline(args, torch.float32)
+            set_size(args, pipeline)
+            if steps > 0:
+                main(args)
+                with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+                    means = [json.loads(line)["reward_mean"] for line in file]
+                pipeline.load_lora_weights(folder)
+            prompts = load_prompts(args.prompts)
+            prompts = [prompts[i // 4 * 7 % len(prompts)] for i in range(settings.num_images)]
+            images = generate(pipeline, prompts, args)
+            rewards, (features, real_ink) = rewards_of(f"{trained},{other}", settings), judges()
+            summary, details = measure(images, prompts, rewards, features, None, None, "cpu")
+            total = rewards_of(trained, settings)(images, prompts).total
+    row = {
+        **cell._asdict(),
+        "steps": steps,
+        "final": total.mean().item(),
+        "other": details["scores"][other].mean().item(),
+        "diversity": summary["diversity"],
+        "nearest_real": torch.cdist(ink(images), real_ink).amin(1).mean().item(),
+    }
+    window = max(1, len(means) // 12)
+    curve = [
+        {**cell._asdict(), "step": i + len(part) / 2, "reward_mean": sum(part) / len(part)}
+        for i in range(0, len(means), window)
+        for part in [means[i : i + window]]
+    ]
+    return row, curve
+
+
+FIELDS = [*Cell._fields, "steps", "final", "other", "diversity", "nearest_real"]
+CURVE_FIELDS = [*Cell._fields, "step", "reward_mean"]
+
+
+def read_rows(path):
+    """The rows of a CSV of this study, numbers as numbers; none if there is no file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return [{k: v if k in ("reward", "estimator", "call") else float(v) for k, v in row.items()} for row in rows]
+
+
+def append_rows(path, rows, fields, header):
+    is_new = not os.path.isfile(path)
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        if is_new:
+            file.write(f"# {header}\n")
+        writer = csv.DictWriter(file, fields)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def cell_of(row):
+    return Cell(row["reward"], row["estimator"], row["learning_rate"], int(row["seed"]))
+
+
+def best_learning_rate(rows, reward, estimator):
+    """The one whose run on the seed for that ended highest, or `None` before they are all there."""
+    own = [row for row in rows if cell_of(row)[::3] == (reward, TUNING_SEED) and row["estimator"] == estimator]
+    return max(own, key=lambda row: row["final"])["learning_rate"] if len(own) == len(LEARNING_RATES) else None
+
+
+def run_missing(cells, done, settings, prices, out, header, workers):
+    """Run the cells that are not there yet, and write each as soon as it is."""
+    cells = [cell for cell in cells if cell not in done]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = []
+        for cell in cells:
+            steps = 0
+            if cell.estimator != "base":
+                price = price_of(cell.reward, cell.estimator, prices, settings.num_steps) * settings.batch_size
+                steps = max(1, int(settings.budget / price))
+            futures.append(pool.submit(run_cell, cell, settings, steps))
+        for future in tqdm(as_completed(futures), desc="runs", total=len(futures)):
+            row, curve = future.result()
+            append_rows(os.path.join(out, "study_curves.csv"), curve, CURVE_FIELDS, header)
+            append_rows(os.path.join(out, "study_cells.csv"), [row], FIELDS, header)
+            done.add(cell_of(row))
+
+
+def summarize(cells, curves, prices, settings):
+    """A row for each reward and estimator, over the seeds: {reward: rows, the highest first}."""
+    table = {}
+    for reward in REWARDS:
+        rows = []
+        for estimator in ("base", *ESTIMATORS):
+            own = [
+                row
+                for row in cells
+                if (row["reward"], row["estimator"]) == (reward, estimator) and row["seed"] in SEEDS
+            ]
+            if not own:
+                continue
+            summary = {"reward": reward, "estimator": estimator, "learning_rate": own[0]["learning_rate"]}
+            summary.update(seeds=len(own), steps=int(own[0]["steps"]))
+            for name in ("final", "other", "diversity", "nearest_real"):
+                values = [row[name] for row in own]
+                summary[name] = statistics.mean(values)
+                if name == "final":
+                    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+                    summary["standard_error"] = spread / len(values) ** 0.5
+            rows.append(summary)
+        table[reward] = sorted(rows, key=lambda row: -row["final"])
+    return table
+
+
+def curve_of(curves, reward, estimator, price):
+    """(seconds, means, standard errors) over the seeds of an estimator's training rewards."""
+    own = [row for row in curves if (row["reward"], row["estimator"]) == (reward, estimator) and row["seed"] in SEEDS]
+    steps = sorted({row["step"] for row in own})
+    by_step = [[row["reward_mean"] for row in own if row["step"] == step] for step in steps]
+    means = [statistics.mean(values) for values in by_step]
+    errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in by_step]
+    return [step * price for step in steps], means, errors
+
+
+def seconds_to(level, seconds, means):
+    """When a curve first reaches a level, between its points linearly; `None` if it never does."""
+    for i, (now, mean) in enumerate(zip(seconds, means)):
+        if mean >= level:
+            if i == 0:
+                return now
+            before, low = seconds[i - 1], means[i - 1]
+            return before + (now - before) * (level - low) / (mean - low)
+    return None
+
+
+def judge(table, curves, prices, settings):
+    """What the study was to show, a line each: whether it did."""
+    lines = []
+    rows = {reward: {row["estimator"]: row for row in table[reward]} for reward in REWARDS}
+    for reward, own in rows.items():
+        first = table[reward][0] if table[reward] else None
+        if first is None or "rlr" not in own:
+            continue
+        for name in ("rlr", "rlr, predicted_x0"):
+            if name in own:
+                behind = first["final"] - own[name]["final"]
+                error = (own[name]["standard_error"] ** 2 + first["standard_error"] ** 2) ** 0.5
+                lines.append(
+                    f"{reward}: {name} {own[name]['final']:.4f}, first is {first['estimator']} {first['final']:.4f};"
+                    f" behind by {behind:.4f}, standard error of the difference {error:.4f}"
+                )
+        for name in ("full_bp", "alignprop", "ddpo"):
+            if name in own and reward != "text":
+                for better in ("rlr", "rlr, predicted_x0"):
+                    ahead = own[better]["final"] - own[name]["final"]
+                    error = (own[better]["standard_error"] ** 2 + own[name]["standard_error"] ** 2) ** 0.5
+                    lines.append(
+                        f"{reward}: {better} ahead of {name} by {ahead:.4f}, {ahead / error:.1f} standard errors"
+                    )
+    if {"rlr", "ddpo"} <= rows["smooth"].keys():
+        price = price_of("smooth", "rlr", prices, settings.num_steps) * settings.batch_size
+        found = seconds_to(rows["smooth"]["ddpo"]["final"], *curve_of(curves, "smooth", "rlr", price)[:2])
+        share = "never" if found is None else f"after {found / settings.budget:.3f} of its compute"
+        lines.append(f"smooth: rlr reaches ddpo's final reward {share}")
+    return lines
+
+
+def plot(table, curves, prices, settings, path):
+    """Above, training reward against compute with bands of a standard error; below, final reward against the held-out
+    one: up and to the right is better, up and to the left is a reward that is exploited."""
+    figure = Figure(figsize=(18, 8.5), layout="constrained")
+    cells = figure.subplots(2, len(REWARDS))
+    names = list(ESTIMATORS)
+    for column, reward in enumerate(REWARDS):
+        above, below = cells[:, column]
+        for row in table[reward]:
+            if row["estimator"] == "base":
+                below.plot(row["other"], row["final"], "k*", ms=12, label="base model")
+                continue
+            i = names.index(row["estimator"])
+            style = {"color": f"C{i % 10}", "ls": ("-", "--")[i // 10], "lw": 2.5 if i == 0 else 1.2}
+            price = price_of(reward, row["estimator"], prices, settings.num_steps) * settings.batch_size
+            seconds, means, errors = curve_of(curves, reward, row["estimator"], price)
+            low, high = ([m + side * e for m, e in zip(means, errors)] for side in (-1, 1))
+            above.fill_between(seconds, low, high, color=style["color"], alpha=0.15, lw=0)
+            above.plot(seconds, means, label=row["estimator"], **style)
+            marker = {"marker": "os^Dv<>pP*hXd"[i], "color": style["color"], "ls": "none"}
+            below.errorbar(
+                row["other"], row["final"], yerr=row["standard_error"], ms=8, label=row["estimator"], **marker
+            )
+        above.set(title=reward, xlabel="seconds of bare calls", ylabel="reward of the training pictures")
+        below.set(xlabel=f"{REWARDS[reward][1]}, not trained", ylabel=f"final reward: {reward}")
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+    figure.legend(*cells[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.legend(*cells[1][0].get_legend_handles_labels(), loc="outside right lower", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def run(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="Three runs of one step, to see that it works.")
+    parser.add_argument("--report", action="store_true", help="Run nothing; table and plot of what is there.")
+    parser.add_argument("--budget", type=float, default=22.0, help="Seconds of bare calls of a run.")
+    parser.add_argument("--batch_size", type=int, default=4, help="Pictures of an optimizer step.")
+    parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each.")
+    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
+    args = parser.parse_args(input_args)
+    os.makedirs(args.out, exist_ok=True)
+    settings = Settings(args.budget, args.batch_size, num_steps=20, num_images=64)
+    if args.quick:
+        settings = Settings(0.0, 2, num_steps=3, num_images=8)
+    header = (
+        f"python benchmarks/study.py{' --quick' if args.quick else ''} --budget {settings.budget:g} --batch_size"
+        f" {settings.batch_size}, T = {settings.num_steps}, {platform.machine()}, torch {torch.__version__}, diffusers"
+        f" {diffusers.__version__}, one thread a run"
+    )
+    table_file = os.path.join(args.out, "study_cells.csv")
+    if os.path.isfile(table_file):
+        with open(table_file, encoding="utf-8") as file:
+            if file.readline() != f"# {header}\n":
+                sys.exit(f"study.py: error: {table_file!r} is of another study than «{header}»: name another --out")
+    price_file = os.path.join(args.out, "study_prices.csv")
+    if not os.path.isfile(price_file):
+        prices = measure_prices(settings, rounds=1 if args.quick else 15)
+        append_rows(
+            price_file,
+            [{"call": name, "seconds": value} for name, value in prices.items()],
+            ["call", "seconds"],
+            header,
+        )
+    prices = {row["call"]: row["seconds"] for row in read_rows(price_file)}
+
+    possible = {
+        reward: [name for name in ESTIMATORS if f"gradient {reward}" in prices or name not in NEED_GRADIENT]
+        for reward in REWARDS
+    }
+    if not args.report:
+        done = {cell_of(row) for row in read_rows(table_file)}
+        common = (settings, prices, args.out, header, args.workers)
+        base = [Cell(reward, "base", 0.0, 0) for reward in REWARDS]
+        tuning = [
+            Cell(reward, estimator, learning_rate, TUNING_SEED)
+            for reward in REWARDS
+            for estimator in possible[reward]
+            for learning_rate in LEARNING_RATES
+        ]
+        if args.quick:
+            base, tuning = base[:1], [cell for cell in tuning if cell[:2] == ("rough", "rlr, predicted_x0")]
+        run_missing(base + tuning, done, *common)
+        rows = read_rows(table_file)
+        chosen = list(dict.fromkeys(cell[:2] for cell in tuning))
+        final = [Cell(*pair, best_learning_rate(rows, *pair), seed) for seed in SEEDS for pair in chosen]
+        run_missing(final[:2] if args.quick else final, done, *common)
+
+    curves = read_rows(os.path.join(args.out, "study_curves.csv"))
+    table = summarize(read_rows(table_file), curves, prices, settings)
+    rows = [row for reward in REWARDS for row in table[reward]]
+    for reward in REWARDS:
+        print(f"\n{reward}: {REWARDS[reward][0].replace(SINE, 'fast_sine')}, and {REWARDS[reward][1]} not trained")
+        print(f"{'':<28}{'rate':>8}{'steps':>7}{'final':>10}{'error':>9}{'other':>9}{'diversity':>11}{'to real':>9}")
+        for row in table[reward]:
+            numbers = f"{row['final']:>10.4f}{row['standard_error']:>9.4f}{row['other']:>9.3f}"
+            print(
+                f"{row['estimator']:<28}{row['learning_rate']:>8g}{row['steps']:>7}{numbers}{row['diversity']:>11.4f}"
+                f"{row['nearest_real']:>9.3f}"
+            )
+    print("", *judge(table, curves, prices, settings), sep="\n")
+    write_csv(rows, os.path.join(args.out, "study.csv"), header)
+    plot(table, curves, prices, settings, os.path.join(args.out, "study.png"))
+    return table
+
+
+if __name__ == "__main__":
+    run()

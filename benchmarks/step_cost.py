@@ -105,6 +105,7 @@ LV_SAMPLES = 2
 # {name: schedule of T steps and sub-chains of h}. AlignProp is shown with the mean of its random K.
 ESTIMATORS = {
     "rlr": lambda T, h: rlr(T, 0.9, differentiable=True),
+    "rlr, keep_graphs": lambda T, h: rlr(T, 0.9, differentiable=True),
     "rlr, sweep_fraction .25": lambda T, h: thin_out(rlr(T, 0.9, differentiable=True), 0.25),
     "rlr_paper": lambda T, h: rlr_paper(T, 2, h, "zeroth_order"),
     "rlr_paper, rest likelihood_ratio": lambda T, h: rlr_paper(T, 2, h, "likelihood_ratio"),
@@ -216,6 +217,7 @@ class Step:
         # How often the sweep is taken, each time at a re-noised last step where it is more than once.
         self.samples = LV_SAMPLES if case.estimator == "draft_lv" else 1
         self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
+        self.keep = self.schedule.swept if case.estimator.endswith("keep_graphs") else []
         model.scheduler.set_timesteps(case.num_steps)
         size = case.resolution // model.vae_scale_factor
         shape = (case.batch_size, model.unet.config.in_channels, size, size)
@@ -242,7 +244,9 @@ class Step:
         chain, schedule, estimator = self.chain, self.schedule, self.case.estimator
         generators = [torch.Generator().manual_seed(i) for i in range(self.case.batch_size)]
         perturbation = WeightPerturbation(self.model.trainable, 0.02, random.getrandbits(62), schedule.perturbed)
-        self.trajectory = trajectory = rollout(PerturbedChain(chain, perturbation), self.x_T, generators)
+        self.trajectory = trajectory = rollout(
+            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep
+        )
         x_0, with_gradient = trajectory.latents[0], estimator not in ("ddpo", "draft_lv")
         advantages, reward_grad = self.score(x_0, with_gradient)
         if estimator == "draft_lv":
@@ -294,7 +298,8 @@ class Step:
         model.vae.disable_gradient_checkpointing()
         with torch.no_grad():
             for k in range(num_steps, 0, -1):
-                predict(k, latents[k])
+                if k not in self.keep:
+                    predict(k, latents[k])
         if self.case.estimator == "draft_lv":
             decode_and_score(False)
         for _ in range(self.samples):
@@ -340,7 +345,7 @@ def measure(model, case, rounds, peak_flops, bar):
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "unet_forwards_per_image": case.num_steps,
+        "unet_forwards_per_image": case.num_steps - len(step.keep),
         "unet_vjps_per_image": step.vjps,
         "tflop_per_image": counter.get_total_flops() / case.batch_size / 1e12,
         "utilisation": counter.get_total_flops() / median / peak_flops,

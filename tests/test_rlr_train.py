@@ -34,7 +34,7 @@ from rlr_testing import (
     tiny_pipeline,
     train,
 )
-from rlr_utils import load_levels
+from rlr_utils import StableDiffusionChain, load_levels
 from safetensors import safe_open
 from safetensors.torch import load_file
 from train_rlr_sd import LOW_MEMORY, command_of, generate, load_training_prompts, loss_scale, main, parse_args
@@ -281,6 +281,37 @@ def test_decoding_in_parts_changes_nothing(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    "also",
+    [
+        ["--kl_weight", "0.1", "--gradient_accumulation_steps", "2"],
+        ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2", "--baseline", "predicted_x0"],
+        ["--gradient_estimator", "rlr_paper", "--rest", "likelihood_ratio", "--gradient_checkpointing"],
+        ["--gradient_estimator", "truncated_bp"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_kept_graphs_change_nothing_but_the_calls(tmp_path, also, capsys, monkeypatch):
+    calls = []
+
+    def counted(self, k, x, prediction=StableDiffusionChain._prediction):
+        calls.append(k)
+        return prediction(self, k, x)
+
+    monkeypatch.setattr(StableDiffusionChain, "_prediction", counted)
+    train(tmp_path / "again", *also, "--learning_rate", "1e-3")
+    again, planned = len(calls), capsys.readouterr().out
+    calls.clear()
+    train(tmp_path / "kept", *also, "--learning_rate", "1e-3", "--keep_graphs", "2")
+    assert same_adapter(tmp_path / "again", tmp_path / "kept")
+    # Two steps of a batch, or as many as the estimator sweeps.
+    batches = 4 if "--gradient_accumulation_steps" in also else 2
+    kept = 1 if "truncated_bp" in also else 2
+    assert again - len(calls) == batches * kept
+    forwards = [int(re.search(r"(\d+) forward", text).group(1)) for text in (planned, capsys.readouterr().out)]
+    assert forwards[0] - forwards[1] == 2 * 2 * kept * batches / 2
+
+
 def test_accumulated_batches_are_averaged(tmp_path):
     """Sixteen pictures in eight batches or in one: a gradient of the same size, not of eight times that."""
     flags = ["--gradient_estimator", "full_bp", "--max_train_steps", "1"]
@@ -456,6 +487,9 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         ),
         (["--gradient_estimator", "draft_lv", "--reward", "jpeg_compressibility"], "not differentiable.*draft_lv"),
         (["--sweep_fraction", "0"], "--sweep_fraction 0.0 must be in \\(0, 1\\]"),
+        (["--keep_graphs", "-1"], "--keep_graphs -1 must be a number that is not negative"),
+        (["--keep_graphs", "2", "--gradient_estimator", "draft_lv"], "--keep_graphs 2 needs a sweep of the rollout's own"),
+        (["--keep_graphs", "2", "--gradient_estimator", "rlr_paper"], "perturbed weights of --rest zeroth_order have not"),
         (
             ["--sweep_fraction", ".5", "--gradient_estimator", "full_bp"],
             "--sweep_fraction 0.5 needs an estimator that",

@@ -1,0 +1,110 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+import csv
+
+import pytest
+import torch
+from study import (
+    ESTIMATORS,
+    LEARNING_RATES,
+    SEEDS,
+    TUNING_SEED,
+    Cell,
+    best_learning_rate,
+    cell_of,
+    fast_sine,
+    price_of,
+    read_rows,
+    run,
+    seconds_to,
+)
+
+
+PRICES = {"forward": 1.0, "vjp": 2.0, "score smooth": 0.5, "gradient smooth": 1.5, "score black box": 0.25}
+
+
+def test_the_study_in_short_and_again(tmp_path, capsys):
+    table = run(["--quick", "--out", str(tmp_path)])
+    files = {"study_prices.csv", "study_cells.csv", "study_curves.csv", "study.csv", "study.png"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    cells = read_rows(tmp_path / "study_cells.csv")
+    tuned = [("rough", "rlr, predicted_x0", rate, TUNING_SEED) for rate in LEARNING_RATES]
+    best = max((row for row in cells if row["seed"] == TUNING_SEED), key=lambda row: row["final"])["learning_rate"]
+    final = [("rough", "rlr, predicted_x0", best, seed) for seed in SEEDS[:2]]
+    assert {cell_of(row) for row in cells} == {("smooth", "base", 0.0, 0), *tuned, *final}
+    assert [row["seeds"] for row in table["rough"]] == [2] and [row["estimator"] for row in table["smooth"]] == ["base"]
+    assert "fast_sine:0.5" in capsys.readouterr().out
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if "png" not in path.name}
+    # A run that is not there is made up for, alone; what is there stays.
+    lines = (tmp_path / "study_cells.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "study_cells.csv").write_text("".join(lines[:-1]))
+    run(["--quick", "--out", str(tmp_path)])
+    assert (tmp_path / "study_cells.csv").read_bytes() == before["study_cells.csv"]
+    assert (tmp_path / "study.csv").read_bytes() == before["study.csv"]
+
+    with pytest.raises(SystemExit, match="is of another study than"):
+        run(["--report", "--out", str(tmp_path)])
+
+
+def test_what_a_picture_costs():
+    def price(estimator, reward="smooth", num_steps=20):
+        return price_of(reward, estimator, PRICES, num_steps)
+
+    # Where the rollout's graphs are kept, a swept step is the price of its product, and no forward more.
+    assert price("rlr") == price("full_bp") == 20 * 2 + 1.5
+    assert price("rlr, predicted_x0") == price("rlr") + 20 * 0.5
+    assert price("ddpo") == 20 * 2 + 0.5
+    assert price("truncated_bp 5") == 15 + 5 * 2 + 1.5
+    assert price("truncated_bp 5", num_steps=3) == 3 * 2 + 1.5
+    assert price("alignprop") == 9.5 + 10.5 * 2 + 1.5
+    assert price("draft_lv") == 20 + 2 * 2 + 0.5 + 2 * 1.5
+    assert price("rlr_paper, zeroth_order") == 20 + 3 * 2 + 1.5
+    assert price("rlr", "black box") == price("ddpo", "black box") == 20 * 2 + 0.25
+    assert all(price(name) > 20 for name in ESTIMATORS)
+
+
+def test_the_learning_rate_is_the_best_of_the_whole_grid():
+    rows = [
+        {**Cell("smooth", "rlr", rate, TUNING_SEED)._asdict(), "final": final}
+        for rate, final in zip(LEARNING_RATES, (1.0, 3.0, 2.0))
+    ]
+    others = [{**row, "seed": 0, "final": 9.0} for row in rows] + [{**row, "reward": "text"} for row in rows[:1]]
+    assert best_learning_rate(rows + others, "smooth", "rlr") == LEARNING_RATES[1]
+    assert best_learning_rate(rows[:-1] + others, "smooth", "rlr") is None
+
+
+def test_when_a_curve_reaches_a_level():
+    assert seconds_to(2.5, [1, 2, 3], [1.0, 2.0, 4.0]) == 2.25
+    assert seconds_to(0.5, [1, 2, 3], [1.0, 2.0, 4.0]) == 1
+    assert seconds_to(5.0, [1, 2, 3], [1.0, 2.0, 4.0]) is None
+
+
+def test_the_sine_is_rough_and_averages_to_nothing():
+    pictures = torch.rand(512, 3, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    values = fast_sine(pictures, None)
+    (gradient,) = torch.autograd.grad(values.sum(), pictures)
+    assert values.mean().abs() < 0.1 and values.std() == pytest.approx(0.5**0.5, abs=0.05)
+    slopes = gradient.flatten(1).norm(dim=1)
+    assert 500 < slopes.mean() < 1000  # of the largest 1200, the mean of |cos| is .64
+    signed = (gradient.flatten(1) @ gradient[0].flatten()).sign()
+    assert signed.mean().abs() < 0.15  # now one way, now the other
+
+
+def test_numbers_are_read_back_as_they_were_written(tmp_path):
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="") as file:
+        file.write("# a header\n")
+        csv.writer(file).writerows([("reward", "final"), ("smooth", repr(0.1 + 0.2))])
+    assert read_rows(path) == [{"reward": "smooth", "final": 0.1 + 0.2}]

@@ -19,10 +19,11 @@
 
 For every adapter: mean, standard error and win rate of each reward (those that were not trained on are the ones to look
 at), diversity, drift from the base model, and Frechet distances; with --lora_scales the curve of reward against drift.
-Prints a table and writes results.json, pictures, plots and report.html into the output folder.
+Prints a table and writes results.json, results.csv, pictures, plots and report.html into the output folder.
 """
 
 import base64
+import csv
 import html
 import json
 import os
@@ -206,6 +207,21 @@ def rows_of(results):
     return header, rows
 
 
+def write_table(results, path):
+    """results.csv: a row per model, with mean, standard error and win rate of every reward."""
+    rows = []
+    for name, summary in results["models"].items():
+        row = {"model": name}
+        for reward, found in summary["rewards"].items():
+            row[reward] = found["mean"]
+            row.update({f"{reward}_{key}": found[key] for key in ("standard_error", "win_rate")})
+        rows.append({**row, **{key: value for key, value in summary.items() if key != "rewards"}})
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def plot_grid(images, prompts, path, most=8):
     """Rows are prompts, columns models; every picture of a row has the same seed."""
     chosen = list(dict.fromkeys(prompts))[:most]
@@ -313,6 +329,7 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)))
     with open(os.path.join(args.output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
+    write_table(results, os.path.join(args.output_dir, "results.csv"))
     pictures = {"Pictures of the same seeds": "grid.png", "Gains": "gains.png"}
     plot_grid(images, prompts, os.path.join(args.output_dir, "grid.png"))
     plot_gains(results, os.path.join(args.output_dir, "gains.png"))

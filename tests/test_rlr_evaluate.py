@@ -12,8 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import base64
+import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +26,7 @@ import torch
 from evaluate_rlr_sd import main, parse_args
 from PIL import Image
 from reward_models import load_reward
-from rlr_testing import DIGITS, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_pipeline, train
+from rlr_testing import DIGITS, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_pipeline, train
 from train_rlr_sd import generate
 
 from diffusers import DDIMScheduler
@@ -60,6 +62,11 @@ def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
     models = results["models"]
     assert list(models) == ["base", "strong", "weak"] and list(results["lora_scales"]) == ["strong", "weak"]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    with open(tmp_path / "out" / "results.csv", encoding="utf-8", newline="") as file:
+        table = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(table) == list(models)
+    assert float(table["strong"]["aesthetic_win_rate"]) == models["strong"]["rewards"]["aesthetic"]["win_rate"]
+    assert float(table["weak"]["frechet_to_real"]) == models["weak"]["frechet_to_real"]
     # The pictures are those of a plain pipeline, scored by the reward itself.
     prompts = ["a green zero"] * 2 + ["a green one"] * 2 + ["a green two"] * 2
     args.height = args.width = 32
@@ -82,6 +89,19 @@ def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
     assert models["strong"]["frechet_to_real"] > 0
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("strong", "weak", "clip_score | win rate", "frechet to real"))
+
+
+def test_the_table_to_be_filled_in_has_the_columns_of_an_evaluation(tmp_path, adapters):
+    main(parse_args([*FLAGS, "--adapters", adapters[1], "--output_dir", str(tmp_path)]))
+    with open(tmp_path / "results.csv", encoding="utf-8") as file:
+        columns = file.readline()
+    with open(os.path.join(ROOT, "docs", "sd14_results.csv"), encoding="utf-8") as file:
+        wanted = file.readline()
+    # Of the two rewards here, those of the four there.
+    for found, others in (("aesthetic", ("pickscore", "hpsv2", "aesthetic")), ("clip_score", ("imagereward",))):
+        own = ",".join(name.replace("score", found, 1) for name in ("score", "score_standard_error", "score_win_rate"))
+        columns = columns.replace(own, ",".join(own.replace(found, other) for other in others), 1)
+    assert columns.strip() == wanted.strip()
 
 
 def test_the_report_stands_alone(tmp_path, adapters):

@@ -43,7 +43,9 @@ def test_the_study_in_short_and_again(tmp_path, capsys):
     best = max((row for row in cells if row["seed"] == TUNING_SEED), key=lambda row: row["final"])["learning_rate"]
     final = [("rough", "rlr, predicted_x0", best, seed) for seed in SEEDS[:2]]
     assert {cell_of(row) for row in cells} == {("smooth", "base", 0.0, 0), *tuned, *final}
-    assert [row["seeds"] for row in table["rough"]] == [2] and [row["estimator"] for row in table["smooth"]] == ["base"]
+    assert [row["seeds"] for row in table["rough"]] == [2] and [row["estimator"] for row in table["smooth"]] == [
+        "base"
+    ]
     assert "fast_sine:0.5" in capsys.readouterr().out
 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if "png" not in path.name}

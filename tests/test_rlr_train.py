@@ -488,8 +488,14 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--gradient_estimator", "draft_lv", "--reward", "jpeg_compressibility"], "not differentiable.*draft_lv"),
         (["--sweep_fraction", "0"], "--sweep_fraction 0.0 must be in \\(0, 1\\]"),
         (["--keep_graphs", "-1"], "--keep_graphs -1 must be a number that is not negative"),
-        (["--keep_graphs", "2", "--gradient_estimator", "draft_lv"], "--keep_graphs 2 needs a sweep of the rollout's own"),
-        (["--keep_graphs", "2", "--gradient_estimator", "rlr_paper"], "perturbed weights of --rest zeroth_order have not"),
+        (
+            ["--keep_graphs", "2", "--gradient_estimator", "draft_lv"],
+            "--keep_graphs 2 needs a sweep of the rollout's own",
+        ),
+        (
+            ["--keep_graphs", "2", "--gradient_estimator", "rlr_paper"],
+            "perturbed weights of --rest zeroth_order have not",
+        ),
         (
             ["--sweep_fraction", ".5", "--gradient_estimator", "full_bp"],
             "--sweep_fraction 0.5 needs an estimator that",

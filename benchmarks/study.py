@@ -22,11 +22,12 @@
 Every cell is a run of train_rlr_sd.py: a reward, an estimator, a learning rate, a seed. It may cost --budget seconds of bare
 network calls, forwards and vector-Jacobian products of U-Net, decoder and reward, whose prices are measured once, taking
 turns, and are then the same for all; so neither the load of the machine nor the speed of anybody's own code makes a
-winner. Each estimator has for each reward the learning rate of the grid that is best on a seed of its own. The adapters are
-judged on pictures of fixed seeds, from which no run has trained.
+winner. Each estimator has for each reward the learning rate that is best on a seed of its own: of a grid that is doubled
+once more, or halved, where the best is at its edge. The adapters are judged on pictures of fixed seeds, from which no run
+has trained.
 
 Writes study_prices.csv, study_cells.csv (a row a run) and study_curves.csv (training rewards by compute) as it goes, and
-from them study.csv (the table) and study.png.
+from them study.csv (the table) and study.png; prints the table as docs/results.md has it.
 """
 
 import argparse
@@ -91,6 +92,7 @@ ESTIMATORS = {
 }
 NEED_GRADIENT = ("full_bp", "alignprop", "truncated_bp 1", "truncated_bp 5", "draft_lv")
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
+EDGES = {5e-3: 2.5e-3, 2e-2: 4e-2}
 TUNING_SEED = 100
 SEEDS = range(5)
 
@@ -282,31 +284,42 @@ def cell_of(row):
 
 
 def best_learning_rate(rows, reward, estimator):
-    """The one whose run on the seed for that ended highest, or `None` before they are all there."""
+    """The one whose run on the seed for that ended highest, or `None` if there is none."""
     own = [row for row in rows if cell_of(row)[::3] == (reward, TUNING_SEED) and row["estimator"] == estimator]
-    return max(own, key=lambda row: row["final"])["learning_rate"] if len(own) == len(LEARNING_RATES) else None
+    return max(own, key=lambda row: row["final"])["learning_rate"] if own else None
 
 
 def run_missing(cells, done, settings, prices, out, header, workers):
     """Run the cells that are not there yet, and write each as soon as it is."""
-    cells = [cell for cell in cells if cell not in done]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = []
+        futures = {}
         for cell in cells:
             steps = 0
             if cell.estimator != "base":
                 price = price_of(cell.reward, cell.estimator, prices, settings.num_steps) * settings.batch_size
                 steps = max(1, int(settings.budget / price))
-            futures.append(pool.submit(run_cell, cell, settings, steps))
+            if cell not in done:
+                futures[pool.submit(run_cell, cell, settings, steps)] = cell
         for future in tqdm(as_completed(futures), desc="runs", total=len(futures)):
-            row, curve = future.result()
+            try:
+                row, curve = future.result()
+            except SystemExit as error:  # such as a gradient that is not finite: it has lost
+                tqdm.write(f"{futures[future]}: {error}")
+                row, curve = {**dict.fromkeys(FIELDS, float("nan")), **futures[future]._asdict()}, []
+                row["final"] = -float("inf")
             append_rows(os.path.join(out, "study_curves.csv"), curve, CURVE_FIELDS, header)
             append_rows(os.path.join(out, "study_cells.csv"), [row], FIELDS, header)
-            done.add(cell_of(row))
+            done.add(futures[future])
 
 
-def summarize(cells, curves, prices, settings):
+def finals_of(rows, reward, estimator, cells):
+    """Of rows of cells or curves those of the seeds, at the learning rate that the cells have chosen."""
+    rate = 0.0 if estimator == "base" else best_learning_rate(cells, reward, estimator)
+    return [row for row in rows if row["seed"] in SEEDS and cell_of(row)[:3] == (reward, estimator, rate)]
+
+
+def summarize(cells):
     """A row for each reward and estimator, over the seeds: {reward: rows, the highest first}."""
     table = {}
     for reward in REWARDS:
@@ -332,11 +345,12 @@ def summarize(cells, curves, prices, settings):
     return table
 
 
-def curve_of(curves, reward, estimator, price):
+def curve_of(curves, cells, reward, estimator, price):
     """(seconds, means, standard errors) over the seeds of an estimator's training rewards."""
-    own = [row for row in curves if (row["reward"], row["estimator"]) == (reward, estimator) and row["seed"] in SEEDS]
-    steps = sorted({row["step"] for row in own})
-    by_step = [[row["reward_mean"] for row in own if row["step"] == step] for step in steps]
+    # A run that was stopped before its row was written has been run again: of its curve there are two, the same.
+    own = {(row["step"], row["seed"]): row["reward_mean"] for row in finals_of(curves, reward, estimator, cells)}
+    steps = sorted({step for step, _ in own})
+    by_step = [[mean for (step, _), mean in own.items() if step == wanted] for wanted in steps]
     means = [statistics.mean(values) for values in by_step]
     errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in by_step]
     return [step * price for step in steps], means, errors
@@ -353,39 +367,33 @@ def seconds_to(level, seconds, means):
     return None
 
 
-def judge(table, curves, prices, settings):
-    """What the study was to show, a line each: whether it did."""
+def judge(table, curves, cells, prices, settings):
+    """What the study was to show, a line each."""
     lines = []
     rows = {reward: {row["estimator"]: row for row in table[reward]} for reward in REWARDS}
+
+    def difference(first, second):
+        error = (first["standard_error"] ** 2 + second["standard_error"] ** 2) ** 0.5
+        gap = first["final"] - second["final"]
+        return f"{first['estimator']} is {gap:+.4f} of {second['estimator']}, {gap / error:+.1f} standard errors"
+
     for reward, own in rows.items():
-        first = table[reward][0] if table[reward] else None
-        if first is None or "rlr" not in own:
-            continue
         for name in ("rlr", "rlr, predicted_x0"):
-            if name in own:
-                behind = first["final"] - own[name]["final"]
-                error = (own[name]["standard_error"] ** 2 + first["standard_error"] ** 2) ** 0.5
-                lines.append(
-                    f"{reward}: {name} {own[name]['final']:.4f}, first is {first['estimator']} {first['final']:.4f};"
-                    f" behind by {behind:.4f}, standard error of the difference {error:.4f}"
-                )
-        for name in ("full_bp", "alignprop", "ddpo"):
-            if name in own and reward != "text":
-                for better in ("rlr", "rlr, predicted_x0"):
-                    ahead = own[better]["final"] - own[name]["final"]
-                    error = (own[better]["standard_error"] ** 2 + own[name]["standard_error"] ** 2) ** 0.5
-                    lines.append(
-                        f"{reward}: {better} ahead of {name} by {ahead:.4f}, {ahead / error:.1f} standard errors"
-                    )
+            for other in (table[reward][:1] if own else []) + [own.get(n) for n in ("full_bp", "alignprop", "ddpo")]:
+                if name in own and other not in (None, own[name]) and own[name]["seeds"] > 1:
+                    lines.append(f"{reward}: {difference(own[name], other)}")
     if {"rlr", "ddpo"} <= rows["smooth"].keys():
-        price = price_of("smooth", "rlr", prices, settings.num_steps) * settings.batch_size
-        found = seconds_to(rows["smooth"]["ddpo"]["final"], *curve_of(curves, "smooth", "rlr", price)[:2])
-        share = "never" if found is None else f"after {found / settings.budget:.3f} of its compute"
-        lines.append(f"smooth: rlr reaches ddpo's final reward {share}")
+        found = {}
+        for name in ("rlr", "ddpo"):
+            price = price_of("smooth", name, prices, settings.num_steps) * settings.batch_size
+            found[name] = curve_of(curves, cells, "smooth", name, price)[:2]
+        reached = seconds_to(found["ddpo"][1][-1], *found["rlr"])
+        share = "never" if reached is None else f"after {reached / settings.budget:.3f} of its compute"
+        lines.append(f"smooth: rlr is where ddpo's training pictures end {share}")
     return lines
 
 
-def plot(table, curves, prices, settings, path):
+def plot(table, curves, cells, prices, settings, path):
     """Above, training reward against compute with bands of a standard error; below, final reward against the held-out
     one: up and to the right is better, up and to the left is a reward that is exploited."""
     figure = Figure(figsize=(18, 8.5), layout="constrained")
@@ -400,7 +408,7 @@ def plot(table, curves, prices, settings, path):
             i = names.index(row["estimator"])
             style = {"color": f"C{i % 10}", "ls": ("-", "--")[i // 10], "lw": 2.5 if i == 0 else 1.2}
             price = price_of(reward, row["estimator"], prices, settings.num_steps) * settings.batch_size
-            seconds, means, errors = curve_of(curves, reward, row["estimator"], price)
+            seconds, means, errors = curve_of(curves, cells, reward, row["estimator"], price)
             low, high = ([m + side * e for m, e in zip(means, errors)] for side in (-1, 1))
             above.fill_between(seconds, low, high, color=style["color"], alpha=0.15, lw=0)
             above.plot(seconds, means, label=row["estimator"], **style)
@@ -435,20 +443,20 @@ def run(input_args=None):
         f" {settings.batch_size}, T = {settings.num_steps}, {platform.machine()}, torch {torch.__version__}, diffusers"
         f" {diffusers.__version__}, one thread a run"
     )
-    table_file = os.path.join(args.out, "study_cells.csv")
-    if os.path.isfile(table_file):
-        with open(table_file, encoding="utf-8") as file:
-            if file.readline() != f"# {header}\n":
-                sys.exit(f"study.py: error: {table_file!r} is of another study than «{header}»: name another --out")
-    price_file = os.path.join(args.out, "study_prices.csv")
+    table_file, curve_file, price_file = (
+        os.path.join(args.out, f"study_{name}.csv") for name in ("cells", "curves", "prices")
+    )
+    for path in (table_file, curve_file, price_file):
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                if file.readline() != f"# {header}\n":
+                    sys.exit(f"study.py: error: {path!r} is of another study than «{header}»: name another --out")
+        elif args.report:
+            sys.exit(f"study.py: error: there is no {path!r} to report of")
     if not os.path.isfile(price_file):
-        prices = measure_prices(settings, rounds=1 if args.quick else 15)
-        append_rows(
-            price_file,
-            [{"call": name, "seconds": value} for name, value in prices.items()],
-            ["call", "seconds"],
-            header,
-        )
+        measured = measure_prices(settings, rounds=1 if args.quick else 15)
+        rows = [{"call": name, "seconds": value} for name, value in measured.items()]
+        append_rows(price_file, rows, ["call", "seconds"], header)
     prices = {row["call"]: row["seconds"] for row in read_rows(price_file)}
 
     possible = {
@@ -468,26 +476,35 @@ def run(input_args=None):
         if args.quick:
             base, tuning = base[:1], [cell for cell in tuning if cell[:2] == ("rough", "rlr, predicted_x0")]
         run_missing(base + tuning, done, *common)
-        rows = read_rows(table_file)
         chosen = list(dict.fromkeys(cell[:2] for cell in tuning))
-        final = [Cell(*pair, best_learning_rate(rows, *pair), seed) for seed in SEEDS for pair in chosen]
+
+        def best(pair):
+            return best_learning_rate(read_rows(table_file), *pair)
+
+        if not args.quick:
+            further = [Cell(*pair, EDGES[best(pair)], TUNING_SEED) for pair in chosen if best(pair) in EDGES]
+            run_missing(further, done, *common)
+        final = [Cell(*pair, best(pair), seed) for seed in SEEDS for pair in chosen]
         run_missing(final[:2] if args.quick else final, done, *common)
 
-    curves = read_rows(os.path.join(args.out, "study_curves.csv"))
-    table = summarize(read_rows(table_file), curves, prices, settings)
+    cells, curves = read_rows(table_file), read_rows(curve_file)
+    table = summarize(cells)
     rows = [row for reward in REWARDS for row in table[reward]]
     for reward in REWARDS:
-        print(f"\n{reward}: {REWARDS[reward][0].replace(SINE, 'fast_sine')}, and {REWARDS[reward][1]} not trained")
-        print(f"{'':<28}{'rate':>8}{'steps':>7}{'final':>10}{'error':>9}{'other':>9}{'diversity':>11}{'to real':>9}")
+        print(
+            f"\n**{reward}**: `{REWARDS[reward][0].replace(SINE, 'fast_sine')}`; not trained: `{REWARDS[reward][1]}`\n\n"
+            "| | learning rate | steps | final reward | not trained | diversity | distance to real digits |\n"
+            "|---|---|---|---|---|---|---|"
+        )
         for row in table[reward]:
-            numbers = f"{row['final']:>10.4f}{row['standard_error']:>9.4f}{row['other']:>9.3f}"
-            print(
-                f"{row['estimator']:<28}{row['learning_rate']:>8g}{row['steps']:>7}{numbers}{row['diversity']:>11.4f}"
-                f"{row['nearest_real']:>9.3f}"
-            )
-    print("", *judge(table, curves, prices, settings), sep="\n")
+            runs = row["estimator"] != "base"
+            final = f"{row['final']:.3f}" + (f" ± {row['standard_error']:.3f}" if runs else "")
+            shown = [f"{row['learning_rate']:g}", f"{row['steps']}"] if runs else ["", ""]
+            shown += [final, f"{row['other']:.3f}", f"{row['diversity']:.4f}", f"{row['nearest_real']:.2f}"]
+            print(f"| {row['estimator']} | {' | '.join(shown)} |")
+    print("", *judge(table, curves, cells, prices, settings), sep="\n")
     write_csv(rows, os.path.join(args.out, "study.csv"), header)
-    plot(table, curves, prices, settings, os.path.join(args.out, "study.png"))
+    plot(table, curves, cells, prices, settings, os.path.join(args.out, "study.png"))
     return table
 
 

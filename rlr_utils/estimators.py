@@ -254,16 +254,17 @@ class AdaptiveMixing:
 
     cut to [0, 1]; V_2 = C_2 = v^P_1. Inverse variance is the case C = 0, and leans on a rough gradient too long.
 
-    Before the first batch, the gradient alone if there is one: noise in the first step of all would stay in Adam's second
-    moments for a thousand more. Not quite 1, which would say that the step has no likelihood ratio. A black box starts
-    with each step's own noise, not with what the small one of the last step hands on.
+    Of what is not known yet, such as everything before the first batch, the gradient is preferred if there is one: noise in
+    the first step of all would stay in Adam's second moments for a thousand more. A black box starts with each step's own
+    noise, not with what the small one of the last step hands on. Neither share is nothing, or a cotangent that nobody asks
+    for would stay unknown.
 
     Args:
         num_steps: T.
         decay: weight of the past in the running means.
     """
 
-    unknown = 0.999
+    trifle = 1e-3
 
     def __init__(self, num_steps, decay=0.7):
         self.num_steps = num_steps
@@ -272,11 +273,11 @@ class AdaptiveMixing:
 
     def gammas(self, differentiable):
         """gamma_k for k = 0..T as a list; index 0 means nothing, and index 1 is the schedule's to set."""
-        unknown = self.unknown if differentiable else 0.0
+        unknown = 1 - self.trifle if differentiable else self.trifle
         if self.squares is None:
             return [unknown] * (self.num_steps + 1)
         pathwise, likelihood_ratio = self.squares
-        # Where both are zero (every reward the same) or one is missing, neither is preferred.
+        # Both are zero where every reward is the same; one is missing where nobody has asked for it.
         gammas = torch.nan_to_num(likelihood_ratio / (likelihood_ratio + pathwise), nan=unknown).tolist()
         if not differentiable or not pathwise[1] > 0:
             return gammas

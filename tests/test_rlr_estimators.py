@@ -99,7 +99,7 @@ def test_a_step_not_seen_so_far_is_not_taken_for_one_without_noise():
 def test_adaptive_mixing_is_inverse_variance_of_earlier_batches():
     adaptive = AdaptiveMixing(2, decay=0.75)
     assert rlr(2, adaptive, differentiable=True).mixing[1:] == [1.0, 0.999]
-    assert rlr(2, adaptive, differentiable=False).mixing[1:] == [0.0, 0.0]
+    assert rlr(2, adaptive, differentiable=False).mixing[1:] == [0.0, 0.001]
     adaptive.update(statistics([1.0, 1.0], [1.0, 3.0]))
     assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([0.5, 0.75])
     adaptive.update(statistics([1.0, 5.0], [1.0, 3.0]))
@@ -142,7 +142,19 @@ def test_adaptive_mixing_without_a_preference_keeps_its_start():
     adaptive = AdaptiveMixing(2)
     adaptive.update(statistics([0.0, 1.0], [0.0, float("nan")]))
     assert adaptive.gammas(differentiable=True)[1:] == [0.999, 0.999]
-    assert adaptive.gammas(differentiable=False)[1:] == [0.0, 0.0]
+    assert adaptive.gammas(differentiable=False)[1:] == [0.001, 0.001]
+
+
+def test_adaptive_mixing_finds_out_what_a_pathwise_cotangent_is_worth_to_a_black_box():
+    """It starts with next to nothing of it: not with nothing, or it would never be seen."""
+    torch.manual_seed(0)
+    chain = LinearGaussianChain(num_steps=4)
+    adaptive = AdaptiveMixing(4)
+    trajectory = rollout(chain, torch.randn(64, 4, dtype=torch.float64))
+    rewards = leave_one_out(chain.reward(trajectory.latents[0]))
+    mixing = rlr(4, adaptive, differentiable=False).mixing
+    adaptive.update(backward_sweep(chain, trajectory, mixing, advantages=rewards))
+    assert all(0.05 < gamma < 0.95 for gamma in rlr(4, adaptive, differentiable=False).mixing[2:])
 
 
 def test_adaptive_mixing_leaves_a_step_without_noise_to_the_gradient():

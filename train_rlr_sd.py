@@ -230,8 +230,8 @@ def ending_in_one_line(script):
             raise
         raise SystemExit(
             f"{script}: error: out of memory: use a smaller --train_batch_size with more"
-            " --gradient_accumulation_steps, --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16, or"
-            f" --preset_low_memory ({str(error).splitlines()[0]})"
+            " --gradient_accumulation_steps, no --keep_graphs, --decode_batch_size 1, --gradient_checkpointing,"
+            f" --mixed_precision bf16, or --preset_low_memory ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -710,7 +710,7 @@ def make_parser(script, family):
         type=int,
         default=0,
         help="Keep the U-Net's graphs of the last so many denoising steps for the sweep instead of computing them again:"
-        " up to a third less time, for the memory of as many more steps.",
+        " less time, for the memory of as many more steps of all pictures of an optimizer step on a device.",
     )
     training.add_argument(
         "--compile",
@@ -1264,10 +1264,16 @@ def adapter_file(source):
 
 
 def set_adapter(unet, layers):
-    """Give the adapter the weights of a state dict as diffusers saves it, in float32 whatever the U-Net is in."""
+    """Give the adapter the weights of a state dict as diffusers saves it, in float32 whatever the U-Net is in.
+
+    Raises:
+        ValueError: if the adapter has not all of its layers.
+    """
     cast_training_params(unet, dtype=torch.float32)
     layers = {key.removeprefix("unet."): value for key, value in layers.items()}
-    set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+    found = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(layers), adapter_name="default")
+    if found.unexpected_keys:
+        raise ValueError(f"the U-Net has no layer {found.unexpected_keys[0]!r}")
 
 
 def load_adapter(args, pipeline):
@@ -1278,7 +1284,8 @@ def load_adapter(args, pipeline):
     """
     try:
         options = {"weight_name": adapter_file(args.adapter_path), "cache_dir": args.cache_dir}
-        layers, _ = pipeline.lora_state_dict(args.adapter_path, **options)
+        # With its configuration, SDXL's layers are known by the names of other trainers, too.
+        layers, _ = pipeline.lora_state_dict(args.adapter_path, unet_config=pipeline.unet.config, **options)
         others = sorted(key for key in layers if not key.startswith("unet."))
         if others:
             raise ValueError(f"it holds more than layers of the U-Net, such as {others[0]!r}")
@@ -1806,13 +1813,13 @@ def embeds_by_step(args, prompts, embeds_of):
     return [torch.stack(parts)[level_of_step] for parts in zip(*map(embeds_of, levels))]
 
 
-def can_be_compiled(chain, shape, schedule):
+def can_be_compiled(args, chain, shape, schedule):
     """Whether the compiler manages what rollout and sweep will ask for, latents of a shape (B, C, h, w)."""
-    x, swept = torch.zeros(shape, device=chain.timesteps.device), schedule.mixing[2 : schedule.stop_after + 1]
+    x, handed_on = torch.zeros(shape, device=chain.timesteps.device), schedule.mixing[2 : schedule.stop_after + 1]
     try:
         with torch.no_grad():
             chain.mean(chain.num_steps, x)
-        chain.mean(chain.num_steps, x.requires_grad_(any(swept))).sum().backward()
+        chain.mean(chain.num_steps, x.requires_grad_(args.keep_graphs > 0 or any(handed_on))).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may say
@@ -2330,7 +2337,7 @@ def main(args):
 
     shape = latents_shape(args, pipeline)
     trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(promptless.unet) and not can_be_compiled(chain_of(trial), shape, schedule):
+    if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
     print_plan(accelerator, args, schedule, len(prompts), trainable)

@@ -34,6 +34,7 @@ from rlr_utils import (
     rollout,
     text_encoders_of,
 )
+from safetensors import SafetensorError
 from train_rlr_sd import (
     Batch,
     Estimator,
@@ -101,14 +102,19 @@ def load_xl_pipeline(args, dtype):
     if name is not None:
         try:
             components["vae"] = AutoencoderKL.from_pretrained(name, cache_dir=args.cache_dir)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"--pretrained_vae_model_name_or_path {name!r} cannot be loaded: {error}") from error
     dtypes = {"default": dtype, "vae": torch.float32}
     pipeline = load_pipeline(args, dtypes, StableDiffusionXLPipeline, **components)
     if len(text_encoders_of(pipeline)) < 2:
-        name = args.pretrained_model_name_or_path
         raise ValueError(
-            f"--pretrained_model_name_or_path {name!r} has not both text encoders: use a base model of SDXL"
+            f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r} has not both text encoders: use a"
+            " base model of SDXL"
+        )
+    channels, wanted = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
+    if channels != wanted:
+        raise ValueError(
+            f"--pretrained_vae_model_name_or_path {name!r} has latents of {channels} channels, the U-Net of {wanted}"
         )
     if not pipeline.vae.config.force_upcast:
         torch.nn.Module.to(
@@ -172,7 +178,7 @@ def main(args):
 
     shape = latents_shape(args, pipeline)
     trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(promptless.unet) and not can_be_compiled(chain_of(trial), shape, schedule):
+    if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
     print_plan(accelerator, args, schedule, len(prompts), trainable)

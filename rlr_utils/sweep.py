@@ -109,7 +109,7 @@ def backward_sweep(
     weights = [1.0] * (num_steps + 1) if weights is None else weights
     # x_k is given a gradient at every step or at none, though not every step hands one on: a compiled U-Net then has one
     # graph for the sweep. Of SD 1.4's U-Net the part before its first trained layer takes 2 % of a step's memory.
-    with_input_grad = any(mixing[k] for k in range(2, stop_after + 1))
+    with_input_grad = bool(trajectory.kept) or any(mixing[k] for k in range(2, stop_after + 1))
     seen = torch.full((3, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
     pathwise = reward_grad
     for k in range(1, stop_after + 1):

@@ -24,6 +24,7 @@ import pytest
 import torch
 import train_rlr_sd
 from accelerate.state import AcceleratorState
+from peft.utils import get_peft_model_state_dict
 from rlr_testing import DIGITS, LORA, TINY_CLIP, TINY_SD, gradients, metrics_of, same_adapter, tiny_pipeline
 from rlr_utils import (
     ChainOfThought,
@@ -37,13 +38,14 @@ from rlr_utils import (
     rollout,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_rlr_chain import Carried, add_lora, replay
-from train_rlr_sd import generators_of
+from train_rlr_sd import generators_of, load_adapter
 from train_rlr_sdxl import command_of, load_xl_pipeline, main, parse_args
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
 
 
 PROMPTS = ["a red seven", "a blue two", "a green zero"]
@@ -390,7 +392,32 @@ def test_a_model_of_the_other_family_names_the_other_script(tmp_path, model):
         train(str(tmp_path / "refiner"), tmp_path / "out")
     with pytest.raises(SystemExit, match="--pretrained_vae_model_name_or_path '/nowhere' cannot be loaded"):
         train(model, tmp_path / "out", "--pretrained_vae_model_name_or_path", "/nowhere")
+    AutoencoderKL(latent_channels=16, norm_num_groups=8, block_out_channels=(8,)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(SystemExit, match="wide' has latents of 16 channels, the U-Net of 4"):
+        train(model, tmp_path / "out", "--pretrained_vae_model_name_or_path", str(tmp_path / "wide"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_under_the_names_of_other_trainers_is_gone_on_from_in_full_precision(tmp_path, model):
+    """Those of Stability's code, whose blocks are told apart by the U-Net's configuration alone."""
+    train(model, tmp_path / "ours", "--learning_rate", "1e-2")
+    ours, theirs = load_file(tmp_path / "ours" / LORA), {}
+    blocks = {"down_blocks.1.attentions.0": "input_blocks_3_1", "mid_block.attentions.0": "middle_block_1"}
+    blocks.update({f"up_blocks.0.attentions.{i}": f"output_blocks_{i}_1" for i in range(2)})
+    for key, value in ours.items():
+        name, _, end = key.removeprefix("unet.").rpartition(".lora.")
+        for block, other in blocks.items():
+            name = name.replace(block, other)
+        name = "lora_unet_" + name.replace(".", "_")
+        theirs[f"{name}.lora_{end}"] = value
+        theirs[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    args = parse_args(flags_of(model, "out", "--adapter_path", str(tmp_path / "theirs.safetensors")))
+    pipeline = load_xl_pipeline(args, torch.bfloat16)
+    load_adapter(args, pipeline)
+    found = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    assert {f"unet.{key}" for key in found} == set(ours)
+    assert all(torch.equal(value, ours[f"unet.{key}"]) for key, value in found.items())
 
 
 def test_adapters_are_evaluated_and_gone_on_from(tmp_path, model):

@@ -22,13 +22,11 @@ colour ("a seven") and mid and fine are the caption itself. Prints a table and w
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from matplotlib.figure import Figure
@@ -38,7 +36,7 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from gradient_quality import write_csv  # noqa: E402
+from gradient_quality import worker_pool, write_csv  # noqa: E402
 from rlr_utils import load_prompts  # noqa: E402
 from train_rlr_sd import main as train  # noqa: E402
 from train_rlr_sd import parse_args  # noqa: E402
@@ -124,7 +122,7 @@ def main(input_args=None):
     os.makedirs(args.out, exist_ok=True)
     seeds, num_steps, steps = (1, 4, 1) if args.quick else (3, 20, 20)
     ways = [(thought, in_range) for in_range in (False, True) for thought in (False, True)]
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(args.workers) as pool:
         running = [pool.submit(run, *way, seed, num_steps, steps) for way in ways for seed in range(seeds)]
         rows = [future.result() for future in tqdm(running, desc="Runs")]
     header = (

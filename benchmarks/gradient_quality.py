@@ -28,6 +28,7 @@ import os
 import platform
 import random
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -414,11 +415,26 @@ def decode_cost(num_steps):
     return sorted(ratios)[4]
 
 
+def end_with_parent():
+    """Let this process end when the one that has started it does, however that ends: no work is left behind."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def worker_pool(workers):
+    """Fresh processes for long work."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+
+
 def measure_tiny(num_steps, batch_size, warmup, draws, truth_draws, workers):
     """Rows of reward, estimator, relative bias and its noise, noise-to-signal, cost, their product, cosine."""
     decode = decode_cost(num_steps)
     share = (num_steps, batch_size, warmup, draws // workers, truth_draws // workers, decode)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         results = list(pool.map(draw_tiny, range(workers), *([value] * workers for value in share)))
     gradients = {key: torch.cat([result[0][key] for result in results]).double() for key in results[0][0]}
     truth = torch.cat([result[1] for result in results] + [gradients["smooth", "full_bp"]]).double().mean(0)

@@ -24,11 +24,9 @@ same gain, one standard deviation of the base model's rewards. Writes reward_hac
 
 import argparse
 import csv
-import multiprocessing
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +38,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 
 from evaluate_rlr_sd import measure  # noqa: E402
-from gradient_quality import write_csv  # noqa: E402
+from gradient_quality import worker_pool, write_csv  # noqa: E402
 from make_tiny_assets import COLORS, load_scans, paint  # noqa: E402
 from reward_models import load_rewards, parse_reward, parse_reward_paths  # noqa: E402
 from reward_models.features import load_features  # noqa: E402
@@ -234,8 +232,7 @@ def run(input_args=None):
         variants = {name: VARIANTS[name] for name in args.only}
     # The longest first, so that no worker is left alone with one.
     order = sorted(variants, key=lambda name: -variants[name][1] * (1 + ("KL" in name)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+    with worker_pool(args.workers) as pool:
         futures = {name: pool.submit(train_and_measure, name, *variants[name], *settings) for name in order}
         for name in tqdm(variants, desc="Variants"):
             rows += futures[name].result()

@@ -34,13 +34,12 @@ import argparse
 import csv
 import functools
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "benchmarks")]
 
 from evaluate_rlr_sd import measure  # noqa: E402
-from gradient_quality import write_csv  # noqa: E402
+from gradient_quality import worker_pool, write_csv  # noqa: E402
 from reward_cost import seconds_of  # noqa: E402
 from reward_hacking import BASE, CLIP, ink, real_digits  # noqa: E402
 from reward_models import load_rewards, parse_reward, parse_reward_paths  # noqa: E402
@@ -90,6 +89,16 @@ ESTIMATORS = {
     "truncated_bp 5": ["--gradient_estimator", "truncated_bp", "--truncation_steps", "5"],
     "draft_lv": ["--gradient_estimator", "draft_lv"],
 }
+# Ours are blue, the paper's purple, those that truncate orange to red.
+COLORS = dict(
+    zip(
+        ESTIMATORS,
+        (
+            *("#08519c", "#3182bd", "#6baed6", "#9ecae1", "#54278f", "#807dba", "#bcbddc"),
+            *("black", "green", "gold", "orange", "orangered", "darkred"),
+        ),
+    )
+)
 NEED_GRADIENT = ("full_bp", "alignprop", "truncated_bp 1", "truncated_bp 5", "draft_lv")
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
 EDGES = {5e-3: 2.5e-3, 2e-2: 4e-2}
@@ -291,8 +300,7 @@ def best_learning_rate(rows, reward, estimator):
 
 def run_missing(cells, done, settings, prices, out, header, workers):
     """Run the cells that are not there yet, and write each as soon as it is."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with worker_pool(workers) as pool:
         futures = {}
         for cell in cells:
             steps = 0
@@ -397,31 +405,28 @@ def plot(table, curves, cells, prices, settings, path):
     """Above, training reward against compute with bands of a standard error; below, final reward against the held-out
     one: up and to the right is better, up and to the left is a reward that is exploited."""
     figure = Figure(figsize=(18, 8.5), layout="constrained")
-    cells = figure.subplots(2, len(REWARDS))
-    names = list(ESTIMATORS)
-    for column, reward in enumerate(REWARDS):
-        above, below = cells[:, column]
-        for row in table[reward]:
-            if row["estimator"] == "base":
-                below.plot(row["other"], row["final"], "k*", ms=12, label="base model")
+    grid = figure.subplots(2, len(REWARDS))
+    for reward, (above, below) in zip(REWARDS, grid.T):
+        by_name = {row["estimator"]: row for row in table[reward]}
+        if "base" in by_name:
+            below.plot(by_name["base"]["other"], by_name["base"]["final"], "k*", ms=14, label="base model")
+        for marker, (name, color) in zip("os^Dv<>pP*hXd", COLORS.items()):
+            if name not in by_name:
                 continue
-            i = names.index(row["estimator"])
-            style = {"color": f"C{i % 10}", "ls": ("-", "--")[i // 10], "lw": 2.5 if i == 0 else 1.2}
-            price = price_of(reward, row["estimator"], prices, settings.num_steps) * settings.batch_size
-            seconds, means, errors = curve_of(curves, cells, reward, row["estimator"], price)
+            row, price = by_name[name], price_of(reward, name, prices, settings.num_steps) * settings.batch_size
+            seconds, means, errors = curve_of(curves, cells, reward, name, price)
             low, high = ([m + side * e for m, e in zip(means, errors)] for side in (-1, 1))
-            above.fill_between(seconds, low, high, color=style["color"], alpha=0.15, lw=0)
-            above.plot(seconds, means, label=row["estimator"], **style)
-            marker = {"marker": "os^Dv<>pP*hXd"[i], "color": style["color"], "ls": "none"}
+            above.fill_between(seconds, low, high, color=color, alpha=0.15, lw=0)
+            above.plot(seconds, means, color=color, lw=2.5 if name == "rlr" else 1.2, label=name)
             below.errorbar(
-                row["other"], row["final"], yerr=row["standard_error"], ms=8, label=row["estimator"], **marker
+                row["other"], row["final"], row["standard_error"], fmt=marker, color=color, ms=8, label=name
             )
         above.set(title=reward, xlabel="seconds of bare calls", ylabel="reward of the training pictures")
         below.set(xlabel=f"{REWARDS[reward][1]}, not trained", ylabel=f"final reward: {reward}")
         for axes in (above, below):
             axes.grid(alpha=0.3)
-    figure.legend(*cells[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    figure.legend(*cells[1][0].get_legend_handles_labels(), loc="outside right lower", fontsize=9)
+    for axes, where in ((grid[0][0], "upper"), (grid[1][0], "lower")):
+        figure.legend(*axes.get_legend_handles_labels(), loc=f"outside right {where}", fontsize=9)
     figure.savefig(path, dpi=100)
 
 

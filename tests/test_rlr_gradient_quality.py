@@ -12,9 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from gradient_quality import main, measure_toy
+from rlr_testing import ROOT
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -41,3 +47,29 @@ def test_the_benchmark_in_short(tmp_path, capfd):
         assert next(file).startswith("# python benchmarks/gradient_quality.py --quick")
         assert len(list(csv.DictReader(file))) == len(rows)
     assert (tmp_path / "gradient_quality.png").stat().st_size > 10_000
+
+
+def test_workers_end_with_a_benchmark_that_is_killed(tmp_path):
+    code = (
+        "import os, time\n"
+        "from gradient_quality import worker_pool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = worker_pool(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    script = tmp_path / "long_work.py"
+    script.write_text(code)
+    env = {**os.environ, "PYTHONPATH": os.path.join(ROOT, "benchmarks")}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker goes on alone")

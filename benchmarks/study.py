@@ -333,11 +333,7 @@ def summarize(cells):
     for reward in REWARDS:
         rows = []
         for estimator in ("base", *ESTIMATORS):
-            own = [
-                row
-                for row in cells
-                if (row["reward"], row["estimator"]) == (reward, estimator) and row["seed"] in SEEDS
-            ]
+            own = finals_of(cells, reward, estimator, cells)
             if not own:
                 continue
             summary = {"reward": reward, "estimator": estimator, "learning_rate": own[0]["learning_rate"]}

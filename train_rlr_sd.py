@@ -378,10 +378,9 @@ def generate(pipeline, prompts, args, desc=None, first_seed=EVALUATION_SEED):
         batch = prompts[start : start + args.train_batch_size]
         # Generators of the CPU, so that a seed is the same picture on every device.
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-        # Decoded by hand: in mixed precision the U-Net under training hands on float32 to a VAE in half precision.
-        with offload_models(
-            *text_encoders_of(pipeline), device=pipeline.unet.device
-        ):  # which rest on the CPU in training
+        # The text encoders rest on the CPU in training. Decoded is by hand: in mixed precision the U-Net under training
+        # hands on float32 to a VAE in half precision.
+        with offload_models(*text_encoders_of(pipeline), device=pipeline.unet.device):
             levels, prompts_of_first_step, thought = levels_of(args, batch), batch, {}
             if levels is not None:
                 callback = ChainOfThought(pipeline, *levels, args.num_inference_steps, args.dcot_boundaries)

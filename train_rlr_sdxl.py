@@ -117,9 +117,8 @@ def load_xl_pipeline(args, dtype):
             f"--pretrained_vae_model_name_or_path {name!r} has latents of {channels} channels, the U-Net of {wanted}"
         )
     if not pipeline.vae.config.force_upcast:
-        torch.nn.Module.to(
-            pipeline.vae, dtype
-        )  # diffusers' own warns of modules to be kept in float32, of which are none
+        # Not diffusers' own `to`, which warns of modules to be kept in float32, of which there are none.
+        torch.nn.Module.to(pipeline.vae, dtype)
     return pipeline
 
 

@@ -55,12 +55,12 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "benchmark
 from evaluate_rlr_sd import measure  # noqa: E402
 from gradient_quality import worker_pool, write_csv  # noqa: E402
 from reward_cost import seconds_of  # noqa: E402
-from reward_hacking import BASE, CLIP, ink, real_digits  # noqa: E402
-from reward_models import load_rewards, parse_reward, parse_reward_paths  # noqa: E402
+from reward_hacking import CLIP, base_model, ink, real_digits  # noqa: E402
+from reward_models import parse_reward  # noqa: E402
 from reward_models.features import load_features  # noqa: E402
-from rlr_utils import StableDiffusionChain, load_prompts  # noqa: E402
+from rlr_utils import StableDiffusionChain  # noqa: E402
 from step_cost import bundle  # noqa: E402
-from train_rlr_sd import generate, load_pipeline, main, parse_args, score_latents, set_size  # noqa: E402
+from train_rlr_sd import generate, main, score_latents  # noqa: E402
 
 import diffusers  # noqa: E402
 
@@ -133,10 +133,10 @@ def fast_sine(images, prompts):
 
 
 def flags_of(settings):
-    """What every run of the training script is told."""
+    """What every run of the training script is told beside `reward_hacking.BASE`."""
     size = str(settings.batch_size)
     return [
-        *(*BASE, "--num_inference_steps", str(settings.num_steps), "--train_batch_size", size),
+        *("--num_inference_steps", str(settings.num_steps), "--train_batch_size", size),
         *("--decode_batch_size", size, "--lr_scheduler", "linear", "--resolution", "32"),
     ]
 
@@ -145,12 +145,6 @@ def graphs_of(estimator, num_steps):
     """All graphs are kept, as a researcher with memory to spare would, where the estimator sweeps those of the rollout."""
     sweeps = estimator not in ("draft_lv", "rlr_paper, zeroth_order")
     return ["--keep_graphs", str(num_steps)] if sweeps else []
-
-
-@functools.cache
-def rewards_of(text, settings):
-    args = parse_args(flags_of(settings))
-    return load_rewards(parse_reward(text), parse_reward_paths(args.reward_path), size=(32, 32))
 
 
 @functools.cache
@@ -179,7 +173,7 @@ def measure_prices(settings, rounds):
 
     calls = {"forward": forward, "vjp": vjp}
     for name, (text, _) in REWARDS.items():
-        rewards = rewards_of(text, settings)
+        _, _, rewards, _ = base_model(text, 1, 1, flags_of(settings))
         for kind in ("score", "gradient") if rewards.has_gradient else ("score",):
             calls[f"{kind} {name}"] = lambda rewards=rewards, kind=kind: score_latents(
                 model.vae, rewards, latents, prompts, batch, kind == "gradient"
@@ -214,44 +208,39 @@ def price_of(reward, estimator, prices, num_steps):
     return forwards * prices["forward"] + swept * prices["vjp"] + scoring
 
 
+def step_price(reward, estimator, prices, settings):
+    """Seconds of bare calls that an optimizer step costs."""
+    return price_of(reward, estimator, prices, settings.num_steps) * settings.batch_size
+
+
 def run_cell(cell, settings, steps):
     """Train and judge: the row of a run and its curve, rows of training rewards by optimizer step. No step is the base
     model."""
     torch.set_num_threads(1)
     trained, other = REWARDS[cell.reward]
-    flags = [*flags_of(settings), "--reward", trained]
+    flags, means = [*flags_of(settings), "--reward", trained], []
     if steps > 0:
         flags += [*ESTIMATORS[cell.estimator], *graphs_of(cell.estimator, settings.num_steps)]
-        flags += [
-            "--learning_rate",
-            str(cell.learning_rate),
-            "--seed",
-            str(cell.seed),
-            "--max_train_steps",
-            str(steps),
-        ]
-    means = []
+        flags += [f"--learning_rate={cell.learning_rate}", f"--seed={cell.seed}", f"--max_train_steps={steps}"]
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        args = parse_args([*flags, "--output_dir", folder])
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
-            pipeline = load_pipeline(args, torch.float32)
-            set_size(args, pipeline)
+            flags += ["--output_dir", folder]
+            args, prompts, rewards, pipeline = base_model(f"{trained},{other}", settings.num_images // 4, 4, flags)
             if steps > 0:
                 main(args)
                 with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
                     means = [json.loads(line)["reward_mean"] for line in file]
                 pipeline.load_lora_weights(folder)
-            prompts = load_prompts(args.prompts)
-            prompts = [prompts[i // 4 * 7 % len(prompts)] for i in range(settings.num_images)]
             images = generate(pipeline, prompts, args)
-            rewards, (features, real_ink) = rewards_of(f"{trained},{other}", settings), judges()
+            features, real_ink = judges()
             summary, details = measure(images, prompts, rewards, features, None, None, "cpu")
-            total = rewards_of(trained, settings)(images, prompts).total
+    scores = details["scores"]
+    total = sum(term.weight * scores[name] for name, term in parse_reward(trained).items())
     row = {
         **cell._asdict(),
         "steps": steps,
         "final": total.mean().item(),
-        "other": details["scores"][other].mean().item(),
+        "other": scores[other].mean().item(),
         "diversity": summary["diversity"],
         "nearest_real": torch.cdist(ink(images), real_ink).amin(1).mean().item(),
     }
@@ -298,15 +287,14 @@ def best_learning_rate(rows, reward, estimator):
     return max(own, key=lambda row: row["final"])["learning_rate"] if own else None
 
 
-def run_missing(cells, done, settings, prices, out, header, workers):
+def run_missing(cells, done, settings, prices, table_file, curve_file, header, workers):
     """Run the cells that are not there yet, and write each as soon as it is."""
     with worker_pool(workers) as pool:
         futures = {}
         for cell in cells:
             steps = 0
             if cell.estimator != "base":
-                price = price_of(cell.reward, cell.estimator, prices, settings.num_steps) * settings.batch_size
-                steps = max(1, int(settings.budget / price))
+                steps = max(1, int(settings.budget / step_price(cell.reward, cell.estimator, prices, settings)))
             if cell not in done:
                 futures[pool.submit(run_cell, cell, settings, steps)] = cell
         for future in tqdm(as_completed(futures), desc="runs", total=len(futures)):
@@ -316,8 +304,8 @@ def run_missing(cells, done, settings, prices, out, header, workers):
                 tqdm.write(f"{futures[future]}: {error}")
                 row, curve = {**dict.fromkeys(FIELDS, float("nan")), **futures[future]._asdict()}, []
                 row["final"] = -float("inf")
-            append_rows(os.path.join(out, "study_curves.csv"), curve, CURVE_FIELDS, header)
-            append_rows(os.path.join(out, "study_cells.csv"), [row], FIELDS, header)
+            append_rows(curve_file, curve, CURVE_FIELDS, header)
+            append_rows(table_file, [row], FIELDS, header)
             done.add(futures[future])
 
 
@@ -349,7 +337,7 @@ def summarize(cells):
     return table
 
 
-def curve_of(curves, cells, reward, estimator, price):
+def curve_of(curves, cells, reward, estimator, prices, settings):
     """(seconds, means, standard errors) over the seeds of an estimator's training rewards."""
     # A run that was stopped before its row was written has been run again: of its curve there are two, the same.
     own = {(row["step"], row["seed"]): row["reward_mean"] for row in finals_of(curves, reward, estimator, cells)}
@@ -357,6 +345,7 @@ def curve_of(curves, cells, reward, estimator, price):
     by_step = [[mean for (step, _), mean in own.items() if step == wanted] for wanted in steps]
     means = [statistics.mean(values) for values in by_step]
     errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in by_step]
+    price = step_price(reward, estimator, prices, settings)
     return [step * price for step in steps], means, errors
 
 
@@ -382,15 +371,15 @@ def judge(table, curves, cells, prices, settings):
         return f"{first['estimator']} is {gap:+.4f} of {second['estimator']}, {gap / error:+.1f} standard errors"
 
     for reward, own in rows.items():
+        first = [row["estimator"] for row in table[reward][:1]]
         for name in ("rlr", "rlr, predicted_x0"):
-            for other in (table[reward][:1] if own else []) + [own.get(n) for n in ("full_bp", "alignprop", "ddpo")]:
-                if name in own and other not in (None, own[name]) and own[name]["seeds"] > 1:
-                    lines.append(f"{reward}: {difference(own[name], other)}")
+            for other in dict.fromkeys([*first, "full_bp", "alignprop", "ddpo"]):
+                if {name, other} <= own.keys() and other != name and own[name]["seeds"] > 1:
+                    lines.append(f"{reward}: {difference(own[name], own[other])}")
     if {"rlr", "ddpo"} <= rows["smooth"].keys():
         found = {}
         for name in ("rlr", "ddpo"):
-            price = price_of("smooth", name, prices, settings.num_steps) * settings.batch_size
-            found[name] = curve_of(curves, cells, "smooth", name, price)[:2]
+            found[name] = curve_of(curves, cells, "smooth", name, prices, settings)[:2]
         reached = seconds_to(found["ddpo"][1][-1], *found["rlr"])
         share = "never" if reached is None else f"after {reached / settings.budget:.3f} of its compute"
         lines.append(f"smooth: rlr is where ddpo's training pictures end {share}")
@@ -409,8 +398,8 @@ def plot(table, curves, cells, prices, settings, path):
         for marker, (name, color) in zip("os^Dv<>pP*hXd", COLORS.items()):
             if name not in by_name:
                 continue
-            row, price = by_name[name], price_of(reward, name, prices, settings.num_steps) * settings.batch_size
-            seconds, means, errors = curve_of(curves, cells, reward, name, price)
+            row = by_name[name]
+            seconds, means, errors = curve_of(curves, cells, reward, name, prices, settings)
             low, high = ([m + side * e for m, e in zip(means, errors)] for side in (-1, 1))
             above.fill_between(seconds, low, high, color=color, alpha=0.15, lw=0)
             above.plot(seconds, means, color=color, lw=2.5 if name == "rlr" else 1.2, label=name)
@@ -466,7 +455,7 @@ def run(input_args=None):
     }
     if not args.report:
         done = {cell_of(row) for row in read_rows(table_file)}
-        common = (settings, prices, args.out, header, args.workers)
+        common = (settings, prices, table_file, curve_file, header, args.workers)
         base = [Cell(reward, "base", 0.0, 0) for reward in REWARDS]
         tuning = [
             Cell(reward, estimator, learning_rate, TUNING_SEED)
@@ -479,13 +468,15 @@ def run(input_args=None):
         run_missing(base + tuning, done, *common)
         chosen = list(dict.fromkeys(cell[:2] for cell in tuning))
 
-        def best(pair):
-            return best_learning_rate(read_rows(table_file), *pair)
+        def best_rates():
+            rows = read_rows(table_file)
+            return {pair: best_learning_rate(rows, *pair) for pair in chosen}
 
         if not args.quick:
-            further = [Cell(*pair, EDGES[best(pair)], TUNING_SEED) for pair in chosen if best(pair) in EDGES]
+            further = [Cell(*pair, EDGES[rate], TUNING_SEED) for pair, rate in best_rates().items() if rate in EDGES]
             run_missing(further, done, *common)
-        final = [Cell(*pair, best(pair), seed) for seed in SEEDS for pair in chosen]
+        rates = best_rates()
+        final = [Cell(*pair, rates[pair], seed) for seed in SEEDS for pair in chosen]
         run_missing(final[:2] if args.quick else final, done, *common)
 
     cells, curves = read_rows(table_file), read_rows(curve_file)

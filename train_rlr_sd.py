@@ -547,23 +547,25 @@ def make_parser(script, family):
     estimator.add_argument(
         "--baseline",
         type=str,
-        default="leave_one_out",
-        choices=["none", "leave_one_out", "per_prompt", "predicted_x0"],
+        default="auto",
+        choices=["auto", "none", "leave_one_out", "per_prompt", "predicted_x0"],
         help="What a picture's reward is compared with: nothing, all other pictures of the optimizer step, those of the"
-        " same prompt, or the reward of the picture predicted at each step.",
+        " same prompt, or the reward of the picture predicted at each step, which costs a decoding and a scoring. auto:"
+        " predicted_x0 at those steps of rlr at which it matters (all with a black-box reward, none with a smooth one),"
+        " and leave_one_out.",
     )
     estimator.add_argument(
         "--baseline_vae",
         type=str,
         default=None,
-        help="For predicted_x0: an AutoencoderTiny (path or Hub name, such as madebyollin/taesd, taesdxl for SDXL) that"
+        help="For auto and predicted_x0: an AutoencoderTiny (path or Hub name, such as madebyollin/taesd, taesdxl for SDXL) that"
         " decodes the predictions; default: the pipeline's own decoder.",
     )
     estimator.add_argument(
         "--baseline_steps",
         type=int,
         default=None,
-        help="For predicted_x0: predict at the last so many steps only, leave-one-out before; default: all.",
+        help="For auto and predicted_x0: predict at the last so many steps at most, leave-one-out before; default: all.",
     )
     estimator.add_argument(
         "--sweep_fraction",
@@ -885,8 +887,8 @@ def check_args(args):
             f"--keep_graphs {args.keep_graphs} needs a sweep of the rollout's own graphs, which draft_lv, --branches and the"
             " perturbed weights of --rest zeroth_order have not"
         )
-    if args.baseline_vae is not None and args.baseline != "predicted_x0":
-        raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline predicted_x0")
+    if args.baseline_vae is not None and args.baseline not in ("auto", "predicted_x0"):
+        raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline auto or predicted_x0")
 
     if not 0 < args.sweep_fraction <= 1:
         raise ValueError(f"--sweep_fraction {args.sweep_fraction} must be in (0, 1]")
@@ -1349,6 +1351,19 @@ class Estimator:
             schedule = simple[args.gradient_estimator](num_steps)
         return thin_out(schedule, args.sweep_fraction) if args.sweep_fraction < 1 else schedule
 
+    def predicted_steps(self, schedule):
+        """The steps at which the reward of the predicted picture is to be the baseline."""
+        args = self.args
+        steps = range(1, args.num_inference_steps + 1)[: args.baseline_steps]
+        if args.baseline != "auto":
+            return list(steps) if args.baseline == "predicted_x0" else []
+        if args.gradient_estimator != "rlr" or args.branches:
+            return []
+        # It divides the likelihood ratio's variance by up to 40 (docs/estimators.md) for about a third of a step's price,
+        # which pays where that has a share of a few per cent.
+        matters = [k for k in schedule.swept if not self.rewards.differentiable or 1 - schedule.mixing[k] > 0.05]
+        return [k for k in matters if k in steps]
+
     def check(self, schedule, chain):
         """Refuse a schedule that the chain cannot be swept by.
 
@@ -1390,10 +1405,10 @@ class Estimator:
                 found[name] = scores[name]
             elif args.baseline == "per_prompt":
                 found[name] = per_prompt(scores[name], prompts, running.mean)
-            elif args.baseline == "predicted_x0":
+            elif batches[0].predicted is not None:
                 predicted = accelerator.gather(torch.cat([batch.predicted[name] for batch in batches])).T
-                found[name] = self.predictors[name].advantages(scores[name], predicted)
-                self.predictors[name].update(scores[name], predicted)
+                found[name] = self.predictors[name].advantages(scores[name], predicted, running.mean)
+                self.predictors[name].update(scores[name], predicted, running.mean)
             else:
                 found[name] = leave_one_out(scores[name], running.mean)
             running.update(scores[name])
@@ -1420,7 +1435,7 @@ class Estimator:
             self.subchain.update(seen)
 
 
-def print_plan(accelerator, args, schedule, num_prompts, trainable):
+def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, trainable):
     """The arithmetic of the run as one table."""
     images_per_step = images_of_a_step(args, accelerator)
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
@@ -1447,6 +1462,8 @@ def print_plan(accelerator, args, schedule, num_prompts, trainable):
         + (" at most" if args.gradient_estimator == "alignprop" else "")
         + (" (on average)" if args.branches else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else ""),
+        "pictures scored per step": f"{images_per_step * (1 + len(predicted_steps))}"
+        + (f" = {images_per_step} + {len(predicted_steps)} predictions of each" if predicted_steps else ""),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
         "trainable parameters": f"{sum(p.numel() for p in trainable):,}",
     }
@@ -1862,15 +1879,14 @@ class Scorer:
             raise RunError(str(error)) from error
 
     def predictions(self, trajectory, prompts):
-        """The rewards of the pictures predicted at each step, {"total", "black_box"} -> (B, T + 1)."""
-        steps = trajectory.predictions[1:][: self.args.baseline_steps]
-        scores, _ = self(torch.cat(steps), prompts * len(steps), vae=self.baseline_vae)
-        predicted = {}
-        for name in ("total", "black_box"):
-            by_step = torch.zeros(self.args.num_inference_steps + 1, len(prompts), device=self.accelerator.device)
-            by_step[1 : len(steps) + 1] = scores[name].view(len(steps), -1)
-            predicted[name] = by_step.T
-        return predicted
+        """The rewards of the pictures predicted at each step, {"total", "black_box"} -> (B, T + 1), NaN where none was."""
+        steps = list(trajectory.predictions)
+        scores, _ = self(torch.cat(list(trajectory.predictions.values())), prompts * len(steps), vae=self.baseline_vae)
+        shape, device = (self.args.num_inference_steps + 1, len(prompts)), self.accelerator.device
+        predicted = {name: torch.full(shape, float("nan"), device=device) for name in ("total", "black_box")}
+        for name, by_step in predicted.items():
+            by_step[steps] = scores[name].view(len(steps), -1)
+        return {name: by_step.T for name, by_step in predicted.items()}
 
 
 def base_mean(chain, unet):
@@ -1970,7 +1986,7 @@ def average_gradients(args, accelerator, trainable):
     return grad_norm
 
 
-def metrics_of(accelerator, step, schedule, scores, swept, grad_norm, learning_rate, seconds):
+def metrics_of(accelerator, step, schedule, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
     """The line of an optimizer step in metrics.jsonl."""
     num_images = len(scores["total"])
     figures = {
@@ -1985,6 +2001,7 @@ def metrics_of(accelerator, step, schedule, scores, swept, grad_norm, learning_r
         "num_images": num_images,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "gamma_mean": sum(gammas) / len(gammas),
+        "predicted_steps": len(predicted_steps),
         "seconds": seconds,
         "images_per_second": num_images / seconds,
         "learning_rate": learning_rate,
@@ -2339,14 +2356,14 @@ def main(args):
     if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
-    print_plan(accelerator, args, schedule, len(prompts), trainable)
-    predict = args.baseline == "predicted_x0"
+    print_plan(accelerator, args, schedule, estimator.predicted_steps(schedule), len(prompts), trainable)
     with record.running():
         for step in record.steps():
             started = time.perf_counter()
 
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
+            predict = estimator.predicted_steps(schedule)
             keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
@@ -2379,7 +2396,7 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(accelerator, step, schedule, scores, swept, grad_norm, learning_rate, seconds)
+            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
             record.after_step(line)
     record.finish(load_pipeline, rewards, prompts)
 

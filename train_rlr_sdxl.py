@@ -180,14 +180,14 @@ def main(args):
     if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
-    print_plan(accelerator, args, schedule, len(prompts), trainable)
-    predict = args.baseline == "predicted_x0"
+    print_plan(accelerator, args, schedule, estimator.predicted_steps(schedule), len(prompts), trainable)
     with record.running():
         for step in record.steps():
             started = time.perf_counter()
 
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
+            predict = estimator.predicted_steps(schedule)
             keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
@@ -220,7 +220,7 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(accelerator, step, schedule, scores, swept, grad_norm, learning_rate, seconds)
+            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
             record.after_step(line)
     record.finish(load_xl_pipeline, rewards, prompts)
 

@@ -275,12 +275,15 @@ def measure_toy(seed, batches, batch_size, warmup=4):
         chosen[f"rlr .9, sweep_fraction {fraction}"] = swept(T, lambda n, p=fraction: thin_out(rlr(n, 0.9, True), p))
     draws = {name: [] for name in chosen}
     for i in range(warmup + batches):
-        trajectory = rollout(chain, torch.randn(batch_size, 4, dtype=torch.float64), predict=True)
+        trajectory = rollout(
+            chain, torch.randn(batch_size, 4, dtype=torch.float64), predict=range(1, chain.num_steps + 1)
+        )
         x_0 = trajectory.latents[0]
         rewards = chain.reward(x_0)
         with torch.no_grad():
             predicted = torch.stack(
-                [torch.zeros_like(rewards)] + [chain.reward(p) for p in trajectory.predictions[1:]]
+                [torch.full_like(rewards, torch.nan)]
+                + [chain.reward(trajectory.predictions[k]) for k in range(1, chain.num_steps + 1)]
             )
         sample = Sample(
             chain=chain,
@@ -347,7 +350,7 @@ class TinyStableDiffusion:
         """One run, as a `Sample` for each kind of reward."""
         prompts = random.choices(self.captions, k=batch_size)
         chain = self.chain(prompts)
-        trajectory = rollout(chain, torch.randn(batch_size, 4, 8, 8), predict=True)
+        trajectory = rollout(chain, torch.randn(batch_size, 4, 8, 8), predict=range(1, chain.num_steps + 1))
         samples = {}
         for kind in kinds:
             rough = kind == "rough"
@@ -362,7 +365,7 @@ class TinyStableDiffusion:
                 return rewards.detach(), torch.autograd.grad(rewards.sum(), x_0)[0]
 
             rewards, reward_grad = reward_and_grad(trajectory.latents[0])
-            predicted = torch.stack([torch.zeros(batch_size)] + [reward(p) for p in trajectory.predictions[1:]])
+            predicted = [reward(trajectory.predictions[k]) for k in range(1, chain.num_steps + 1)]
             samples[kind] = Sample(
                 chain=chain,
                 trajectory=trajectory,

@@ -76,7 +76,8 @@ class PredictedReward:
         A_k = (R - s_k P_k) - mean of (R - s_k P_k) over the other pictures,     s_k = cov(R, P_k) / var(P_k)
 
     x0_hat(x_k) is known before z_k is drawn, and s_k comes from earlier batches only, so this is a baseline: the step's
-    own noise is what A_k has left. Until there is a batch s_k = 0, plain leave-one-out.
+    own noise is what A_k has left. Until there is a batch s_k = 0, plain leave-one-out. A single picture has no others,
+    and is compared with earlier batches.
 
     Args:
         num_steps: T.
@@ -85,30 +86,40 @@ class PredictedReward:
 
     def __init__(self, num_steps, decay=0.9):
         self.decay = decay
-        self.moments = torch.zeros(2, num_steps + 1, dtype=torch.float64)
+        # Of R and P_k, of P_k, the sum of P_k and its weight, over the batches in which step k was predicted.
+        self.moments = torch.zeros(4, num_steps + 1, dtype=torch.float64)
 
     def slopes(self):
         """s_k for k = 0..T, (T + 1,) in float64; 0 where nothing has been predicted."""
-        covariance, variance = self.moments
+        covariance, variance = self.moments[:2]
         return torch.where(variance > 0, covariance / variance, torch.zeros_like(variance))
 
-    def advantages(self, rewards, predicted):
+    def _centred(self, predicted):
+        """P_k less its mean over the pictures, or for a single one over earlier batches; 0 where there is neither."""
+        _, _, total, weight = self.moments
+        means = predicted.mean(1) if predicted.shape[1] > 1 else (total / weight).to(predicted)
+        return (predicted - means[:, None]).nan_to_num()
+
+    def advantages(self, rewards, predicted, running_mean=None):
         """A_k for k = 0..T, (T + 1, N).
 
         Args:
             rewards: R, (N,).
-            predicted: P_k, (T + 1, N); a row of zeros where a step has none, which leaves it leave-one-out.
+            predicted: P_k, (T + 1, N); a row of NaN where a step has none, which leaves it leave-one-out.
+            running_mean: as in `leave_one_out`.
         """
-        residuals = rewards - self.slopes().to(rewards)[:, None] * predicted
         count = len(rewards)
-        return (residuals - residuals.mean(1, keepdim=True)) * count / max(count - 1, 1)
+        known = self.slopes().to(rewards)[:, None] * self._centred(predicted)
+        return leave_one_out(rewards, running_mean) - known * count / max(count - 1, 1)
 
-    def update(self, rewards, predicted):
+    def update(self, rewards, predicted, running_mean=None):
         """Take in a batch, after it has been used."""
         rewards, predicted = rewards.double().cpu(), predicted.double().cpu()
-        centred = predicted - predicted.mean(1, keepdim=True)
-        new = torch.stack([(centred * (rewards - rewards.mean())).mean(1), centred.square().mean(1)])
-        self.moments = self.decay * self.moments + (1 - self.decay) * new
+        centred = self._centred(predicted)
+        deviations = rewards - (rewards.mean() if len(rewards) > 1 else running_mean or 0.0)
+        new = [(centred * deviations).mean(1), centred.square().mean(1), predicted.mean(1), torch.ones(len(predicted))]
+        new, seen = torch.stack(new), predicted.isfinite().all(1)
+        self.moments[:, seen] = (self.decay * self.moments + (1 - self.decay) * new)[:, seen]
 
     def state_dict(self):
         return {"moments": self.moments.tolist()}

@@ -14,7 +14,6 @@
 """Running a chain forward."""
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 
@@ -28,19 +27,19 @@ class Trajectory:
     Attributes:
         latents: `latents[k]` is x_k (B, ...) for k = 0..T; `latents[T]` is where the run started.
         noises: `noises[k]` is z_k (B, ...) for k = 1..T with unit variance; `noises[0]` is `None`.
-        predictions: `predictions[k]` is the predicted x_0 (B, ...) at x_k for k = 1..T, if asked for, else `None`.
+        predictions: {k: the predicted x_0 (B, ...) at x_k} of the steps for which it was asked.
         kept: {k: (x_k, mu_k(x_k))} of the steps whose graph was kept, (B, ...) each, for the first sweep that follows; it
             uses them up.
     """
 
     latents: list
     noises: list
-    predictions: Optional[list] = None
+    predictions: dict = field(default_factory=dict)
     kept: dict = field(default_factory=dict)
 
 
 @torch.no_grad()
-def rollout(chain, x_T, generator=None, predict=False, keep=()):
+def rollout(chain, x_T, generator=None, predict=(), keep=()):
     """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph but those of the steps to keep.
 
     Args:
@@ -48,25 +47,25 @@ def rollout(chain, x_T, generator=None, predict=False, keep=()):
         x_T: (B, ...), the latents to start from.
         generator: a `torch.Generator`, a list of B of them, or `None` for the global one. A generator that drew x_T
             before goes on to draw what a diffusers pipeline draws, so the run ends in the pipeline's own picture.
-        predict: keep the predicted x_0 of every step; the chain then also needs
+        predict: steps k whose predicted x_0 is returned too; the chain then also needs
             `predict(k, x) -> (mu_k(x), x0_hat(x))`.
         keep: steps k whose graphs are kept, which the sweep then need not compute again: memory for time.
     """
-    num_steps, kept = chain.num_steps, {}
-    latents, noises, predictions = [None] * num_steps + [x_T], [None] * (num_steps + 1), [None] * (num_steps + 1)
+    num_steps, predictions, kept = chain.num_steps, {}, {}
+    latents, noises = [None] * num_steps + [x_T], [None] * (num_steps + 1)
     # All of them first: noise of a generator on the CPU has to be carried over, for which a GPU would be waited for.
     for k in range(num_steps, 0, -1):
         noises[k] = randn_tensor(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
     for k in range(num_steps, 0, -1):
         x = latents[k].detach().requires_grad_(k in keep)
         with torch.set_grad_enabled(k in keep):
-            mean, prediction = chain.predict(k, x) if predict else (chain.mean(k, x), None)
+            mean, prediction = chain.predict(k, x) if k in predict else (chain.mean(k, x), None)
         if k in keep:
             kept[k] = x, mean
-        if predict:
+        if k in predict:
             predictions[k] = prediction.detach()
         latents[k - 1] = mean.detach() + chain.sigma(k) * noises[k]
-    return Trajectory(latents, noises, predictions if predict else None, kept)
+    return Trajectory(latents, noises, predictions, kept)
 
 
 @torch.no_grad()

@@ -256,7 +256,7 @@ def test_predicted_reward_is_a_regression_on_earlier_batches():
     torch.manual_seed(0)
     baseline = PredictedReward(2)
     predicted = torch.randn(3, 4000, dtype=torch.float64)
-    predicted[0] = 0
+    predicted[0] = torch.nan
     rewards = 3 * predicted[1] + 0.1 * torch.randn(4000, dtype=torch.float64) + 7
     torch.testing.assert_close(baseline.advantages(rewards, predicted)[2], leave_one_out(rewards))
     baseline.update(rewards, predicted)
@@ -269,7 +269,27 @@ def test_predicted_reward_is_a_regression_on_earlier_batches():
     torch.testing.assert_close(advantages[1, 0], rewards[0] - slopes[1] * predicted[1, 0] - others.mean())
     restored = PredictedReward(2)
     restored.load_state_dict(json.loads(json.dumps(baseline.state_dict())))
-    assert torch.equal(restored.slopes(), slopes)
+    assert torch.equal(restored.advantages(rewards, predicted), advantages)
+    # A step that is not predicted for a while is remembered.
+    baseline.update(rewards[:9], torch.full((3, 9), torch.nan))
+    assert torch.equal(baseline.moments, restored.moments)
+
+
+def test_a_single_picture_is_compared_with_earlier_ones():
+    """Batches of one: the rewards' running mean and the predictions' stand in for the other pictures."""
+    torch.manual_seed(0)
+    baseline, running, advantages = PredictedReward(1, decay=0.99), RunningReward(0.99), []
+    for _ in range(2000):
+        predicted = torch.randn(1, dtype=torch.float64) + 5
+        rewards = 3 * predicted + 0.1 * torch.randn(1, dtype=torch.float64) + 7
+        predicted = torch.stack([torch.full_like(predicted, torch.nan), predicted])
+        advantages.append(baseline.advantages(rewards, predicted, running.mean)[:, 0])
+        baseline.update(rewards, predicted, running.mean)
+        running.update(rewards)
+    assert advantages[0][1] == advantages[0][0] and advantages[0][0] != 0  # nothing is known yet
+    plain, known = torch.stack(advantages[1000:]).T
+    assert plain.std() == pytest.approx(3, rel=0.1) and abs(known.mean()) < 0.1
+    assert known.std() < 0.2
 
 
 def test_adaptive_mixing_survives_a_checkpoint_and_refuses_another_chain():

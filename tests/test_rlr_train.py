@@ -510,7 +510,7 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--adapter_path", "/nowhere"], "--adapter_path '/nowhere' cannot be loaded"),
         (["--branches", "2"], "--branches 2 is for black boxes"),
         (["--branches", "2", "--gradient_estimator", "ddpo"], "--branches 2 needs --gradient_estimator rlr"),
-        (["--baseline_vae", "x"], "needs --baseline predicted_x0"),
+        (["--baseline_vae", "x", "--baseline", "none"], "--baseline_vae 'x' needs --baseline auto or predicted_x0"),
         (["--baseline_vae", "/nowhere", "--baseline", "predicted_x0"], "--baseline_vae '/nowhere' cannot be loaded"),
         (["--gradient_estimator", "magic"], "'magic', known are: rlr, rlr_paper, full_bp"),
         (["--prompts", "nowhere.txt"], "prompts 'nowhere.txt': no such file"),
@@ -666,6 +666,41 @@ def test_a_tiny_autoencoder_may_decode_the_predictions(tmp_path):
     train(tmp_path / "own", *flags)
     train(tmp_path / "tiny", *flags, "--baseline_vae", str(tmp_path / "taesd"))
     assert not same_adapter(tmp_path / "own", tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("flags", "same_as", "predicted"),
+    [
+        ([], "leave_one_out", [0, 0]),
+        (["--reward", "jpeg_compressibility"], "predicted_x0", [4, 4]),
+        (["--reward", "aesthetic,jpeg_compressibility", "--baseline_steps", "2"], "predicted_x0", [2, 2]),
+        (["--reward", "jpeg_compressibility", "--gradient_estimator", "ddpo"], "leave_one_out", [0, 0]),
+    ],
+)
+def test_the_default_baseline_predicts_what_has_no_gradient(tmp_path, flags, same_as, predicted):
+    flags = [*flags, "--num_inference_steps", "4", "--learning_rate", "1e-3"]
+    metrics = train(tmp_path / "auto", *flags)
+    train(tmp_path / "named", *flags, "--baseline", same_as)
+    assert [line["predicted_steps"] for line in metrics] == predicted
+    assert same_adapter(tmp_path / "auto", tmp_path / "named")
+
+
+def test_the_default_baseline_predicts_where_a_gradient_is_too_rough_to_lean_on(tmp_path, capsys):
+    """The mixing knows of it after the first step, and of the last step of the chain the gradient is all there is."""
+    module = tmp_path / "rough.py"
+    module.write_text("def rough(images, prompts):\n    return (1e5 * images.mean((1, 2, 3))).sin()\n")
+    flags = ["--reward", f"{module}:rough", "--max_train_steps", "3", "--num_inference_steps", "5"]
+    metrics = train(tmp_path / "out", *flags, "--train_batch_size", "4")
+    first, *later = [(line["gamma_mean"], line["predicted_steps"]) for line in metrics]
+    assert first[0] > 0.99 and first[1] == 0
+    assert all(gamma < 0.5 and steps == 4 for gamma, steps in later)
+    assert "pictures scored per step" in capsys.readouterr().out
+
+
+def test_a_single_black_box_picture_a_step_trains(tmp_path):
+    """No other picture to compare it with: the default baseline compares with earlier ones."""
+    flags = ["--reward", "jpeg_compressibility", "--train_batch_size", "1", "--learning_rate", "1e-3"]
+    assert all(line["grad_norm"] > 0 for line in train(tmp_path, *flags))
 
 
 def test_defaults_are_those_of_the_documentation():

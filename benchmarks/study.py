@@ -22,8 +22,10 @@
 Every cell is a run of train_rlr_sd.py: a reward, an estimator, a learning rate, a seed. It may cost --budget seconds of bare
 network calls, forwards and vector-Jacobian products of U-Net, decoder and reward, whose prices are measured once, taking
 turns, and are then the same for all; so neither the load of the machine nor the speed of anybody's own code makes a
-winner. Each estimator has for each reward the learning rate that is best on a seed of its own: of a grid that is doubled
-once more, or halved, where the best is at its edge. The adapters are judged on pictures of fixed seeds, from which no run
+winner. Each estimator has for each reward a learning rate of its own: of a grid that is doubled once more, or halved, where
+the best is at its edge, the two that are best on one seed are tried on a second, and the better in the mean is taken. Best
+is the highest reward among the runs that leave half of the base model's held-out reward: rates that destroy the pictures
+would win wherever a reward likes noise, and nobody would train with them. The adapters are judged on pictures of fixed seeds, from which no run
 has trained.
 
 Writes study_prices.csv, study_cells.csv (a row a run) and study_curves.csv (training rewards by compute) as it goes, and
@@ -77,6 +79,7 @@ PAPER = ["--gradient_estimator", "rlr_paper", "--subchain_length", "2", "--rest"
 ESTIMATORS = {
     "rlr": [],
     "rlr, predicted_x0": ["--baseline", "predicted_x0"],
+    "rlr, leave_one_out": ["--baseline", "leave_one_out"],
     "rlr, per_prompt": ["--baseline", "per_prompt", "--images_per_prompt", "2"],
     "rlr, no baseline": ["--baseline", "none"],
     "rlr_paper, zeroth_order": [*PAPER, "zeroth_order"],
@@ -94,15 +97,17 @@ COLORS = dict(
     zip(
         ESTIMATORS,
         (
-            *("#08519c", "#3182bd", "#6baed6", "#9ecae1", "#54278f", "#807dba", "#bcbddc"),
+            *("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1", "#54278f", "#807dba", "#bcbddc"),
             *("black", "green", "gold", "orange", "orangered", "darkred"),
         ),
     )
 )
 NEED_GRADIENT = ("full_bp", "alignprop", "truncated_bp 1", "truncated_bp 5", "draft_lv")
+# Where the default baseline predicts, and where it is leave-one-out and nothing else.
+PREDICT = ("rough", "black box")
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
 EDGES = {5e-3: 2.5e-3, 2e-2: 4e-2}
-TUNING_SEED = 100
+TUNING_SEEDS = (100, 101)
 SEEDS = range(5)
 
 
@@ -187,6 +192,13 @@ def measure_prices(settings, rounds):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def estimators_of(reward, prices):
+    """Those that can do something of their own with a reward."""
+    has_gradient = f"gradient {reward}" in prices
+    names = [name for name in ESTIMATORS if has_gradient or name not in NEED_GRADIENT]
+    return [name for name in names if name != "rlr, leave_one_out" or reward in PREDICT]
+
+
 def price_of(reward, estimator, prices, num_steps):
     """Seconds of bare calls that a picture costs; of alignprop, whose length is drawn, in the mean."""
     swept = {
@@ -201,7 +213,7 @@ def price_of(reward, estimator, prices, num_steps):
     scoring = score if gradient is None or estimator == "ddpo" else gradient
     if estimator == "draft_lv":
         scoring = score + 2 * gradient
-    if estimator == "rlr, predicted_x0":
+    if estimator == "rlr, predicted_x0" or (estimator == "rlr" and reward in PREDICT):
         scoring += num_steps * score
     # Where the graphs of the rollout are kept, a swept step's forward is the rollout's.
     forwards = num_steps - swept if graphs_of(estimator, num_steps) else num_steps
@@ -214,11 +226,11 @@ def step_price(reward, estimator, prices, settings):
 
 
 def run_cell(cell, settings, steps):
-    """Train and judge: the row of a run and its curve, rows of training rewards by optimizer step. No step is the base
-    model."""
+    """Train and judge: the row of a run, with the steps of the chain at which the baseline predicted a picture in the
+    mean, and its curve, rows of training rewards by optimizer step. No step is the base model."""
     torch.set_num_threads(1)
     trained, other = REWARDS[cell.reward]
-    flags, means = [*flags_of(settings), "--reward", trained], []
+    flags, metrics = [*flags_of(settings), "--reward", trained], []
     if steps > 0:
         flags += [*ESTIMATORS[cell.estimator], *graphs_of(cell.estimator, settings.num_steps)]
         flags += [f"--learning_rate={cell.learning_rate}", f"--seed={cell.seed}", f"--max_train_steps={steps}"]
@@ -229,7 +241,7 @@ def run_cell(cell, settings, steps):
             if steps > 0:
                 main(args)
                 with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-                    means = [json.loads(line)["reward_mean"] for line in file]
+                    metrics = [json.loads(line) for line in file]
                 pipeline.load_lora_weights(folder)
             images = generate(pipeline, prompts, args)
             features, real_ink = judges()
@@ -239,11 +251,13 @@ def run_cell(cell, settings, steps):
     row = {
         **cell._asdict(),
         "steps": steps,
+        "predicted": sum(line["predicted_steps"] for line in metrics) / max(steps, 1),
         "final": total.mean().item(),
         "other": scores[other].mean().item(),
         "diversity": summary["diversity"],
         "nearest_real": torch.cdist(ink(images), real_ink).amin(1).mean().item(),
     }
+    means = [line["reward_mean"] for line in metrics]
     window = max(1, len(means) // 12)
     curve = [
         {**cell._asdict(), "step": i + len(part) / 2, "reward_mean": sum(part) / len(part)}
@@ -253,7 +267,7 @@ def run_cell(cell, settings, steps):
     return row, curve
 
 
-FIELDS = [*Cell._fields, "steps", "final", "other", "diversity", "nearest_real"]
+FIELDS = [*Cell._fields, "steps", "predicted", "final", "other", "diversity", "nearest_real"]
 CURVE_FIELDS = [*Cell._fields, "step", "reward_mean"]
 
 
@@ -281,10 +295,32 @@ def cell_of(row):
     return Cell(row["reward"], row["estimator"], row["learning_rate"], int(row["seed"]))
 
 
-def best_learning_rate(rows, reward, estimator):
-    """The one whose run on the seed for that ended highest, or `None` if there is none."""
-    own = [row for row in rows if cell_of(row)[::3] == (reward, TUNING_SEED) and row["estimator"] == estimator]
-    return max(own, key=lambda row: row["final"])["learning_rate"] if own else None
+def best_learning_rates(rows, reward, estimator):
+    """Those that were tried on the most tuning seeds, the best first: the one with the highest final reward in the mean,
+    of those that leave half of the base model's held-out reward; then the others, by what they leave of it."""
+    base = [row["other"] for row in rows if (row["reward"], row["estimator"]) == (reward, "base")]
+    runs = {}
+    for row in rows:
+        if row["seed"] in TUNING_SEEDS and (row["reward"], row["estimator"]) == (reward, estimator):
+            runs.setdefault(row["learning_rate"], []).append(row)
+    most = max(map(len, runs.values()), default=0)
+    means = {
+        rate: [statistics.mean(row[name] for row in own) for name in ("final", "other")]
+        for rate, own in runs.items()
+        if len(own) == most
+    }
+
+    def rank(rate):
+        final, other = means[rate]
+        return (True, final) if other >= base[0] / 2 else (False, other)
+
+    return sorted(means, key=rank, reverse=True)
+
+
+def best_of(table_file, pairs, seed):
+    """{(reward, estimator): learning rates, the best first}, by the runs on the tuning seeds up to this one."""
+    rows = [row for row in read_rows(table_file) if row["seed"] <= seed]
+    return {pair: best_learning_rates(rows, *pair) for pair in pairs}
 
 
 def run_missing(cells, done, settings, prices, table_file, curve_file, header, workers):
@@ -303,7 +339,7 @@ def run_missing(cells, done, settings, prices, table_file, curve_file, header, w
             except SystemExit as error:  # such as a gradient that is not finite: it has lost
                 tqdm.write(f"{futures[future]}: {error}")
                 row, curve = {**dict.fromkeys(FIELDS, float("nan")), **futures[future]._asdict()}, []
-                row["final"] = -float("inf")
+                row["final"] = row["other"] = -float("inf")
             append_rows(curve_file, curve, CURVE_FIELDS, header)
             append_rows(table_file, [row], FIELDS, header)
             done.add(futures[future])
@@ -311,8 +347,12 @@ def run_missing(cells, done, settings, prices, table_file, curve_file, header, w
 
 def finals_of(rows, reward, estimator, cells):
     """Of rows of cells or curves those of the seeds, at the learning rate that the cells have chosen."""
-    rate = 0.0 if estimator == "base" else best_learning_rate(cells, reward, estimator)
-    return [row for row in rows if row["seed"] in SEEDS and cell_of(row)[:3] == (reward, estimator, rate)]
+    rates = [0.0] if estimator == "base" else best_learning_rates(cells, reward, estimator)[:1]
+    return [
+        row
+        for row in rows
+        if row["seed"] in SEEDS and cell_of(row)[:3] in [(reward, estimator, rate) for rate in rates]
+    ]
 
 
 def summarize(cells):
@@ -395,7 +435,7 @@ def plot(table, curves, cells, prices, settings, path):
         by_name = {row["estimator"]: row for row in table[reward]}
         if "base" in by_name:
             below.plot(by_name["base"]["other"], by_name["base"]["final"], "k*", ms=14, label="base model")
-        for marker, (name, color) in zip("os^Dv<>pP*hXd", COLORS.items()):
+        for marker, (name, color) in zip("os8^Dv<>pP*hXd", COLORS.items()):
             if name not in by_name:
                 continue
             row = by_name[name]
@@ -419,8 +459,9 @@ def run(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Three runs of one step, to see that it works.")
     parser.add_argument("--report", action="store_true", help="Run nothing; table and plot of what is there.")
-    parser.add_argument("--budget", type=float, default=22.0, help="Seconds of bare calls of a run.")
-    parser.add_argument("--batch_size", type=int, default=4, help="Pictures of an optimizer step.")
+    parser.add_argument("--budget", type=float, default=50.0, help="Seconds of bare calls of a run.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Pictures of an optimizer step.")
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS), help="Those to go on with.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each.")
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     args = parser.parse_args(input_args)
@@ -449,35 +490,30 @@ def run(input_args=None):
         append_rows(price_file, rows, ["call", "seconds"], header)
     prices = {row["call"]: row["seconds"] for row in read_rows(price_file)}
 
-    possible = {
-        reward: [name for name in ESTIMATORS if f"gradient {reward}" in prices or name not in NEED_GRADIENT]
-        for reward in REWARDS
-    }
     if not args.report:
         done = {cell_of(row) for row in read_rows(table_file)}
-        common = (settings, prices, table_file, curve_file, header, args.workers)
-        base = [Cell(reward, "base", 0.0, 0) for reward in REWARDS]
-        tuning = [
-            Cell(reward, estimator, learning_rate, TUNING_SEED)
-            for reward in REWARDS
-            for estimator in possible[reward]
-            for learning_rate in LEARNING_RATES
-        ]
+
+        def finish(*cells):
+            run_missing(cells, done, settings, prices, table_file, curve_file, header, args.workers)
+
+        first, second = TUNING_SEEDS
+        chosen = {reward: estimators_of(reward, prices) for reward in args.rewards}
         if args.quick:
-            base, tuning = base[:1], [cell for cell in tuning if cell[:2] == ("rough", "rlr, predicted_x0")]
-        run_missing(base + tuning, done, *common)
-        chosen = list(dict.fromkeys(cell[:2] for cell in tuning))
-
-        def best_rates():
-            rows = read_rows(table_file)
-            return {pair: best_learning_rate(rows, *pair) for pair in chosen}
-
-        if not args.quick:
-            further = [Cell(*pair, EDGES[rate], TUNING_SEED) for pair, rate in best_rates().items() if rate in EDGES]
-            run_missing(further, done, *common)
-        rates = best_rates()
-        final = [Cell(*pair, rates[pair], seed) for seed in SEEDS for pair in chosen]
-        run_missing(final[:2] if args.quick else final, done, *common)
+            chosen = {"rough": ["rlr, predicted_x0"]}
+        for reward, names in chosen.items():
+            pairs = [(reward, name) for name in names]
+            finish(
+                Cell(reward, "base", 0.0, 0),
+                *(Cell(*pair, learning_rate, first) for pair in pairs for learning_rate in LEARNING_RATES),
+            )
+            if not args.quick:
+                best = best_of(table_file, pairs, first)
+                finish(*(Cell(*pair, EDGES[rate], first) for pair, (rate, *_) in best.items() if rate in EDGES))
+                best = best_of(table_file, pairs, first)
+                finish(*(Cell(*pair, rate, second) for pair, rates in best.items() for rate in rates[:2]))
+            best = best_of(table_file, pairs, second)
+            final = [Cell(*pair, best[pair][0], seed) for seed in SEEDS for pair in pairs]
+            finish(*(final[:2] if args.quick else final))
 
     cells, curves = read_rows(table_file), read_rows(curve_file)
     table = summarize(cells)

@@ -1359,10 +1359,12 @@ class Estimator:
             return list(steps) if args.baseline == "predicted_x0" else []
         if args.gradient_estimator != "rlr" or args.branches:
             return []
-        # It divides the likelihood ratio's variance by up to 40 (docs/estimators.md) for about a third of a step's price,
-        # which pays where that has a share of a few per cent.
-        matters = [k for k in schedule.swept if not self.rewards.differentiable or 1 - schedule.mixing[k] > 0.05]
-        return [k for k in matters if k in steps]
+        swept = [k for k in schedule.swept if k in steps]
+        if self.rewards.differentiable:
+            # Where the likelihood ratio has a share, a much less noisy one is worth its price; and in the last half of the
+            # chain, where the prediction knows most of the picture, and small sigmas make for the most noise.
+            swept = [k for k in swept if k <= args.num_inference_steps / 2 and 1 - schedule.mixing[k] > 0.05]
+        return swept
 
     def check(self, schedule, chain):
         """Refuse a schedule that the chain cannot be swept by.

@@ -365,7 +365,8 @@ class TinyStableDiffusion:
                 return rewards.detach(), torch.autograd.grad(rewards.sum(), x_0)[0]
 
             rewards, reward_grad = reward_and_grad(trajectory.latents[0])
-            predicted = [reward(trajectory.predictions[k]) for k in range(1, chain.num_steps + 1)]
+            predicted = [torch.full((batch_size,), torch.nan)]
+            predicted += [reward(trajectory.predictions[k]) for k in range(1, chain.num_steps + 1)]
             samples[kind] = Sample(
                 chain=chain,
                 trajectory=trajectory,
@@ -373,7 +374,7 @@ class TinyStableDiffusion:
                 reward_and_grad=reward_and_grad,
                 rewards=rewards,
                 reward_grad=None if kind == "black box" else reward_grad,
-                predicted=predicted,
+                predicted=torch.stack(predicted),
                 parameters=self.parameters,
             )
         return samples

@@ -103,8 +103,8 @@ COLORS = dict(
     )
 )
 NEED_GRADIENT = ("full_bp", "alignprop", "truncated_bp 1", "truncated_bp 5", "draft_lv")
-# Where the default baseline predicts, and where it is leave-one-out and nothing else.
-PREDICT = ("rough", "black box")
+# The share of the steps at which the default baseline predicts at most; elsewhere it is leave-one-out and nothing else.
+PREDICTED = {"rough": 0.5, "black box": 1.0}
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
 EDGES = {5e-3: 2.5e-3, 2e-2: 4e-2}
 TUNING_SEEDS = (100, 101)
@@ -196,7 +196,7 @@ def estimators_of(reward, prices):
     """Those that can do something of their own with a reward."""
     has_gradient = f"gradient {reward}" in prices
     names = [name for name in ESTIMATORS if has_gradient or name not in NEED_GRADIENT]
-    return [name for name in names if name != "rlr, leave_one_out" or reward in PREDICT]
+    return [name for name in names if name != "rlr, leave_one_out" or reward in PREDICTED]
 
 
 def price_of(reward, estimator, prices, num_steps):
@@ -213,8 +213,8 @@ def price_of(reward, estimator, prices, num_steps):
     scoring = score if gradient is None or estimator == "ddpo" else gradient
     if estimator == "draft_lv":
         scoring = score + 2 * gradient
-    if estimator == "rlr, predicted_x0" or (estimator == "rlr" and reward in PREDICT):
-        scoring += num_steps * score
+    if estimator in ("rlr", "rlr, predicted_x0"):
+        scoring += score * num_steps * (PREDICTED.get(reward, 0.0) if estimator == "rlr" else 1.0)
     # Where the graphs of the rollout are kept, a swept step's forward is the rollout's.
     forwards = num_steps - swept if graphs_of(estimator, num_steps) else num_steps
     return forwards * prices["forward"] + swept * prices["vjp"] + scoring

@@ -22,11 +22,8 @@
 Every cell is a run of train_rlr_sd.py: a reward, an estimator, a learning rate, a seed. It may cost --budget seconds of bare
 network calls, forwards and vector-Jacobian products of U-Net, decoder and reward, whose prices are measured once, taking
 turns, and are then the same for all; so neither the load of the machine nor the speed of anybody's own code makes a
-winner. Each estimator has for each reward a learning rate of its own: of a grid that is doubled once more, or halved, where
-the best is at its edge, the two that are best on one seed are tried on a second, and the better in the mean is taken. Best
-is the highest reward among the runs that leave half of the base model's held-out reward: rates that destroy the pictures
-would win wherever a reward likes noise, and nobody would train with them. The adapters are judged on pictures of fixed seeds, from which no run
-has trained.
+winner. Each estimator has for each reward the learning rate of three that is best on a seed of its own. The adapters are
+judged on pictures of fixed seeds, from which no run has trained.
 
 Writes study_prices.csv, study_cells.csv (a row a run) and study_curves.csv (training rewards by compute) as it goes, and
 from them study.csv (the table) and study.png; prints the table as docs/results.md has it.
@@ -106,8 +103,7 @@ NEED_GRADIENT = ("full_bp", "alignprop", "truncated_bp 1", "truncated_bp 5", "dr
 # The share of the steps at which the default baseline predicts at most; elsewhere it is leave-one-out and nothing else.
 PREDICTED = {"rough": 0.5, "black box": 1.0}
 LEARNING_RATES = (5e-3, 1e-2, 2e-2)
-EDGES = {5e-3: 2.5e-3, 2e-2: 4e-2}
-TUNING_SEEDS = (100, 101)
+TUNING_SEED = 100
 SEEDS = range(5)
 
 
@@ -295,32 +291,11 @@ def cell_of(row):
     return Cell(row["reward"], row["estimator"], row["learning_rate"], int(row["seed"]))
 
 
-def best_learning_rates(rows, reward, estimator):
-    """Those that were tried on the most tuning seeds, the best first: the one with the highest final reward in the mean,
-    of those that leave half of the base model's held-out reward; then the others, by what they leave of it."""
-    base = [row["other"] for row in rows if (row["reward"], row["estimator"]) == (reward, "base")]
-    runs = {}
-    for row in rows:
-        if row["seed"] in TUNING_SEEDS and (row["reward"], row["estimator"]) == (reward, estimator):
-            runs.setdefault(row["learning_rate"], []).append(row)
-    most = max(map(len, runs.values()), default=0)
-    means = {
-        rate: [statistics.mean(row[name] for row in own) for name in ("final", "other")]
-        for rate, own in runs.items()
-        if len(own) == most
-    }
-
-    def rank(rate):
-        final, other = means[rate]
-        return (True, final) if other >= base[0] / 2 else (False, other)
-
-    return sorted(means, key=rank, reverse=True)
-
-
-def best_of(table_file, pairs, seed):
-    """{(reward, estimator): learning rates, the best first}, by the runs on the tuning seeds up to this one."""
-    rows = [row for row in read_rows(table_file) if row["seed"] <= seed]
-    return {pair: best_learning_rates(rows, *pair) for pair in pairs}
+def best_learning_rate(rows, reward, estimator):
+    """The one whose run on the seed for that ended highest, or `None` if there is none."""
+    own = [row for row in rows if cell_of(row)[::3] == (reward, TUNING_SEED) and row["estimator"] == estimator]
+    tried = [row for row in own if row["learning_rate"] in LEARNING_RATES]
+    return max(tried, key=lambda row: row["final"])["learning_rate"] if tried else None
 
 
 def run_missing(cells, done, settings, prices, table_file, curve_file, header, workers):
@@ -339,7 +314,7 @@ def run_missing(cells, done, settings, prices, table_file, curve_file, header, w
             except SystemExit as error:  # such as a gradient that is not finite: it has lost
                 tqdm.write(f"{futures[future]}: {error}")
                 row, curve = {**dict.fromkeys(FIELDS, float("nan")), **futures[future]._asdict()}, []
-                row["final"] = row["other"] = -float("inf")
+                row["final"] = -float("inf")
             append_rows(curve_file, curve, CURVE_FIELDS, header)
             append_rows(table_file, [row], FIELDS, header)
             done.add(futures[future])
@@ -347,12 +322,8 @@ def run_missing(cells, done, settings, prices, table_file, curve_file, header, w
 
 def finals_of(rows, reward, estimator, cells):
     """Of rows of cells or curves those of the seeds, at the learning rate that the cells have chosen."""
-    rates = [0.0] if estimator == "base" else best_learning_rates(cells, reward, estimator)[:1]
-    return [
-        row
-        for row in rows
-        if row["seed"] in SEEDS and cell_of(row)[:3] in [(reward, estimator, rate) for rate in rates]
-    ]
+    rate = 0.0 if estimator == "base" else best_learning_rate(cells, reward, estimator)
+    return [row for row in rows if row["seed"] in SEEDS and cell_of(row)[:3] == (reward, estimator, rate)]
 
 
 def summarize(cells):
@@ -400,6 +371,34 @@ def seconds_to(level, seconds, means):
     return None
 
 
+def print_tables(table):
+    """A table for each reward, and the final rewards of all in one, in Markdown."""
+    for reward, rows in table.items():
+        print(
+            f"\n**{reward}**: `{REWARDS[reward][0].replace(SINE, 'fast_sine')}`; held out: `{REWARDS[reward][1]}`\n\n"
+            "| | learning rate | steps | final reward | held out | diversity | distance to real digits |\n"
+            "|---|---|---|---|---|---|---|"
+        )
+        for row in rows:
+            runs = row["estimator"] != "base"
+            final = f"{row['final']:.3f}" + (f" ± {row['standard_error']:.3f}" if runs else "")
+            shown = [f"{row['learning_rate']:g}", f"{row['steps']}"] if runs else ["", ""]
+            shown += [final, f"{row['other']:.3f}", f"{row['diversity']:.4f}", f"{row['nearest_real']:.2f}"]
+            print(f"| {row['estimator']} | {' | '.join(shown)} |")
+    print(f"\n| | {' | '.join(table)} |\n|{'---|' * (len(table) + 1)}")
+    for estimator in ("base", *ESTIMATORS):
+        shown = []
+        for rows in table.values():
+            row = next((row for row in rows if row["estimator"] == estimator), None)
+            digits = 2 if row and abs(row["final"]) > 2 else 3
+            figure = f"{row['final']:.{digits}f}" if row else "–"
+            if row and estimator != "base":
+                figure = f"**{figure}**" if row is rows[0] else figure
+                figure += f" ± {row['standard_error']:.{digits}f}"
+            shown.append(figure)
+        print(f"| {'base model' if estimator == 'base' else f'`{estimator}`'} | {' | '.join(shown)} |")
+
+
 def judge(table, curves, cells, prices, settings):
     """What the study was to show, a line each."""
     lines = []
@@ -412,10 +411,9 @@ def judge(table, curves, cells, prices, settings):
 
     for reward, own in rows.items():
         first = [row["estimator"] for row in table[reward][:1]]
-        for name in ("rlr", "rlr, predicted_x0"):
-            for other in dict.fromkeys([*first, "full_bp", "alignprop", "ddpo"]):
-                if {name, other} <= own.keys() and other != name and own[name]["seeds"] > 1:
-                    lines.append(f"{reward}: {difference(own[name], own[other])}")
+        for other in dict.fromkeys([*first, "full_bp", "alignprop", "ddpo"]):
+            if {"rlr", other} <= own.keys() and other != "rlr" and own["rlr"]["seeds"] > 1:
+                lines.append(f"{reward}: {difference(own['rlr'], own[other])}")
     if {"rlr", "ddpo"} <= rows["smooth"].keys():
         found = {}
         for name in ("rlr", "ddpo"):
@@ -447,7 +445,7 @@ def plot(table, curves, cells, prices, settings, path):
                 row["other"], row["final"], row["standard_error"], fmt=marker, color=color, ms=8, label=name
             )
         above.set(title=reward, xlabel="seconds of bare calls", ylabel="reward of the training pictures")
-        below.set(xlabel=f"{REWARDS[reward][1]}, not trained", ylabel=f"final reward: {reward}")
+        below.set(xlabel=f"{REWARDS[reward][1]}, held out", ylabel=f"final reward: {reward}")
         for axes in (above, below):
             axes.grid(alpha=0.3)
     for axes, where in ((grid[0][0], "upper"), (grid[1][0], "lower")):
@@ -496,40 +494,21 @@ def run(input_args=None):
         def finish(*cells):
             run_missing(cells, done, settings, prices, table_file, curve_file, header, args.workers)
 
-        first, second = TUNING_SEEDS
         chosen = {reward: estimators_of(reward, prices) for reward in args.rewards}
         if args.quick:
             chosen = {"rough": ["rlr, predicted_x0"]}
         for reward, names in chosen.items():
-            pairs = [(reward, name) for name in names]
-            finish(
-                Cell(reward, "base", 0.0, 0),
-                *(Cell(*pair, learning_rate, first) for pair in pairs for learning_rate in LEARNING_RATES),
-            )
-            if not args.quick:
-                best = best_of(table_file, pairs, first)
-                finish(*(Cell(*pair, EDGES[rate], first) for pair, (rate, *_) in best.items() if rate in EDGES))
-                best = best_of(table_file, pairs, first)
-                finish(*(Cell(*pair, rate, second) for pair, rates in best.items() for rate in rates[:2]))
-            best = best_of(table_file, pairs, second)
-            final = [Cell(*pair, best[pair][0], seed) for seed in SEEDS for pair in pairs]
+            tuning = [Cell(reward, name, rate, TUNING_SEED) for name in names for rate in LEARNING_RATES]
+            finish(Cell(reward, "base", 0.0, 0), *tuning)
+            rows = read_rows(table_file)
+            best = {name: best_learning_rate(rows, reward, name) for name in names}
+            final = [Cell(reward, name, rate, seed) for seed in SEEDS for name, rate in best.items()]
             finish(*(final[:2] if args.quick else final))
 
     cells, curves = read_rows(table_file), read_rows(curve_file)
     table = summarize(cells)
     rows = [row for reward in REWARDS for row in table[reward]]
-    for reward in REWARDS:
-        print(
-            f"\n**{reward}**: `{REWARDS[reward][0].replace(SINE, 'fast_sine')}`; not trained: `{REWARDS[reward][1]}`\n\n"
-            "| | learning rate | steps | final reward | not trained | diversity | distance to real digits |\n"
-            "|---|---|---|---|---|---|---|"
-        )
-        for row in table[reward]:
-            runs = row["estimator"] != "base"
-            final = f"{row['final']:.3f}" + (f" ± {row['standard_error']:.3f}" if runs else "")
-            shown = [f"{row['learning_rate']:g}", f"{row['steps']}"] if runs else ["", ""]
-            shown += [final, f"{row['other']:.3f}", f"{row['diversity']:.4f}", f"{row['nearest_real']:.2f}"]
-            print(f"| {row['estimator']} | {' | '.join(shown)} |")
+    print_tables(table)
     print("", *judge(table, curves, cells, prices, settings), sep="\n")
     write_csv(rows, os.path.join(args.out, "study.csv"), header)
     plot(table, curves, cells, prices, settings, os.path.join(args.out, "study.png"))

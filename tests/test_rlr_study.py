@@ -19,9 +19,9 @@ from study import (
     ESTIMATORS,
     LEARNING_RATES,
     SEEDS,
-    TUNING_SEEDS,
+    TUNING_SEED,
     Cell,
-    best_learning_rates,
+    best_learning_rate,
     cell_of,
     fast_sine,
     price_of,
@@ -39,8 +39,8 @@ def test_the_study_in_short_and_again(tmp_path, capsys):
     files = {"study_prices.csv", "study_cells.csv", "study_curves.csv", "study.csv", "study.png"}
     assert {path.name for path in tmp_path.iterdir()} == files
     cells = read_rows(tmp_path / "study_cells.csv")
-    tuned = [("rough", "rlr, predicted_x0", rate, TUNING_SEEDS[0]) for rate in LEARNING_RATES]
-    best = best_learning_rates(cells, "rough", "rlr, predicted_x0")[0]
+    tuned = [("rough", "rlr, predicted_x0", rate, TUNING_SEED) for rate in LEARNING_RATES]
+    best = best_learning_rate(cells, "rough", "rlr, predicted_x0")
     final = [("rough", "rlr, predicted_x0", best, seed) for seed in SEEDS[:2]]
     assert {cell_of(row) for row in cells} == {("rough", "base", 0.0, 0), *tuned, *final}
     assert all(row["predicted"] == (3 if row["steps"] else 0) for row in cells)
@@ -103,15 +103,11 @@ def test_numbers_are_read_back_as_they_were_written(tmp_path):
     assert read_rows(path) == [{"reward": "smooth", "final": 0.1 + 0.2}]
 
 
-def test_the_learning_rate_is_chosen_on_the_most_seeds_among_those_that_leave_pictures():
-    """Of the two best of the first seed the better in the mean of both; one that was tried on the first alone is out."""
-    tried = [(0.01, 100, 5.0), (0.02, 100, 9.0), (0.04, 100, 8.0), (0.02, 101, 4.0), (0.04, 101, 7.0), (0.01, 0, 99.0)]
-    rows = [{**Cell("smooth", "rlr", *cell)._asdict(), "final": final, "other": 0.7} for *cell, final in tried]
-    rows += [{**Cell(reward, "base", 0.0, 0)._asdict(), "final": 1.0, "other": 0.8} for reward in ("smooth", "text")]
-    assert best_learning_rates(rows, "smooth", "rlr") == [0.04, 0.02]
-    assert best_learning_rates(rows[:3] + rows[6:], "smooth", "rlr") == [0.02, 0.04, 0.01]
-    assert best_learning_rates(rows, "text", "rlr") == []
-    rows[2]["other"] = 0.05  # less than half of .8 in the mean with .7
-    assert best_learning_rates(rows, "smooth", "rlr") == [0.02, 0.04]
-    rows[3]["final"] = rows[3]["other"] = -float("inf")  # has not come to its end
-    assert best_learning_rates(rows, "smooth", "rlr") == [0.04, 0.02]
+def test_the_learning_rate_is_the_best_on_its_seed():
+    tried = [(0.005, 100, 1.0), (0.01, 100, 3.0), (0.02, 100, 2.0), (0.04, 100, 8.0), (0.02, 101, 9.0), (0.02, 0, 9.0)]
+    rows = [{**Cell("smooth", "rlr", *cell)._asdict(), "final": final} for *cell, final in tried]
+    rows += [{**rows[0], "reward": "text"}]
+    assert best_learning_rate(rows, "smooth", "rlr") == 0.01  # 0.04 is none of the three
+    assert best_learning_rate(rows[4:], "smooth", "rlr") is None
+    rows[1]["final"] = -float("inf")  # has not come to its end
+    assert best_learning_rate(rows, "smooth", "rlr") == 0.02

@@ -427,9 +427,10 @@ def judge(table, curves, cells, prices, settings):
 def plot(table, curves, cells, prices, settings, path):
     """Above, training reward against compute with bands of a standard error; below, final reward against the held-out
     one: up and to the right is better, up and to the left is a reward that is exploited."""
-    figure = Figure(figsize=(18, 8.5), layout="constrained")
-    grid = figure.subplots(2, len(REWARDS))
-    for reward, (above, below) in zip(REWARDS, grid.T):
+    rewards = [reward for reward in REWARDS if len(table[reward]) > 1]
+    figure = Figure(figsize=(4 * len(rewards) + 3, 8.5), layout="constrained")
+    grid = figure.subplots(2, len(rewards), squeeze=False)
+    for reward, (above, below) in zip(rewards, grid.T):
         by_name = {row["estimator"]: row for row in table[reward]}
         if "base" in by_name:
             below.plot(by_name["base"]["other"], by_name["base"]["final"], "k*", ms=14, label="base model")

@@ -132,6 +132,12 @@ class Sample(NamedTuple):
     parameters: list
 
 
+def predicted_rewards(trajectory, reward):
+    """(T + 1, B): the reward of the picture predicted at every step; NaN at 0, where there is none."""
+    by_step = [reward(trajectory.predictions[k]) for k in range(1, len(trajectory.latents))]
+    return torch.stack([torch.full_like(by_step[0], torch.nan), *by_step])
+
+
 def baseline_advantages(name, num_steps):
     """`advantages(sample)` of a baseline; it learns from one call to the next."""
     regression = PredictedReward(num_steps)
@@ -281,10 +287,7 @@ def measure_toy(seed, batches, batch_size, warmup=4):
         x_0 = trajectory.latents[0]
         rewards = chain.reward(x_0)
         with torch.no_grad():
-            predicted = torch.stack(
-                [torch.full_like(rewards, torch.nan)]
-                + [chain.reward(trajectory.predictions[k]) for k in range(1, chain.num_steps + 1)]
-            )
+            predicted = predicted_rewards(trajectory, chain.reward)
         sample = Sample(
             chain=chain,
             trajectory=trajectory,
@@ -365,8 +368,6 @@ class TinyStableDiffusion:
                 return rewards.detach(), torch.autograd.grad(rewards.sum(), x_0)[0]
 
             rewards, reward_grad = reward_and_grad(trajectory.latents[0])
-            predicted = [torch.full((batch_size,), torch.nan)]
-            predicted += [reward(trajectory.predictions[k]) for k in range(1, chain.num_steps + 1)]
             samples[kind] = Sample(
                 chain=chain,
                 trajectory=trajectory,
@@ -374,7 +375,7 @@ class TinyStableDiffusion:
                 reward_and_grad=reward_and_grad,
                 rewards=rewards,
                 reward_grad=None if kind == "black box" else reward_grad,
-                predicted=torch.stack(predicted),
+                predicted=predicted_rewards(trajectory, reward),
                 parameters=self.parameters,
             )
         return samples

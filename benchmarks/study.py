@@ -209,8 +209,8 @@ def price_of(reward, estimator, prices, num_steps):
     scoring = score if gradient is None or estimator == "ddpo" else gradient
     if estimator == "draft_lv":
         scoring = score + 2 * gradient
-    if estimator in ("rlr", "rlr, predicted_x0"):
-        scoring += score * num_steps * (PREDICTED.get(reward, 0.0) if estimator == "rlr" else 1.0)
+    predicted = {"rlr": PREDICTED.get(reward, 0.0), "rlr, predicted_x0": 1.0}.get(estimator, 0.0)
+    scoring += predicted * num_steps * score
     # Where the graphs of the rollout are kept, a swept step's forward is the rollout's.
     forwards = num_steps - swept if graphs_of(estimator, num_steps) else num_steps
     return forwards * prices["forward"] + swept * prices["vjp"] + scoring
@@ -293,9 +293,9 @@ def cell_of(row):
 
 def best_learning_rate(rows, reward, estimator):
     """The one whose run on the seed for that ended highest, or `None` if there is none."""
-    own = [row for row in rows if cell_of(row)[::3] == (reward, TUNING_SEED) and row["estimator"] == estimator]
-    tried = [row for row in own if row["learning_rate"] in LEARNING_RATES]
-    return max(tried, key=lambda row: row["final"])["learning_rate"] if tried else None
+    tried = [Cell(reward, estimator, rate, TUNING_SEED) for rate in LEARNING_RATES]
+    own = [row for row in rows if cell_of(row) in tried]
+    return max(own, key=lambda row: row["final"])["learning_rate"] if own else None
 
 
 def run_missing(cells, done, settings, prices, table_file, curve_file, header, workers):
@@ -371,6 +371,19 @@ def seconds_to(level, seconds, means):
     return None
 
 
+def figure_of(rows, estimator):
+    """An estimator's final reward with its standard error in Markdown, that of the first row bold."""
+    for row in rows:
+        if row["estimator"] == estimator:
+            digits = 2 if abs(row["final"]) > 2 else 3
+            figure = f"{row['final']:.{digits}f}"
+            if estimator == "base":
+                return figure
+            bold = "**" if row is rows[0] else ""
+            return f"{bold}{figure}{bold} ± {row['standard_error']:.{digits}f}"
+    return "–"
+
+
 def print_tables(table):
     """A table for each reward, and the final rewards of all in one, in Markdown."""
     for reward, rows in table.items():
@@ -387,16 +400,8 @@ def print_tables(table):
             print(f"| {row['estimator']} | {' | '.join(shown)} |")
     print(f"\n| | {' | '.join(table)} |\n|{'---|' * (len(table) + 1)}")
     for estimator in ("base", *ESTIMATORS):
-        shown = []
-        for rows in table.values():
-            row = next((row for row in rows if row["estimator"] == estimator), None)
-            digits = 2 if row and abs(row["final"]) > 2 else 3
-            figure = f"{row['final']:.{digits}f}" if row else "–"
-            if row and estimator != "base":
-                figure = f"**{figure}**" if row is rows[0] else figure
-                figure += f" ± {row['standard_error']:.{digits}f}"
-            shown.append(figure)
-        print(f"| {'base model' if estimator == 'base' else f'`{estimator}`'} | {' | '.join(shown)} |")
+        shown = " | ".join(figure_of(rows, estimator) for rows in table.values())
+        print(f"| {'base model' if estimator == 'base' else f'`{estimator}`'} | {shown} |")
 
 
 def judge(table, curves, cells, prices, settings):
@@ -427,7 +432,7 @@ def judge(table, curves, cells, prices, settings):
 def plot(table, curves, cells, prices, settings, path):
     """Above, training reward against compute with bands of a standard error; below, final reward against the held-out
     one: up and to the right is better, up and to the left is a reward that is exploited."""
-    rewards = [reward for reward in REWARDS if len(table[reward]) > 1]
+    rewards = [reward for reward in REWARDS if len(table[reward]) > 1] or list(REWARDS)
     figure = Figure(figsize=(4 * len(rewards) + 3, 8.5), layout="constrained")
     grid = figure.subplots(2, len(rewards), squeeze=False)
     for reward, (above, below) in zip(rewards, grid.T):

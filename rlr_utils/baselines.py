@@ -86,7 +86,7 @@ class PredictedReward:
 
     def __init__(self, num_steps, decay=0.9):
         self.decay = decay
-        # Of R and P_k, of P_k, the sum of P_k and its weight, over the batches in which step k was predicted.
+        # Over the batches in which step k was predicted: cov(R, P_k), var(P_k), and the sum of P_k with its weight.
         self.moments = torch.zeros(4, num_steps + 1, dtype=torch.float64)
 
     def slopes(self):

@@ -729,7 +729,13 @@ def make_parser(script, family):
     training.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW beta2.")
     training.add_argument("--adam_weight_decay", type=float, default=1e-2, help="AdamW weight decay.")
     training.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW epsilon.")
-    training.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    training.add_argument(
+        "--max_grad_norm",
+        type=str,
+        default="auto",
+        help="Gradients are clipped to this norm, or with auto to the 10th percentile of the norms of this run so far, whatever"
+        " the reward's unit is.",
+    )
     training.add_argument(
         "--mixed_precision", type=str, default=None, choices=["no", "fp16", "bf16"], help="Default: accelerate's."
     )
@@ -805,8 +811,19 @@ def parse_and_check(parser, input_args):
     return args
 
 
+def number_or_auto(text):
+    """What a flag that takes either says; of anything else NaN."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def check_args(args):
-    """Everything about the arguments that can be known without loading a model; turns --mixing into its value.
+    """Everything about the arguments that can be known without loading a model; turns --mixing and --max_grad_norm into
+    their values.
 
     Raises:
         ValueError: one line that names the argument and what it should be.
@@ -827,7 +844,7 @@ def check_args(args):
     ):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)} must be a number that is not negative")
-    for name in ("learning_rate", "max_grad_norm", "ppo_clip_range", "zo_scale", "memory_budget_gb", "adam_epsilon"):
+    for name in ("learning_rate", "ppo_clip_range", "zo_scale", "memory_budget_gb", "adam_epsilon"):
         if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             raise ValueError(f"--{name} {getattr(args, name)} must be a positive number")
     for name in ("adam_beta1", "adam_beta2"):
@@ -854,14 +871,12 @@ def check_args(args):
         )
     if args.num_inner_epochs > 1 and args.gradient_estimator != "ddpo":
         raise ValueError(f"--num_inner_epochs {args.num_inner_epochs} needs --gradient_estimator ddpo")
-    if args.mixing != "auto":
-        try:
-            gamma = float(args.mixing)
-        except ValueError:
-            gamma = math.nan
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"--mixing {args.mixing!r} is neither auto nor a number in [0, 1]")
-        args.mixing = gamma
+    mixing, max_norm = number_or_auto(args.mixing), number_or_auto(args.max_grad_norm)
+    if mixing != "auto" and not 0 <= mixing <= 1:
+        raise ValueError(f"--mixing {args.mixing!r} is neither auto nor a number in [0, 1]")
+    if max_norm != "auto" and not 0 < max_norm < math.inf:
+        raise ValueError(f"--max_grad_norm {args.max_grad_norm!r} is neither auto nor a positive number")
+    args.mixing, args.max_grad_norm = mixing, max_norm
 
     if args.subchain_length == "auto":
         if not args.half_order_gb > args.zeroth_order_gb > 0:
@@ -1582,6 +1597,33 @@ class HeldOut:
         return {**found, "drift": drift(self.base_embeds, embeds).mean().item()}
 
 
+class GradientClipping:
+    """What the gradient of an optimizer step is clipped to: a norm that is given, or one that is learned from the run.
+
+    A reward has a unit of its own, and so has its gradient: no fixed norm fits an aesthetic score, a file size and a cosine.
+    And gradients through a chain are heavy-tailed: a batch with a picture whose chain amplifies has several times the usual
+    norm, which Adam's second moments then remember for a thousand steps. With "auto" it is the 10th percentile of the norms
+    so far (AutoClip, huggingface.co/papers/2007.14469).
+    """
+
+    def __init__(self, max_norm):
+        self.max_norm, self.norms = max_norm, []
+
+    def limit(self, norm):
+        """For a gradient of this norm, which is taken in."""
+        if self.max_norm != "auto":
+            return self.max_norm
+        if math.isfinite(norm):  # or float16 has overflowed, and the step is left out
+            self.norms.append(norm)
+        return torch.tensor(self.norms).quantile(0.1).item() if self.norms else math.inf
+
+    def state_dict(self):
+        return {"norms": self.norms}
+
+    def load_state_dict(self, state):
+        self.norms = state["norms"]
+
+
 class EarlyStopping:
     """The best held-out score so far, and how long ago that was."""
 
@@ -1977,14 +2019,15 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
     return swept
 
 
-def average_gradients(args, accelerator, trainable):
+def average_gradients(args, accelerator, trainable, clipping):
     """The gradients of all ranks and micro-batches averaged and clipped; their norm before that."""
     gradients = [p.grad for p in trainable]
     flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
     vector_to_parameters(flat, gradients)
-    grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm).item()
+    grad_norm = accelerator.clip_grad_norm_(trainable, math.inf).item()  # which takes out the loss scale
     if not math.isfinite(grad_norm) and accelerator.scaler is None:
         raise RunError(f"the gradient is not finite ({grad_norm})")
+    torch.nn.utils.clip_grad_norm_(trainable, clipping.limit(grad_norm))
     return grad_norm
 
 
@@ -2056,9 +2099,10 @@ class Record:
         self.heldout, self.config, self.card, self.step = heldout, config, card, step
         self.trainable = [p for p in pipeline.unet.parameters() if p.requires_grad]
         self.ema = None if args.ema_decay is None else EMAModel(self.trainable, decay=args.ema_decay)
+        self.clipping = GradientClipping(args.max_grad_norm)
         self.stopping = EarlyStopping(args.early_stop_patience)
         self.stopped = self.is_over = False
-        self.statistics = {**estimator.statistics, "early_stopping": self.stopping}
+        self.statistics = {**estimator.statistics, "clipping": self.clipping, "early_stopping": self.stopping}
         self.metrics_file, self.partial_adapter = (
             os.path.join(args.output_dir, name) for name in ("metrics.jsonl", "partial-adapter")
         )
@@ -2388,7 +2432,7 @@ def main(args):
                 scale = loss_scale(accelerator)
                 for batch, worth in zip(batches, advantages):
                     swept.append(sweep(args, batch, worth, schedule, scorer, pipeline.unet, scale))
-                grad_norm = average_gradients(args, accelerator, trainable)
+                grad_norm = average_gradients(args, accelerator, trainable, record.clipping)
                 optimizer.step()
                 optimizer.zero_grad()
                 if record.ema is not None:

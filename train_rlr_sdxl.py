@@ -210,7 +210,7 @@ def main(args):
                 scale = loss_scale(accelerator)
                 for batch, worth in zip(batches, advantages):
                     swept.append(sweep(args, batch, worth, schedule, scorer, pipeline.unet, scale))
-                grad_norm = average_gradients(args, accelerator, trainable)
+                grad_norm = average_gradients(args, accelerator, trainable, record.clipping)
                 optimizer.step()
                 optimizer.zero_grad()
                 if record.ema is not None:

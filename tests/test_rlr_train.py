@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from rlr_testing import (
@@ -37,7 +39,17 @@ from rlr_testing import (
 from rlr_utils import StableDiffusionChain, load_levels
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_rlr_sd import LOW_MEMORY, command_of, generate, load_training_prompts, loss_scale, main, parse_args
+from train_rlr_sd import (
+    LOW_MEMORY,
+    GradientClipping,
+    average_gradients,
+    command_of,
+    generate,
+    load_training_prompts,
+    loss_scale,
+    main,
+    parse_args,
+)
 
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 
@@ -523,6 +535,7 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--eta", "0", "--gradient_estimator", "ddpo"], "--eta 0 leaves no noise.*ddpo"),
         (["--mixing", "2"], "--mixing '2'"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
+        (["--max_grad_norm", "none"], "--max_grad_norm 'none'"),
         (["--num_inner_epochs", "2"], "needs --gradient_estimator ddpo"),
         (["--reward", "jpeg_compressibility", "--gradient_estimator", "full_bp"], "not differentiable.*full_bp"),
         (["--reward", "aesthetic,jpeg_compressibility", "--gradient_estimator", "alignprop"], "not differentiable"),
@@ -708,6 +721,7 @@ def test_defaults_are_those_of_the_documentation():
     args = parse_args([])
     assert args.pretrained_model_name_or_path == "CompVis/stable-diffusion-v1-4"
     assert (args.reward, args.gradient_estimator, args.mixing) == ("aesthetic", "rlr", "auto")
+    assert args.max_grad_norm == "auto"
     assert (args.num_inference_steps, args.guidance_scale, args.eta, args.train_batch_size) == (50, 5.0, 1.0, 4)
     assert args.output_dir == "rlr-sd-lora" and args.prompts is None and args.dataset_name is None
 
@@ -876,3 +890,33 @@ def test_the_launcher(tmp_path, processes):
     else:
         assert result.returncode == 0, result.stderr
         assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_by_default_the_unit_of_a_reward_does_not_matter(tmp_path):
+    """Neither to the mixing nor to the clipping nor to AdamW, whose epsilon is set to nothing here."""
+    flags = ["--max_train_steps", "4", "--learning_rate", "1e-3", "--adam_epsilon", "1e-30"]
+    train(tmp_path / "one", *flags, "--reward", "aesthetic:1")
+    train(tmp_path / "thousand", *flags, "--reward", "aesthetic:1024")
+    train(tmp_path / "fixed", *flags, "--reward", "aesthetic:1024", "--max_grad_norm", "1")
+    one, thousand, fixed = (load_file(tmp_path / name / LORA) for name in ("one", "thousand", "fixed"))
+    close = lambda a, b: all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-6) for key in a)  # noqa: E731
+    assert close(one, thousand) and not close(one, fixed)
+
+
+def test_gradients_are_clipped_to_the_tenth_percentile_of_the_norms_so_far():
+    """A large one is not taken at its word, and neither is it kept out of the percentile."""
+    accelerator, clipping = Accelerator(cpu=True), GradientClipping("auto")
+    args = parse_args(["--gradient_accumulation_steps", "2"])
+    generator, norms = torch.Generator().manual_seed(0), []
+    for scale in (1.0, 30.0, 2.0, 0.5, 4.0):
+        parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)]
+        for p in parameters:
+            p.grad = scale * torch.randn(p.shape, generator=generator)
+        norms.append(torch.cat([p.grad for p in parameters]).norm().item() / 2)
+        assert average_gradients(args, accelerator, parameters, clipping) == pytest.approx(norms[-1])
+        clipped = torch.cat([p.grad for p in parameters]).norm().item()
+        assert clipped == pytest.approx(min(norms[-1], np.quantile(norms, 0.1)), rel=1e-4)
+    again = GradientClipping("auto")
+    again.load_state_dict(json.loads(json.dumps(clipping.state_dict())))
+    assert again.limit(7.0) == pytest.approx(np.quantile([*norms, 7.0], 0.1))
+    assert GradientClipping("auto").limit(math.inf) == math.inf  # a float16 step that is left out

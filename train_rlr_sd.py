@@ -67,6 +67,7 @@ from rlr_utils import (
     SubchainSampler,
     SweepStatistics,
     Trajectory,
+    Transport,
     WeightPerturbation,
     alignprop,
     backward_sweep,
@@ -74,6 +75,7 @@ from rlr_utils import (
     ddpo,
     decode_latents,
     draft_lv,
+    draw_parts,
     embed,
     full_bp,
     leave_one_out,
@@ -90,7 +92,6 @@ from rlr_utils import (
     rollout,
     subchain_length,
     text_encoders_of,
-    thin_out,
     truncated_bp,
     unique_prompts,
 )
@@ -134,6 +135,8 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 EVALUATION_SEED = 1_000_000
 # Those by which the best adapter is chosen are others again, or the comparison would flatter it.
 HELDOUT_SEED = 2_000_000
+# The last steps of a chain, whose Jacobians are far from multiples of the identity; all others inherit their cotangent.
+ALWAYS_SWEPT = 3
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 DATASET_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -569,10 +572,11 @@ def make_parser(script, family):
     )
     estimator.add_argument(
         "--sweep_fraction",
-        type=float,
-        default=1.0,
-        help="For rlr, ddpo and rlr_paper: sweep only this share of the steps that take a likelihood ratio, drawn anew for"
-        " every rollout and weighted by its inverse: unbiased, cheaper and noisier.",
+        type=str,
+        default="auto",
+        help="The share of the pictures that each step of the chain but the last three is swept for, drawn anew step by step"
+        " and weighted by its inverse; the cotangents of the others pass in the mean: unbiased, cheaper, a little noisier."
+        " auto: .5 for rlr where the likelihood ratio has next to no share, else 1.",
     )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
     estimator.add_argument(
@@ -905,13 +909,12 @@ def check_args(args):
     if args.baseline_vae is not None and args.baseline not in ("auto", "predicted_x0"):
         raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline auto or predicted_x0")
 
-    if not 0 < args.sweep_fraction <= 1:
-        raise ValueError(f"--sweep_fraction {args.sweep_fraction} must be in (0, 1]")
-    if args.sweep_fraction < 1 and (args.gradient_estimator not in NEED_NOISE or args.branches):
-        raise ValueError(
-            f"--sweep_fraction {args.sweep_fraction} needs an estimator that sweeps likelihood ratios: rlr, ddpo or"
-            " rlr_paper, without --branches"
-        )
+    fraction = number_or_auto(args.sweep_fraction)
+    if fraction != "auto" and not 0 < fraction <= 1:
+        raise ValueError(f"--sweep_fraction {args.sweep_fraction!r} is neither auto nor a number in (0, 1]")
+    args.sweep_fraction = fraction
+    if fraction not in ("auto", 1) and (args.gradient_estimator == "draft_lv" or args.branches):
+        raise ValueError(f"--sweep_fraction {fraction} needs an estimator that sweeps the chain of the rollout")
     if args.kl_weight > 0 and (args.gradient_estimator == "draft_lv" or args.branches):
         raise ValueError(f"--kl_weight {args.kl_weight} needs an estimator that sweeps the chain of the rollout")
     if args.kl_weight > 0 and args.eta == 0:
@@ -1346,7 +1349,8 @@ class Estimator:
         )
         self.running = {"total": RunningReward(), "black_box": RunningReward()}
         self.predictors = {name: PredictedReward(args.num_inference_steps) for name in self.running}
-        self.statistics = {"mixing": self.adaptive, "subchain": self.subchain}
+        self.transport = Transport(args.num_inference_steps)
+        self.statistics = {"mixing": self.adaptive, "subchain": self.subchain, "transport": self.transport}
         for name in self.running:
             self.statistics[f"running_{name}"] = self.running[name]
             self.statistics[f"predictor_{name}"] = self.predictors[name]
@@ -1364,7 +1368,17 @@ class Estimator:
         else:
             simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
             schedule = simple[args.gradient_estimator](num_steps)
-        return thin_out(schedule, args.sweep_fraction) if args.sweep_fraction < 1 else schedule
+        return schedule._replace(transport=self.transport.gains)
+
+    def swept_share(self, schedule):
+        """{k: the share of the pictures that the step is swept for}, in the sweep's order."""
+        args, gammas = self.args, [schedule.mixing[k] for k in schedule.swept[1:]]
+        share = args.sweep_fraction
+        if share == "auto":
+            # Where the likelihood ratio has a share, its noise is most of all noise, and fewer pictures would make it more.
+            leans = args.gradient_estimator == "rlr" and self.rewards.differentiable and min(gammas, default=1) > 0.95
+            share = 0.5 if leans and not args.branches else 1.0
+        return {k: 1.0 if k <= ALWAYS_SWEPT else share for k in schedule.swept}
 
     def predicted_steps(self, schedule):
         """The steps at which the reward of the predicted picture is to be the baseline."""
@@ -1385,14 +1399,9 @@ class Estimator:
         """Refuse a schedule that the chain cannot be swept by.
 
         Raises:
-            ValueError: if there is nothing that --sweep_fraction could leave out, or no noise where it is needed.
+            ValueError: if there is no noise where it is needed.
         """
         args, rewards = self.args, self.rewards
-        if args.sweep_fraction < 1 and schedule.weights is None:
-            raise ValueError(
-                f"--sweep_fraction {args.sweep_fraction}: {args.gradient_estimator} has no likelihood-ratio step to leave"
-                " out as it is set here"
-            )
         noisy = [k for k, gamma in enumerate(schedule.mixing) if k > 0 and gamma is not None and gamma < 1]
         if rewards.has_gradient and not rewards.differentiable:
             noisy.append(1)
@@ -1450,24 +1459,26 @@ class Estimator:
             seen = SweepStatistics(*accelerator.gather(torch.stack(seen)).nanmean(0))
             self.adaptive.update(seen)
             self.subchain.update(seen)
+            self.transport.update(seen)
 
 
-def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, trainable):
+def print_plan(accelerator, args, estimator, schedule, num_prompts, trainable):
     """The arithmetic of the run as one table."""
     images_per_step = images_of_a_step(args, accelerator)
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
     num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
-    forwards, swept = num_steps, len(schedule.swept)
     if args.gradient_estimator == "alignprop":
-        swept = num_steps
+        schedule = schedule._replace(stop_after=num_steps)
+    predicted_steps, share = estimator.predicted_steps(schedule), estimator.swept_share(schedule)
+    forwards, swept = num_steps, sum(share.values())
+    kept = sum(part for k, part in share.items() if k <= args.keep_graphs)
     if args.gradient_estimator == "draft_lv":
         swept = args.lv_samples
     if args.branches:
         forwards, swept = forwards + args.branches * (num_steps - 1), 1
     if args.kl_weight > 0:
         forwards += swept
-    forwards -= min(args.keep_graphs, swept)
-    forwards, swept = guided * images_per_step * forwards, guided * images_per_step * swept
+    forwards, swept = (round(guided * images_per_step * calls) for calls in (forwards - kept, swept))
     rows = {
         "model": args.pretrained_model_name_or_path,
         "reward": args.reward,
@@ -1937,10 +1948,10 @@ def base_mean(chain, unet):
     """The chain's means with the adapter disabled: the base model, without a second one in memory."""
 
     @torch.no_grad()
-    def mean(k, x):
+    def mean(k, x, pictures):
         unet.disable_adapters()
         try:
-            return chain.mean(k, x)
+            return chain.part(pictures).mean(k, x)
         finally:
             unet.enable_adapters()
 
@@ -1983,7 +1994,7 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
         Swept
     """
     chain, trajectory = batch.chain, batch.trajectory
-    penalty, common = None, {"weights": schedule.weights}
+    penalty, common = None, {"transport": schedule.transport}
     if args.kl_weight > 0:
         penalty = common["penalty"] = GaussianKL(chain, base_mean(chain, unet), trajectory, advantages.kl_weight)
     swept = Swept()
@@ -2011,11 +2022,10 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
             **common,
         )
         batch.perturbation.add_gradient(scale * advantages.mean)
-        norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale
+        norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale, rows.gain
         swept = swept._replace(statistics=torch.stack(norms))
     if penalty is not None:
-        weights = schedule.weights or [1.0] * len(schedule.mixing)
-        swept = swept._replace(divergence=sum(weights[k] * kl for k, kl in penalty.divergences.items()))
+        swept = swept._replace(divergence=sum(penalty.divergences.values()))
     return swept
 
 
@@ -2402,7 +2412,7 @@ def main(args):
     if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
-    print_plan(accelerator, args, schedule, estimator.predicted_steps(schedule), len(prompts), trainable)
+    print_plan(accelerator, args, estimator, schedule, len(prompts), trainable)
     with record.running():
         for step in record.steps():
             started = time.perf_counter()
@@ -2410,7 +2420,8 @@ def main(args):
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
             predict = estimator.predicted_steps(schedule)
-            keep = [k for k in schedule.swept if k <= args.keep_graphs]
+            share = estimator.swept_share(schedule)
+            keep = [k for k in share if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -2418,7 +2429,8 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep)
+                parts = draw_parts(share, args.train_batch_size, accelerator.device)
+                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep, parts)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
                 batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))

@@ -31,6 +31,7 @@ from rlr_utils import (
     PromptSampler,
     StableDiffusionChain,
     WeightPerturbation,
+    draw_parts,
     rollout,
     text_encoders_of,
 )
@@ -180,7 +181,7 @@ def main(args):
     if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
-    print_plan(accelerator, args, schedule, estimator.predicted_steps(schedule), len(prompts), trainable)
+    print_plan(accelerator, args, estimator, schedule, len(prompts), trainable)
     with record.running():
         for step in record.steps():
             started = time.perf_counter()
@@ -188,7 +189,8 @@ def main(args):
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
             predict = estimator.predicted_steps(schedule)
-            keep = [k for k in schedule.swept if k <= args.keep_graphs]
+            share = estimator.swept_share(schedule)
+            keep = [k for k in share if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -196,7 +198,8 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep)
+                parts = draw_parts(share, args.train_batch_size, accelerator.device)
+                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep, parts)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
                 batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))

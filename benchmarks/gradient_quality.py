@@ -50,12 +50,14 @@ from rlr_utils import (  # noqa: E402
     StableDiffusionChain,
     SubchainSampler,
     Trajectory,
+    Transport,
     WeightPerturbation,
     alignprop,
     backward_sweep,
     branch,
     ddpo,
     decode_latents,
+    draw_parts,
     full_bp,
     leave_one_out,
     load_prompts,
@@ -63,9 +65,9 @@ from rlr_utils import (  # noqa: E402
     rlr,
     rlr_paper,
     rollout,
-    thin_out,
     truncated_bp,
 )
+from train_rlr_sd import ALWAYS_SWEPT  # noqa: E402
 
 import diffusers  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
@@ -86,6 +88,9 @@ class LinearGaussianChain(torch.nn.Module):
 
     def sigma(self, k):
         return 0.14 + 0.035 * k
+
+    def part(self, pictures):
+        return self  # a mean is of its own picture alone
 
     def mean(self, k, x):
         return self.a * x + self.b
@@ -154,28 +159,32 @@ def baseline_advantages(name, num_steps):
     return advantages
 
 
-def swept(num_steps, schedule_of, baseline="leave-one-out"):
-    """An estimator that is a schedule and a baseline: `estimate(sample)` adds to the gradients."""
-    advantages = baseline_advantages(baseline, num_steps)
+def swept(num_steps, schedule_of, baseline="leave-one-out", fraction=1.0):
+    """An estimator that is a schedule, a baseline and a fraction: `estimate(sample)` adds to the gradients."""
+    advantages, transport = baseline_advantages(baseline, num_steps), Transport(num_steps)
 
     def estimate(sample):
         schedule = schedule_of(num_steps)
-        return backward_sweep(
+        share = {k: 1.0 if k <= ALWAYS_SWEPT else fraction for k in schedule.swept}
+        run = sample.trajectory
+        statistics = backward_sweep(
             sample.chain,
-            sample.trajectory,
+            Trajectory(run.latents, run.noises, parts=draw_parts(share, len(sample.rewards))),
             schedule.mixing,
             reward_grad=sample.reward_grad,
             advantages=advantages(sample),
             stop_after=schedule.stop_after,
-            weights=schedule.weights,
+            transport=transport.gains,
         )
+        transport.update(statistics)
+        return statistics
 
     return estimate
 
 
-def adaptive(num_steps, baseline, differentiable=True):
+def adaptive(num_steps, baseline, differentiable=True, fraction=1.0):
     mixing = AdaptiveMixing(num_steps)
-    sweep = swept(num_steps, lambda n: rlr(n, mixing, differentiable), baseline)
+    sweep = swept(num_steps, lambda n: rlr(n, mixing, differentiable), baseline, fraction)
     return lambda sample: mixing.update(sweep(sample))
 
 
@@ -252,6 +261,10 @@ def estimators(T, decode, kind):
         "truncated_bp 5": (swept(T, lambda n: truncated_bp(n, min(5, n))), T + 3 * 5),
         "alignprop": (swept(T, alignprop), T + 3 * (T + 1) / 2),
     }
+    for fraction in (0.5, 0.25):
+        calls = sum(fraction if k > ALWAYS_SWEPT else 1 for k in range(1, T + 1))
+        estimate = adaptive(T, "leave-one-out", fraction=fraction)
+        chosen[f"rlr, sweep_fraction {fraction}"] = estimate, T + 3 * calls
     if kind == "smooth":
         chosen["ddpo, no baseline"] = (swept(T, ddpo, "none"), full)
         chosen["rlr_paper, zeroth order"] = (paper(T, "zeroth_order"), T + 3 * 3)
@@ -277,8 +290,7 @@ def measure_toy(seed, batches, batch_size, warmup=4):
     chosen = {name: estimate for name, (estimate, _) in estimators(T, 0.0, "smooth").items() if "draft_lv" not in name}
     chosen["rlr .9, leave-one-out"] = swept(T, lambda n: rlr(n, 0.9, True))
     for fraction in (0.5, 0.25):
-        chosen[f"ddpo, sweep_fraction {fraction}"] = swept(T, lambda n, p=fraction: thin_out(ddpo(n), p))
-        chosen[f"rlr .9, sweep_fraction {fraction}"] = swept(T, lambda n, p=fraction: thin_out(rlr(n, 0.9, True), p))
+        chosen[f"ddpo, sweep_fraction {fraction}"] = swept(T, ddpo, fraction=fraction)
     draws = {name: [] for name in chosen}
     for i in range(warmup + batches):
         trajectory = rollout(

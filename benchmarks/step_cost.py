@@ -66,16 +66,16 @@ from rlr_utils import (  # noqa: E402
     ddpo,
     decode_latents,
     draft_lv,
+    draw_parts,
     full_bp,
     leave_one_out,
     renoise,
     rlr,
     rlr_paper,
     rollout,
-    thin_out,
     truncated_bp,
 )
-from train_rlr_sd import add_adapter, load_pipeline, parse_args, score_latents  # noqa: E402
+from train_rlr_sd import ALWAYS_SWEPT, add_adapter, load_pipeline, parse_args, score_latents  # noqa: E402
 
 
 SD14_UNET = {
@@ -106,7 +106,7 @@ LV_SAMPLES = 2
 ESTIMATORS = {
     "rlr": lambda T, h: rlr(T, 0.9, differentiable=True),
     "rlr, keep_graphs": lambda T, h: rlr(T, 0.9, differentiable=True),
-    "rlr, sweep_fraction .25": lambda T, h: thin_out(rlr(T, 0.9, differentiable=True), 0.25),
+    "rlr, sweep_fraction .5": lambda T, h: rlr(T, 0.9, differentiable=True),
     "rlr_paper": lambda T, h: rlr_paper(T, 2, h, "zeroth_order"),
     "rlr_paper, rest likelihood_ratio": lambda T, h: rlr_paper(T, 2, h, "likelihood_ratio"),
     "full_bp": lambda T, h: full_bp(T),
@@ -218,6 +218,8 @@ class Step:
         self.samples = LV_SAMPLES if case.estimator == "draft_lv" else 1
         self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
         self.keep = self.schedule.swept if case.estimator.endswith("keep_graphs") else []
+        fraction = 0.5 if "sweep_fraction" in case.estimator else 1.0
+        self.share = {k: 1.0 if k <= ALWAYS_SWEPT else fraction for k in self.schedule.swept}
         model.scheduler.set_timesteps(case.num_steps)
         size = case.resolution // model.vae_scale_factor
         shape = (case.batch_size, model.unet.config.in_channels, size, size)
@@ -232,7 +234,7 @@ class Step:
     @property
     def vjps(self):
         """Recomputed U-Net calls of the whole batch."""
-        return self.samples * len(self.schedule.swept)
+        return self.samples * sum(self.share.values())
 
     def score(self, latents, with_gradient):
         scores, gradient = score_latents(
@@ -244,8 +246,9 @@ class Step:
         chain, schedule, estimator = self.chain, self.schedule, self.case.estimator
         generators = [torch.Generator().manual_seed(i) for i in range(self.case.batch_size)]
         perturbation = WeightPerturbation(self.model.trainable, 0.02, random.getrandbits(62), schedule.perturbed)
+        parts = draw_parts(self.share, self.case.batch_size, self.x_T.device)
         self.trajectory = trajectory = rollout(
-            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep
+            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep, parts=parts
         )
         x_0, with_gradient = trajectory.latents[0], estimator not in ("ddpo", "draft_lv")
         advantages, reward_grad = self.score(x_0, with_gradient)
@@ -265,7 +268,6 @@ class Step:
                 reward_grad=reward_grad,
                 advantages=advantages,
                 stop_after=schedule.stop_after,
-                weights=schedule.weights,
             )
             perturbation.add_gradient(advantages.mean().item())
         torch.nn.utils.clip_grad_norm_(self.model.trainable, 1.0).item()
@@ -276,12 +278,13 @@ class Step:
         """The calls of `run`, after one, with nothing between them, and with a decoder that computes nothing twice."""
         model, latents, num_steps = self.model, self.trajectory.latents, self.case.num_steps
         timesteps = model.scheduler.timesteps.to(self.x_T.device)
-        embeds = self.chain.negative_prompt_embeds.repeat(2, 1, 1)
+        embeds = self.chain.negative_prompt_embeds[:1]
         with_gradient = self.case.estimator != "ddpo"
 
         def predict(k, x):
             inputs = torch.cat([x, x]).to(embeds.dtype)
-            return model.unet(inputs, timesteps[num_steps - k], encoder_hidden_states=embeds).sample
+            own = embeds.expand(len(inputs), -1, -1)
+            return model.unet(inputs, timesteps[num_steps - k], encoder_hidden_states=own).sample
 
         def decode_and_score(with_gradient):
             for start in range(0, len(latents[0]), self.decode_batch_size):
@@ -307,7 +310,8 @@ class Step:
         swept = self.schedule.swept
         with_input_grad = any(self.schedule.mixing[k] for k in swept if k > 1)
         for k in swept * self.samples:
-            prediction = predict(k, latents[k].detach().requires_grad_(with_input_grad))
+            part = latents[k][: round(self.share[k] * len(latents[k]))]
+            prediction = predict(k, part.detach().requires_grad_(with_input_grad))
             torch.autograd.backward(prediction, prediction.detach())
         self.optimizer.zero_grad()
         model.vae.enable_gradient_checkpointing()
@@ -377,14 +381,14 @@ def print_table(title, rows):
     print(f"\n{title}")
     print(
         f"{'estimator':<34}{'T':>4}{'batch':>6}{'h':>3}{'pixels':>7}{'s / image':>11}{'images / s':>11}{'ratio':>7}"
-        f"{'range':>15}{'forwards':>9}{'VJPs':>5}{'utilisation':>12}{'peak MiB':>9}{'of the step':>12}{'stored':>7}"
+        f"{'range':>15}{'forwards':>9}{'VJPs':>6}{'utilisation':>12}{'peak MiB':>9}{'of the step':>12}{'stored':>7}"
     )
     for row in rows:
         spread = f"{row['ratio_min']:.3f} - {row['ratio_max']:.3f}"
         print(
             f"{row['estimator']:<34}{row['num_steps']:>4}{row['batch_size']:>6}{row['length']:>3}{row['resolution']:>7}"
             f"{row['seconds_per_image']:>11.4f}{row['images_per_second']:>11.3f}{row['ratio']:>7.3f}{spread:>15}"
-            f"{row['unet_forwards_per_image']:>9}{row['unet_vjps_per_image']:>5}{row['utilisation']:>12.2f}"
+            f"{row['unet_forwards_per_image']:>9}{row['unet_vjps_per_image']:>6g}{row['utilisation']:>12.2f}"
             f"{row['peak_mib']:>9.1f}{row['step_mib']:>12.1f}{row['stored_mib']:>7.1f}"
         )
 

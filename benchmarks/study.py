@@ -59,7 +59,7 @@ from reward_models import parse_reward  # noqa: E402
 from reward_models.features import load_features  # noqa: E402
 from rlr_utils import StableDiffusionChain  # noqa: E402
 from step_cost import bundle  # noqa: E402
-from train_rlr_sd import generate, main, score_latents  # noqa: E402
+from train_rlr_sd import ALWAYS_SWEPT, generate, main, score_latents  # noqa: E402
 
 import diffusers  # noqa: E402
 
@@ -196,7 +196,8 @@ def estimators_of(reward, prices):
 
 
 def price_of(reward, estimator, prices, num_steps):
-    """Seconds of bare calls that a picture costs; of alignprop, whose length is drawn, in the mean."""
+    """Seconds of bare calls that a picture costs; of alignprop, whose length is drawn, in the mean, and of a sweep of a part
+    of the pictures, too."""
     swept = {
         "alignprop": (num_steps + 1) / 2,
         "truncated_bp 1": 1,
@@ -205,6 +206,9 @@ def price_of(reward, estimator, prices, num_steps):
         "rlr_paper, zeroth_order": 3,
         "rlr_paper, none": 3,
     }.get(estimator, num_steps)
+    if reward not in PREDICTED and "rlr" in estimator and "paper" not in estimator:
+        whole = min(num_steps, ALWAYS_SWEPT)
+        swept = whole + 0.5 * (num_steps - whole)  # what --sweep_fraction auto is where a gradient can be leaned on
     score, gradient = prices[f"score {reward}"], prices.get(f"gradient {reward}")
     scoring = score if gradient is None or estimator == "ddpo" else gradient
     if estimator == "draft_lv":

@@ -21,6 +21,7 @@ from .estimators import (
     AdaptiveMixing,
     Schedule,
     SubchainSampler,
+    Transport,
     alignprop,
     ddpo,
     draft_lv,
@@ -28,7 +29,6 @@ from .estimators import (
     rlr,
     rlr_paper,
     subchain_length,
-    thin_out,
     truncated_bp,
 )
 from .kl import GaussianKL
@@ -42,7 +42,7 @@ from .prompts import (
     text_encoders_of,
     unique_prompts,
 )
-from .rollout import Trajectory, renoise, rollout
+from .rollout import Trajectory, draw_parts, renoise, rollout
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
@@ -64,6 +64,7 @@ __all__ = [
     "SubchainSampler",
     "SweepStatistics",
     "Trajectory",
+    "Transport",
     "WeightPerturbation",
     "alignprop",
     "backward_sweep",
@@ -72,6 +73,7 @@ __all__ = [
     "decode_latents",
     "denoising_steps",
     "draft_lv",
+    "draw_parts",
     "embed",
     "full_bp",
     "leave_one_out",
@@ -88,7 +90,6 @@ __all__ = [
     "rollout",
     "subchain_length",
     "text_encoders_of",
-    "thin_out",
     "truncated_bp",
     "unique_prompts",
 ]

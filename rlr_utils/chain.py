@@ -182,6 +182,7 @@ class StableDiffusionChain:
             return None if embeds is None else embeds.detach().expand(*shape)
 
         batch = prompt_embeds.shape[-3]
+        self.pictures = slice(None)
         self.prompt_embeds = expanded(prompt_embeds, self.num_steps, batch, -1, -1)
         self.negative_prompt_embeds = expanded(negative_prompt_embeds, batch, -1, -1)
         self.pooled_prompt_embeds = expanded(pooled_prompt_embeds, self.num_steps, batch, -1)
@@ -192,6 +193,12 @@ class StableDiffusionChain:
         """The same chain under other prompts, embedded as in the constructor."""
         chain = copy.copy(self)
         chain._condition_on(*embeds)
+        return chain
+
+    def part(self, pictures):
+        """The same chain for some of its pictures, indices (B',), alone."""
+        chain = copy.copy(self)
+        chain.pictures = pictures
         return chain
 
     def repeat(self, i, copies):
@@ -226,15 +233,15 @@ class StableDiffusionChain:
     def _prediction(self, k, x):
         """The guided prediction of the U-Net at x_k."""
         i = self.num_steps - k
-        embeds, added = self.prompt_embeds[i], None
+        embeds, added = self.prompt_embeds[i][self.pictures], None
         model_input = self.steps[i].input_scale * x
         if self.guided:
-            embeds = torch.cat([self.negative_prompt_embeds, embeds])
+            embeds = torch.cat([self.negative_prompt_embeds[self.pictures], embeds])
             model_input = torch.cat([model_input, model_input])
         if self.pooled_prompt_embeds is not None:
-            pooled = self.pooled_prompt_embeds[i]
+            pooled = self.pooled_prompt_embeds[i][self.pictures]
             if self.guided:
-                pooled = torch.cat([self.negative_pooled_prompt_embeds, pooled])
+                pooled = torch.cat([self.negative_pooled_prompt_embeds[self.pictures], pooled])
             added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(pooled), -1)}
         prediction = self.unet(
             model_input.to(embeds.dtype), self.timesteps[i], encoder_hidden_states=embeds, added_cond_kwargs=added

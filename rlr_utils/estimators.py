@@ -16,6 +16,7 @@
 The steps are numbered as in the sweep: k = 1 is the last one of the chain, the one that ends in the picture.
 """
 
+import math
 import random
 from typing import NamedTuple, Optional
 
@@ -29,13 +30,13 @@ class Schedule(NamedTuple):
         mixing: gamma_k for k = 1..T (index 0 is ignored), `None` where a step is left out.
         stop_after: the last step that is swept.
         perturbed: the steps whose weights are perturbed in the rollout, see `zeroth_order.WeightPerturbation`.
-        weights: w_k of every step, the inverse of the probability with which it was drawn; `None` for 1 throughout.
+        transport: lambda_k for k = 1..T, see `backward_sweep`; `None` for 1 throughout.
     """
 
     mixing: list
     stop_after: int
     perturbed: tuple = ()
-    weights: Optional[list] = None
+    transport: Optional[list] = None
 
     @property
     def swept(self):
@@ -125,34 +126,6 @@ def rlr_paper(num_steps, start, length, rest, differentiable=True):
         mixing[k] = 0.0 if k == start else 1.0
     perturbed = [k for k in range(2, num_steps + 1) if k not in subchain] if rest == "zeroth_order" else []
     return Schedule(mixing, num_steps, tuple(perturbed))
-
-
-def thin_out(schedule, fraction):
-    r"""Sweep m of the n steps that take a likelihood ratio, drawn anew at every call, with the weight n / m each.
-
-    Unbiased, and cheaper by 3 U-Net calls for every step left out: each of these steps has an unbiased cotangent of its
-    own. A step after one that was left out has no pathwise cotangent, and takes the likelihood ratio alone (gamma_k = 0).
-    Steps that have nothing else (gamma_k = 1) are always swept, with the one that each of them needs before it.
-
-    Args:
-        fraction: p in (0, 1]; m is p n, rounded, and at least 1.
-    """
-    steps = range(1, schedule.stop_after + 1)
-    mixing = list(schedule.mixing)
-    optional = [k for k in steps if mixing[k] is not None and mixing[k] < 1 and mixing[min(k + 1, steps[-1])] != 1]
-    if not optional:
-        return schedule
-    drawn = random.sample(optional, max(1, round(fraction * len(optional))))
-    weights = [1.0] * len(mixing)
-    for k in optional:
-        if k in drawn:
-            weights[k] = len(optional) / len(drawn)
-        else:
-            mixing[k] = None
-    for k in steps[1:]:
-        if mixing[k] and mixing[k - 1] is None:
-            mixing[k] = 0.0
-    return schedule._replace(mixing=mixing, weights=weights)
 
 
 def subchain_length(num_steps, budget, half_order_memory, zeroth_order_memory, variance_ratio=0.0):
@@ -292,7 +265,7 @@ class AdaptiveMixing:
                 if fresh[k] == fresh[k]:
                     gammas[k] = min(max((fresh[k] - covariance / weights[k]) / (fresh[k] + carried), 0.0), 1.0)
                 else:
-                    # A swept step without a likelihood ratio has no noise; of one not swept so far nothing is known.
+                    # A step without a likelihood ratio has no noise; of one that has overflowed nothing is known.
                     gammas[k] = 1.0 if pathwise[k] == pathwise[k] else unknown
                 carried *= gammas[k] ** 2
                 if gammas[k] < 1 and fresh[k] == fresh[k]:
@@ -324,3 +297,32 @@ class AdaptiveMixing:
                     f"the checkpoint's mixing statistics are for {rows.shape[1] - 1} inference steps, not {self.num_steps}"
                 )
         self.squares = rows
+
+
+class Transport:
+    r"""lambda_k, how a step passes a cotangent on in the mean: what the sweep takes where it does not compute that.
+
+        lambda_k = running mean of  <c_{k-1}, c^P_k> / <c_{k-1}, c_{k-1}>
+
+    from earlier batches only, see `backward_sweep`; 1 before the first.
+
+    Args:
+        num_steps: T.
+        decay: weight of the past in the running means.
+    """
+
+    def __init__(self, num_steps, decay=0.7):
+        self.decay = decay
+        self.gains = [1.0] * (num_steps + 1)
+
+    def update(self, statistics):
+        """Take in the `SweepStatistics` of a batch."""
+        for k, gain in enumerate(statistics.gain.tolist()):
+            if math.isfinite(gain):
+                self.gains[k] = self.decay * self.gains[k] + (1 - self.decay) * gain
+
+    def state_dict(self):
+        return {"gains": self.gains}
+
+    def load_state_dict(self, state):
+        self.gains = state["gains"]

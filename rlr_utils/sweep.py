@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from .rollout import WHOLE
+
 
 class SweepStatistics(NamedTuple):
     """What a sweep saw at each step, (T + 1,) each; NaN where there was nothing to see.
@@ -24,13 +26,14 @@ class SweepStatistics(NamedTuple):
     Attributes:
         pathwise, likelihood_ratio: variance of the two cotangents, ||c - mean of c||^2 summed over the batch and divided
             by B - 1: what all pictures share is signal, not noise. Of a single picture ||c||^2.
-        gradient_norm: norm of what the step added to the gradients of `parameters`, its weight left out, if they were
-            given.
+        gradient_norm: norm of what the step added to the gradients of `parameters`, if they were given.
+        gain: <c_{k-1}, c^P_k> / <c_{k-1}, c_{k-1}>, the share of a cotangent that the step hands on as it is.
     """
 
     pathwise: torch.Tensor
     likelihood_ratio: torch.Tensor
     gradient_norm: torch.Tensor
+    gain: torch.Tensor
 
 
 def likelihood_ratio(chain, trajectory, k, advantages):
@@ -60,7 +63,7 @@ def backward_sweep(
     stop_after=None,
     cotangent=None,
     penalty=None,
-    weights=None,
+    transport=None,
     parameters=None,
 ):
     r"""Add the gradient of -(mean over the batch of R) to `.grad` of the chain's parameters, in one pass k = 1..T.
@@ -69,7 +72,7 @@ def backward_sweep(
     vector-Jacobian product gives the step's share of the parameter gradient and the pathwise cotangent of the next:
 
         c_{k-1}   = gamma_k c^P_{k-1} + (1 - gamma_k) A z_k / sigma_k
-        grad     -= w_k J_theta(mu_k)^T c_{k-1} / B
+        grad     -= J_theta(mu_k)^T c_{k-1} / B
         c^P_k     = (d mu_k / d x_k)^T c_{k-1},        c^P_0 = dR/dx_0
 
     Both cotangents are unbiased for the gradient with respect to mu_k, so any gamma_k that does not depend on this
@@ -77,6 +80,15 @@ def backward_sweep(
     total propagation (huggingface.co/papers/1902.01240) along the chain of RLR (huggingface.co/papers/2502.00639).
     One graph of one step is alive at a time, whatever T is, but for those that the rollout was asked to keep, and nothing
     waits for the device.
+
+    Where the trajectory has a `Part`, only its pictures are swept at that step. With w_i = 1 / p for those drawn with
+    probability p, and 0 for the others,
+
+        grad     -= w J_theta(mu_k)^T c_{k-1} / B
+        c^P_k     = lambda_k c_{k-1} + w ((d mu_k / d x_k)^T c_{k-1} - lambda_k c_{k-1})
+
+    Since E[w] = 1, fresh at every step, that has the same mean whatever the number lambda_k is, and hardly more noise
+    where a step hands a cotangent on nearly as it is.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -91,8 +103,7 @@ def backward_sweep(
         penalty: `penalty(k, mean) -> (B, ...)`, likewise, a cotangent of mu_k that reaches the parameters at this step
             and nothing else: the states are held fixed, so no earlier step hears of it. Where a pathwise cotangent
             passes, that takes a second product with the same graph.
-        weights: w_k for k = 1..T, a sequence of T + 1, the inverse of the probability with which step k is swept where
-            that is drawn; `None` for 1 throughout.
+        transport: lambda_k for k = 1..T, a sequence of T + 1; 1 by default.
         parameters: tensors whose gradient is to be measured step by step, for `SweepStatistics.gradient_norm`.
 
     Returns:
@@ -100,17 +111,17 @@ def backward_sweep(
 
     Raises:
         ValueError: if a schedule asks for a cotangent that is not there, or for the likelihood ratio of a step
-            without noise.
+            without noise; if `cotangent`, which looks at means, is to be handed on where only some are computed.
     """
     num_steps = chain.num_steps
     stop_after = num_steps if stop_after is None else stop_after
     _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent)
     latents, batch = trajectory.latents, len(trajectory.latents[0])
-    weights = [1.0] * (num_steps + 1) if weights is None else weights
+    transport = [1.0] * (num_steps + 1) if transport is None else transport
     # x_k is given a gradient at every step or at none, though not every step hands one on: a compiled U-Net then has one
     # graph for the sweep. Of SD 1.4's U-Net the part before its first trained layer takes 2 % of a step's memory.
     with_input_grad = bool(trajectory.kept) or any(mixing[k] for k in range(2, stop_after + 1))
-    seen = torch.full((3, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
+    seen = torch.full((4, num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
     pathwise = reward_grad
     for k in range(1, stop_after + 1):
         if mixing[k] is None:
@@ -125,21 +136,26 @@ def backward_sweep(
                 seen[row, k] = (term - centre).square().sum() / max(batch - 1, 1)
 
         hands_on = k < stop_after and bool(mixing[k + 1])
+        pictures, _, weight = part = trajectory.part(k)
+        is_swept = part is WHOLE or len(pictures) > 0
         if k in trajectory.kept:
             x, mean = trajectory.kept.pop(k)  # its graph is gone after this
-        else:
-            x = latents[k].detach().requires_grad_(with_input_grad)
+        elif is_swept:
+            x = latents[k][pictures].detach().requires_grad_(with_input_grad)
             with torch.enable_grad():
-                mean = chain.mean(k, x)
+                mean = (chain if part is WHOLE else chain.part(pictures)).mean(k, x)
         mixed = torch.zeros_like(latents[k])
         if mixing[k] > 0:
             mixed += mixing[k] * pathwise
         if mixing[k] < 1 and score is not None:
             mixed += (1 - mixing[k]) * score
+        pathwise = transport[k] * mixed if hands_on else None
+        if not is_swept:
+            continue
+        mixed = mixed[pictures]
         if cotangent is not None:
             mixed += (1 - mixing[k]) * cotangent(k, mean.detach())
-        before = _gradient_of(parameters)
-        scale = -weights[k] / batch
+        before, scale = _gradient_of(parameters), -weight / batch
         if penalty is not None and hands_on:
             torch.autograd.backward(mean, scale * penalty(k, mean.detach()), retain_graph=True)
             x.grad = None
@@ -147,10 +163,14 @@ def backward_sweep(
             mixed += penalty(k, mean.detach())
         torch.autograd.backward(mean, scale * mixed)
         if parameters is not None:
-            seen[2, k] = (_gradient_of(parameters) - before).norm() / weights[k]
-        pathwise = None
+            seen[2, k] = (_gradient_of(parameters) - before).norm()
         if hands_on:
-            pathwise = torch.zeros_like(mixed) if x.grad is None else x.grad / scale
+            found = torch.zeros_like(mixed) if x.grad is None else x.grad / scale
+            seen[3, k] = (mixed * found).sum() / mixed.square().sum()
+            if part is WHOLE:
+                pathwise = found
+            else:
+                pathwise[pictures] += weight * (found - transport[k] * mixed)
     return SweepStatistics(*seen)
 
 
@@ -174,6 +194,8 @@ def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotan
         )
     if advantages is not None and cotangent is not None:
         raise ValueError("advantages and cotangent both stand for the likelihood ratio: give one of them")
+    if cotangent is not None and trajectory.parts and any(mixing[k] for k in range(2, stop_after + 1)):
+        raise ValueError("a cotangent that looks at the means cannot be handed on where a part of the batch is swept")
     if not 1 <= stop_after <= num_steps:
         raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     for k in range(1, stop_after + 1):

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import json
+import math
 import random
 
 import pytest
@@ -26,6 +27,7 @@ from rlr_utils import (
     Schedule,
     SubchainSampler,
     SweepStatistics,
+    Transport,
     WeightPerturbation,
     alignprop,
     backward_sweep,
@@ -39,7 +41,6 @@ from rlr_utils import (
     rlr_paper,
     rollout,
     subchain_length,
-    thin_out,
     truncated_bp,
 )
 
@@ -54,46 +55,19 @@ def test_schedules():
     assert rlr(3, 0.4, differentiable=False).mixing[1:] == [0.0, 0.4, 0.4]
 
 
-def test_thinning_out_leaves_the_pathwise_steps_alone():
-    """Step 1 is first order, 4 begins a sub-chain of three; of the four others two stay, with the weight 4 / 2."""
-    schedule = rlr_paper(8, start=4, length=3, rest="likelihood_ratio")
-    assert schedule.mixing[1:] == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
-    met = torch.zeros(9)
-    for _ in range(500):
-        thin = thin_out(schedule, 0.5)
-        kept = [k for k in range(1, 9) if thin.mixing[k] is not None]
-        assert {1, 4, 5, 6} < set(kept) and len(kept) == 6
-        assert [thin.weights[k] for k in kept] == [1.0 if k in (1, 4, 5, 6) else 2.0 for k in kept]
-        met[kept] += 1
-    assert 200 < met[[2, 3, 7, 8]].min() and met[[2, 3, 7, 8]].max() < 300
-    assert schedule.mixing[2] == 0.0  # the schedule itself is as it was
-
-
-def test_a_step_after_one_left_out_takes_the_likelihood_ratio_alone():
-    for _ in range(50):
-        thin = thin_out(rlr(6, 0.4, differentiable=True), 0.5)
-        assert thin.mixing[1] == 1.0 and sum(gamma is not None for gamma in thin.mixing[1:]) == 3
-        for k in range(2, 7):
-            assert thin.mixing[k] in (None, 0.0 if thin.mixing[k - 1] is None else 0.4)
-    assert thin_out(full_bp(4), 0.1) == full_bp(4)
-    assert sum(gamma is not None for gamma in thin_out(ddpo(4), 0.01).mixing[1:]) == 1
-
-
 def statistics(pathwise, likelihood_ratio):
     nan = float("nan")
-    rows = torch.tensor([[nan, *pathwise], [nan, *likelihood_ratio], [nan] * (len(pathwise) + 1)])
+    unseen = [nan] * (len(pathwise) + 1)
+    rows = torch.tensor([[nan, *pathwise], [nan, *likelihood_ratio], unseen, unseen])
     return SweepStatistics(*rows)
 
 
 def test_a_step_not_seen_so_far_is_not_taken_for_one_without_noise():
-    """Of a thinned-out batch the adaptive mixing knows some steps only, and the next one is as thin again."""
+    """Of a batch that overflowed at some steps the adaptive mixing knows the others only."""
     adaptive, nan = AdaptiveMixing(6), float("nan")
     adaptive.update(statistics([1.0, 1.0, nan, nan, nan, 2.0], [nan, 5.0, nan, nan, 5.0, nan]))
     gammas = adaptive.gammas(differentiable=True)
     assert gammas[3] == gammas[4] == 0.999 and gammas[6] == 1.0  # the last one was swept, and had no likelihood ratio
-    for _ in range(20):
-        thin = thin_out(rlr(6, adaptive, differentiable=True), 0.3)
-        assert sum(gamma is not None for gamma in thin.mixing[1:]) <= 4
 
 
 def test_adaptive_mixing_is_inverse_variance_of_earlier_batches():
@@ -200,7 +174,7 @@ def test_where_the_sub_chain_starts():
     by_norm = SubchainSampler(6, 2, by_gradient_norm=True, decay=0.5)
     assert by_norm.probabilities() == [0.25] * 4
     nan = float("nan")
-    rows = torch.tensor([[nan] * 7, [nan] * 7, [nan, 9.0, 1.0, nan, 3.0, nan, nan]])
+    rows = torch.tensor([[nan] * 7, [nan] * 7, [nan, 9.0, 1.0, nan, 3.0, nan, nan], [nan] * 7])
     by_norm.update(SweepStatistics(*rows))
     expected = torch.tensor([0.5, 1.0, 1.5, 1.0]).softmax(0).tolist()
     assert by_norm.probabilities() == pytest.approx(expected)
@@ -301,6 +275,17 @@ def test_adaptive_mixing_survives_a_checkpoint_and_refuses_another_chain():
     assert other.gammas(differentiable=True) == adaptive.gammas(differentiable=True)
     with pytest.raises(ValueError, match="2 inference steps, not 7"):
         AdaptiveMixing(7).load_state_dict(adaptive.state_dict())
+
+
+def test_transport_is_a_running_mean_of_the_gains_that_were_seen():
+    transport, nan = Transport(3, decay=0.75), float("nan")
+    assert transport.gains == [1.0] * 4
+    for gains in ([nan, 0.2, nan, math.inf], [nan, 0.2, 2.0, nan]):
+        transport.update(SweepStatistics(*torch.tensor([[nan] * 4] * 3 + [gains])))
+    assert transport.gains == pytest.approx([1.0, 0.2 + 0.8 * 0.75**2, 1.25, 1.0])
+    again = Transport(3)
+    again.load_state_dict(json.loads(json.dumps(transport.state_dict())))
+    assert again.gains == transport.gains
 
 
 def test_leave_one_out_is_what_its_name_says():

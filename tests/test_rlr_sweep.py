@@ -18,6 +18,7 @@ import torch
 from rlr_testing import LinearGaussianChain, Mix, NonlinearChain, gradients
 from rlr_utils import (
     AdaptiveMixing,
+    ClippedRatio,
     GaussianKL,
     PerturbedChain,
     PredictedReward,
@@ -29,6 +30,7 @@ from rlr_utils import (
     backward_sweep,
     branch,
     ddpo,
+    draw_parts,
     full_bp,
     leave_one_out,
     likelihood_ratio,
@@ -36,9 +38,9 @@ from rlr_utils import (
     rlr,
     rlr_paper,
     rollout,
-    thin_out,
     truncated_bp,
 )
+from rlr_utils.rollout import Part
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -181,7 +183,7 @@ def test_the_divergence_from_the_base_model_reaches_the_parameters_alone(gamma):
     backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards)
     plain = gradients(chain)
 
-    def base_mean(k, x):
+    def base_mean(k, x, pictures=None):
         with torch.no_grad():
             return base.mean(k, x)
 
@@ -232,34 +234,90 @@ def test_steps_that_are_left_out_add_nothing_and_let_nothing_pass():
     assert rows.gradient_norm.isnan().tolist() == [True, False, False, False, True, True]
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
-def test_a_weight_is_of_what_the_parameters_get_and_of_nothing_that_is_handed_on(gamma):
-    """Each step by itself, from the difference that its weight makes, is what it was; so is every statistic."""
+def parts_of(shares, batch, seed):
+    random.seed(seed)
+    return draw_parts(shares, batch)
+
+
+def test_a_part_of_the_pictures_is_drawn_anew_for_every_step():
+    shares = {1: 1.0, 2: 0.5, 3: 0.5, 4: 0.3}
+    met, counts = {k: torch.zeros(5) for k in shares}, {k: set() for k in shares}
+    for seed in range(2000):
+        parts = parts_of(shares, 5, seed)
+        assert parts.keys() == {2, 3, 4} and parts[3].weight == 2.0
+        for k, (pictures, others, _) in parts.items():
+            assert sorted(pictures.tolist() + others.tolist()) == [0, 1, 2, 3, 4]
+            met[k][pictures] += 1
+            counts[k].add(len(pictures))
+    assert counts == {1: set(), 2: {2, 3}, 3: {2, 3}, 4: {1, 2}}
+    for k in (2, 3, 4):
+        assert (met[k] / 2000 - shares[k]).abs().max() < 0.05
+    assert {len(parts_of({1: 0.25}, 1, seed)[1].pictures) for seed in range(50)} == {0, 1}
+
+
+@pytest.mark.parametrize("keep", [[], [2, 3, 4], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+def test_a_sweep_of_parts_is_a_surrogate_that_autograd_can_follow(gamma, keep):
+    """Of a chain whose step has for every picture the same value, but w times the derivatives of the mean and 1 - w times
+    that of lambda x. At step 4 there is no picture at all."""
+    chain, lambdas = NonlinearChain(), [None, 0.9, 0.8, 0.7, 1.1, 0.6]
+    parts = {**parts_of({2: 0.5, 3: 0.3, 5: 0.7}, 6, 0), **parts_of({4: 0.01}, 6, 1)}
+    assert [len(parts[k].pictures) for k in (4, 2)] == [0, 3]
+    trajectory = rollout(chain, torch.randn(6, 3, dtype=torch.float64), keep=keep, parts=parts)
+    x_0 = trajectory.latents[0].clone().requires_grad_()
+    rewards = reward_of(x_0)
+    (reward_grad,) = torch.autograd.grad(rewards.sum(), x_0)
+    advantages = rewards.detach() - rewards.mean().item()
+    mixing = [None, 1.0] + [gamma] * 4
+    statistics = backward_sweep(
+        chain, trajectory, mixing, reward_grad=reward_grad, advantages=advantages, transport=lambdas
+    )
+    swept = gradients(chain)
+    x = trajectory.latents[chain.num_steps]
+    for k in range(chain.num_steps, 0, -1):
+        weight = torch.ones(6, 1, dtype=torch.float64)
+        if k in parts:
+            weight = torch.zeros_like(weight).index_fill(0, parts[k].pictures, parts[k].weight)
+        mean = chain.mean(k, x)
+        mean = mean.detach() + weight * (mean - mean.detach()) + (1 - weight) * lambdas[k] * (x - x.detach())
+        score = -likelihood_ratio(chain, trajectory, k, advantages) / 6
+        x = Mix.apply(mean, mixing[k], score) + chain.sigma(k) * trajectory.noises[k]
+    (-reward_of(x).mean()).backward()
+    torch.testing.assert_close(swept, gradients(chain), **EXACT)
+    assert statistics.gain.isnan().tolist() == [True, False, False, False, True, True]  # step 5 hands nothing on
+    x = trajectory.latents[1].detach().requires_grad_()
+    (handed_on,) = torch.autograd.grad(chain.mean(1, x), x, reward_grad)
+    gain = (handed_on * reward_grad).sum() / reward_grad.square().sum()
+    torch.testing.assert_close(statistics.gain[1], gain, **EXACT)
+
+
+@pytest.mark.parametrize("hands_on", [False, True])
+def test_both_halves_of_a_batch_are_in_the_mean_the_whole(hands_on):
+    """With PPO's cotangent, or the likelihood ratio where one is handed on, and with the divergence from a base model."""
     chain, trajectory, rewards, reward_grad = setup()
     base = NonlinearChain(num_steps=chain.num_steps, seed=7)
+    mixing = [1.0] * (chain.num_steps + 1) if hands_on else ddpo(chain.num_steps).mixing
 
-    def sweep(weights):
-        penalty = GaussianKL(chain, lambda k, x: base.mean(k, x).detach(), trajectory, weight=0.3)
-        rows = backward_sweep(
-            chain,
-            trajectory,
-            [gamma] * (chain.num_steps + 1),
-            reward_grad=reward_grad,
-            advantages=rewards,
-            penalty=penalty,
-            weights=weights,
-            parameters=list(chain.parameters()),
-        )
-        return gradients(chain), rows
+    def sweep(parts):
+        run = Trajectory(trajectory.latents, trajectory.noises, parts=parts)
+        penalty = GaussianKL(chain, lambda k, x, pictures: base.mean(k, x).detach(), run, weight=0.3)
+        worth = {"reward_grad": reward_grad} if hands_on else {"cotangent": ClippedRatio(chain, run, rewards)}
+        backward_sweep(chain, run, mixing, penalty=penalty, **worth)
+        return gradients(chain), torch.stack(list(penalty.divergences.values()))
 
-    plain, plain_rows = sweep(None)
-    summed = 0
-    for k in range(1, chain.num_steps + 1):
-        weighted, rows = sweep([3.0 if j == k else 1.0 for j in range(chain.num_steps + 1)])
-        summed += (weighted - plain) / 2
-        for row, expected in zip(rows, plain_rows):
-            torch.testing.assert_close(row, expected, equal_nan=True, **EXACT)
-    torch.testing.assert_close(summed, plain, **EXACT)
+    halves = torch.tensor([0, 2, 5]), torch.tensor([1, 3, 4])
+    found = [sweep({3: Part(*order, 2.0)}) for order in (halves, halves[::-1])]
+    for whole, *of_halves in zip(sweep({}), *found):
+        torch.testing.assert_close(sum(of_halves) / 2, whole, **EXACT)
+        assert not torch.allclose(of_halves[0], whole)
+
+
+def test_a_cotangent_that_looks_at_means_is_not_handed_on_past_a_part():
+    chain, trajectory, rewards, reward_grad = setup()
+    run = Trajectory(trajectory.latents, trajectory.noises, parts=parts_of({3: 0.5}, 6, 0))
+    with pytest.raises(ValueError, match="looks at the means"):
+        ratio = ClippedRatio(chain, run, rewards)
+        backward_sweep(chain, run, [0.5] * 6, reward_grad=reward_grad, cotangent=ratio)
 
 
 class Counting(NonlinearChain):
@@ -412,10 +470,13 @@ def z_scores(estimate, batches=128, batch_size=256, seed=0):
     return ((draws.mean(0) - truth) / (draws.std(0) / batches**0.5)).abs().max().item()
 
 
-def sweep_with(schedule_of):
+def sweep_with(schedule_of, fraction=1.0):
     def estimate(chain, trajectory):
-        x_0 = trajectory.latents[0]
         schedule = schedule_of(chain.num_steps)
+        parts = draw_parts(dict.fromkeys(schedule.swept, fraction), len(trajectory.latents[0]))
+        # Of the same pictures: what is drawn is nobody's business but the sweep's.
+        trajectory = Trajectory(trajectory.latents, trajectory.noises, parts=parts)
+        x_0 = trajectory.latents[0]
         return backward_sweep(
             chain,
             trajectory,
@@ -423,7 +484,7 @@ def sweep_with(schedule_of):
             reward_grad=chain.reward_grad(x_0),
             advantages=leave_one_out(chain.reward(x_0)),
             stop_after=schedule.stop_after,
-            weights=schedule.weights,
+            transport=[0.7] * (chain.num_steps + 1),
         )
 
     return estimate
@@ -436,15 +497,13 @@ def adaptive_rlr():
     return lambda chain, trajectory: adaptive.update(sweep(chain, trajectory))
 
 
-def paper_rlr(rest, length=2, scale=0.02, fraction=1.0):
+def paper_rlr(rest, length=2, scale=0.02):
     """Equation 6 with a new start at every batch; the zeroth-order term is compared with a running mean."""
     running = RunningReward()
 
     def estimate(chain, trajectory):
         start = SubchainSampler(chain.num_steps, length).draw()
         schedule = rlr_paper(chain.num_steps, start, length, rest)
-        if fraction < 1:
-            schedule = thin_out(schedule, fraction)
         perturbation = WeightPerturbation(chain.parameters(), scale, random.getrandbits(62), schedule.perturbed)
         if schedule.perturbed:
             trajectory = rollout(PerturbedChain(chain, perturbation), trajectory.latents[chain.num_steps])
@@ -457,7 +516,6 @@ def paper_rlr(rest, length=2, scale=0.02, fraction=1.0):
             reward_grad=chain.reward_grad(x_0),
             advantages=leave_one_out(rewards),
             stop_after=schedule.stop_after,
-            weights=schedule.weights,
         )
         perturbation.add_gradient(leave_one_out(rewards.mean()[None], running.mean).item())
         running.update(rewards)
@@ -513,9 +571,9 @@ UNBIASED = {
     "likelihood_ratio_predicted_x0": predicted_x0(ddpo),
     "rlr_predicted_x0": predicted_x0(lambda num_steps: rlr(num_steps, 0.5, differentiable=True)),
     "branching": branching(pairs=3),
-    "likelihood_ratio_thinned_out": sweep_with(lambda num_steps: thin_out(ddpo(num_steps), 0.3)),
-    "rlr_thinned_out": sweep_with(lambda num_steps: thin_out(rlr(num_steps, 0.5, differentiable=True), 0.5)),
-    "rlr_paper_thinned_out": paper_rlr("likelihood_ratio", fraction=0.4),
+    "full_bp_of_a_part": sweep_with(full_bp, fraction=0.5),
+    "likelihood_ratio_of_a_part": sweep_with(ddpo, fraction=0.3),
+    "rlr_of_a_part": sweep_with(lambda num_steps: rlr(num_steps, 0.5, differentiable=True), fraction=0.4),
 }
 
 
@@ -531,11 +589,14 @@ def test_truncation_fails_the_same_test(schedule_of):
     assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
 
 
-def test_thinning_out_without_its_weights_fails_it_too():
-    def schedule_of(num_steps):
-        return thin_out(ddpo(num_steps), 0.3)._replace(weights=None)
+def test_a_part_without_its_weight_fails_it_too(monkeypatch):
+    plain = draw_parts
 
-    assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
+    def unweighted(share, batch):
+        return {k: part._replace(weight=1.0) for k, part in plain(share, batch).items()}
+
+    monkeypatch.setitem(globals(), "draw_parts", unweighted)
+    assert z_scores(sweep_with(full_bp, fraction=0.5), batches=512, batch_size=64) > 20
 
 
 @pytest.mark.parametrize("length", [0, 2])

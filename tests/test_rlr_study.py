@@ -18,11 +18,13 @@ import torch
 from study import (
     ESTIMATORS,
     LEARNING_RATES,
+    NEED_GRADIENT,
     SEEDS,
     TUNING_SEED,
     Cell,
     best_learning_rate,
     cell_of,
+    estimators_of,
     fast_sine,
     price_of,
     read_rows,
@@ -78,6 +80,14 @@ def test_what_a_picture_costs():
     assert price("rlr_paper, zeroth_order") == 20 + 3 * 2 + 1.5
     assert price("rlr, no baseline", "black box") == price("ddpo", "black box") == 20 * 2 + 0.25
     assert all(price(name) > 20 for name in ESTIMATORS)
+
+
+def test_nobody_runs_twice_under_two_names():
+    """What the default baseline is has no row beside it; black boxes have no rows that need a gradient."""
+    prices = {**PRICES, "gradient rough": 1.0}
+    smooth, rough, black_box = (estimators_of(reward, prices) for reward in ("smooth", "rough", "black box"))
+    assert set(ESTIMATORS) - set(smooth) == {"rlr, leave_one_out"} and set(rough) == set(ESTIMATORS)
+    assert set(ESTIMATORS) - set(black_box) == {"rlr, predicted_x0", *NEED_GRADIENT}
 
 
 def test_when_a_curve_reaches_a_level():

@@ -496,7 +496,7 @@ def plot(rows, path):
         for row in rows:
             if row["reward"] != kind:
                 continue
-            index, hidden = names.index(row["estimator"]), row["bias_noise"] > 0.3
+            index, hidden = names.index(row["estimator"]), row["bias_noise"] > 0.2
             (shown[row["estimator"]],) = axes.plot(
                 row["noise_to_signal_x_cost"],
                 0.0 if hidden else row["relative_bias"],

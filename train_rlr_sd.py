@@ -575,8 +575,8 @@ def make_parser(script, family):
         type=str,
         default="auto",
         help="The share of the pictures that each step of the chain but the last three is swept for, drawn anew step by step"
-        " and weighted by its inverse; the cotangents of the others pass in the mean: unbiased, cheaper, a little noisier."
-        " auto: .5 for rlr where the likelihood ratio has next to no share, else 1.",
+        " and weighted by its inverse; the cotangents of the others pass in the mean: unbiased, cheaper, noisier."
+        " auto: .5 for rlr where all of the reward has a gradient and the likelihood ratio next to no share, else 1.",
     )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
     estimator.add_argument(
@@ -720,7 +720,7 @@ def make_parser(script, family):
     training.add_argument(
         "--compile",
         action="store_true",
-        help="Compile the U-Net with torch.compile, once for the rollout and once for the sweep.",
+        help="Compile the U-Net with torch.compile, for the rollout, for the sweep, and for a sweep of a part of the pictures.",
     )
     training.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
     training.add_argument(
@@ -826,8 +826,8 @@ def number_or_auto(text):
 
 
 def check_args(args):
-    """Everything about the arguments that can be known without loading a model; turns --mixing and --max_grad_norm into
-    their values.
+    """Everything about the arguments that can be known without loading a model; turns --mixing, --max_grad_norm and
+    --sweep_fraction into their values.
 
     Raises:
         ValueError: one line that names the argument and what it should be.
@@ -915,6 +915,11 @@ def check_args(args):
     args.sweep_fraction = fraction
     if fraction not in ("auto", 1) and (args.gradient_estimator == "draft_lv" or args.branches):
         raise ValueError(f"--sweep_fraction {fraction} needs an estimator that sweeps the chain of the rollout")
+    if fraction not in ("auto", 1) and args.num_inner_epochs > 1:
+        # The parameters of a later epoch have learned from the very pictures that it would be swept for.
+        raise ValueError(
+            f"--sweep_fraction {fraction} is biased with --num_inner_epochs {args.num_inner_epochs}: use 1"
+        )
     if args.kl_weight > 0 and (args.gradient_estimator == "draft_lv" or args.branches):
         raise ValueError(f"--kl_weight {args.kl_weight} needs an estimator that sweeps the chain of the rollout")
     if args.kl_weight > 0 and args.eta == 0:
@@ -1368,7 +1373,7 @@ class Estimator:
         else:
             simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
             schedule = simple[args.gradient_estimator](num_steps)
-        return schedule._replace(transport=self.transport.gains)
+        return schedule._replace(transport=list(self.transport.gains))
 
     def swept_share(self, schedule):
         """{k: the share of the pictures that the step is swept for}, in the sweep's order."""
@@ -1377,7 +1382,7 @@ class Estimator:
         if share == "auto":
             # Where the likelihood ratio has a share, its noise is most of all noise, and fewer pictures would make it more.
             leans = args.gradient_estimator == "rlr" and self.rewards.differentiable and min(gammas, default=1) > 0.95
-            share = 0.5 if leans and not args.branches else 1.0
+            share = 0.5 if leans else 1.0
         return {k: 1.0 if k <= ALWAYS_SWEPT else share for k in schedule.swept}
 
     def predicted_steps(self, schedule):
@@ -1489,7 +1494,8 @@ def print_plan(accelerator, args, estimator, schedule, num_prompts, trainable):
         "U-Net calls per step": f"{forwards} forward + {swept} with backward"
         + (" at most" if args.gradient_estimator == "alignprop" else "")
         + (" (on average)" if args.branches else "")
-        + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else ""),
+        + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
+        + (", at first" if min(share.values()) < 1 and args.sweep_fraction == "auto" else ""),
         "pictures scored per step": f"{images_per_step * (1 + len(predicted_steps))}"
         + (f" = {images_per_step} + {len(predicted_steps)} predictions of each" if predicted_steps else ""),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
@@ -1614,7 +1620,8 @@ class GradientClipping:
     A reward has a unit of its own, and so has its gradient: no fixed norm fits an aesthetic score, a file size and a cosine.
     And gradients through a chain are heavy-tailed: a batch with a picture whose chain amplifies has several times the usual
     norm, which Adam's second moments then remember for a thousand steps. With "auto" it is the 10th percentile of the norms
-    so far (AutoClip, huggingface.co/papers/2007.14469).
+    so far (AutoClip, huggingface.co/papers/2007.14469), but for those that are nothing beside the others: where all rewards
+    of a batch are the same, as those of a rare success often are, its gradient is 0 but for rounding.
     """
 
     def __init__(self, max_norm):
@@ -1626,7 +1633,8 @@ class GradientClipping:
             return self.max_norm
         if math.isfinite(norm):  # or float16 has overflowed, and the step is left out
             self.norms.append(norm)
-        return torch.tensor(self.norms).quantile(0.1).item() if self.norms else math.inf
+        norms = [norm for norm in self.norms if norm > 1e-3 * max(self.norms)]
+        return torch.tensor(norms, dtype=torch.float64).quantile(0.1).item() if norms else math.inf
 
     def state_dict(self):
         return {"norms": self.norms}
@@ -1884,13 +1892,16 @@ def embeds_by_step(args, prompts, embeds_of):
     return [torch.stack(parts)[level_of_step] for parts in zip(*map(embeds_of, levels))]
 
 
-def can_be_compiled(args, chain, shape, schedule):
-    """Whether the compiler manages what rollout and sweep will ask for, latents of a shape (B, C, h, w)."""
+def can_be_compiled(args, chain, shape, schedule, share):
+    """Whether the compiler manages what rollout and sweep will ask for, latents of a shape (B, C, h, w) and parts of them."""
     x, handed_on = torch.zeros(shape, device=chain.timesteps.device), schedule.mixing[2 : schedule.stop_after + 1]
+    with_input_grad = args.keep_graphs > 0 or any(handed_on)
     try:
         with torch.no_grad():
             chain.mean(chain.num_steps, x)
-        chain.mean(chain.num_steps, x.requires_grad_(args.keep_graphs > 0 or any(handed_on))).sum().backward()
+        for size in {max(1, int(p * len(x))) for p in share.values()}:
+            part = chain.part(torch.arange(size, device=x.device))
+            part.mean(chain.num_steps, x[:size].clone().requires_grad_(with_input_grad)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may say
@@ -2037,11 +2048,13 @@ def average_gradients(args, accelerator, trainable, clipping):
     grad_norm = accelerator.clip_grad_norm_(trainable, math.inf).item()  # which takes out the loss scale
     if not math.isfinite(grad_norm) and accelerator.scaler is None:
         raise RunError(f"the gradient is not finite ({grad_norm})")
-    torch.nn.utils.clip_grad_norm_(trainable, clipping.limit(grad_norm))
+    limit = clipping.limit(grad_norm)
+    if grad_norm > limit:
+        torch._foreach_mul_(gradients, limit / grad_norm)
     return grad_norm
 
 
-def metrics_of(accelerator, step, schedule, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
+def metrics_of(accelerator, step, schedule, share, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
     """The line of an optimizer step in metrics.jsonl."""
     num_images = len(scores["total"])
     figures = {
@@ -2057,6 +2070,7 @@ def metrics_of(accelerator, step, schedule, predicted_steps, scores, swept, grad
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "gamma_mean": sum(gammas) / len(gammas),
         "predicted_steps": len(predicted_steps),
+        "swept_steps": sum(share.values()),
         "seconds": seconds,
         "images_per_second": num_images / seconds,
         "learning_rate": learning_rate,
@@ -2180,6 +2194,9 @@ class Record:
             average = load_file(os.path.join(directory, EMA_FILE))
             for i, values in enumerate(self.ema.shadow_params):
                 values.copy_(average[str(i)])
+        unknown = sorted(self.statistics.keys() - state.keys())
+        if unknown:
+            raise ValueError(f"it is of an earlier version, which did not keep {', '.join(unknown)}")
         for name, kept in self.statistics.items():
             kept.load_state_dict(state[name])
 
@@ -2409,7 +2426,9 @@ def main(args):
 
     shape = latents_shape(args, pipeline)
     trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
+    if is_compiled_module(promptless.unet) and not can_be_compiled(
+        args, chain_of(trial), shape, schedule, estimator.swept_share(schedule)
+    ):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
     print_plan(accelerator, args, estimator, schedule, len(prompts), trainable)
@@ -2454,7 +2473,9 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
+            line = metrics_of(
+                accelerator, step, schedule, share, predict, scores, swept, grad_norm, learning_rate, seconds
+            )
             record.after_step(line)
     record.finish(load_pipeline, rewards, prompts)
 

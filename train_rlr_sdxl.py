@@ -178,7 +178,9 @@ def main(args):
 
     shape = latents_shape(args, pipeline)
     trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
+    if is_compiled_module(promptless.unet) and not can_be_compiled(
+        args, chain_of(trial), shape, schedule, estimator.swept_share(schedule)
+    ):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
     print_plan(accelerator, args, estimator, schedule, len(prompts), trainable)
@@ -223,7 +225,9 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
+            line = metrics_of(
+                accelerator, step, schedule, share, predict, scores, swept, grad_norm, learning_rate, seconds
+            )
             record.after_step(line)
     record.finish(load_xl_pipeline, rewards, prompts)
 

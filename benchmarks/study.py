@@ -229,8 +229,9 @@ def step_price(reward, estimator, prices, settings):
 
 
 def run_cell(cell, settings, steps):
-    """Train and judge: the row of a run, with the steps of the chain at which the baseline predicted a picture in the
-    mean, and its curve, rows of training rewards by optimizer step. No step is the base model."""
+    """Train and judge: the row of a run, with the steps of the chain at which the baseline predicted a picture and those
+    that a picture was swept for, in the mean, and its curve, rows of training rewards by optimizer step. No step is the
+    base model."""
     torch.set_num_threads(1)
     trained, other = REWARDS[cell.reward]
     flags, metrics = [*flags_of(settings), "--reward", trained], []
@@ -255,6 +256,7 @@ def run_cell(cell, settings, steps):
         **cell._asdict(),
         "steps": steps,
         "predicted": sum(line["predicted_steps"] for line in metrics) / max(steps, 1),
+        "swept": sum(line["swept_steps"] for line in metrics) / max(steps, 1),
         "final": total.mean().item(),
         "other": scores[other].mean().item(),
         "diversity": summary["diversity"],
@@ -270,7 +272,7 @@ def run_cell(cell, settings, steps):
     return row, curve
 
 
-FIELDS = [*Cell._fields, "steps", "predicted", "final", "other", "diversity", "nearest_real"]
+FIELDS = [*Cell._fields, "steps", "predicted", "swept", "final", "other", "diversity", "nearest_real"]
 CURVE_FIELDS = [*Cell._fields, "step", "reward_mean"]
 
 

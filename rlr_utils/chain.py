@@ -19,7 +19,8 @@ A chain is anything with three members:
     chain.sigma(k) -> float        standard deviation of the noise that step k injects; k = T runs first, k = 1 last
     chain.mean(k, x) -> Tensor     mu_k(x_k), differentiable in x and in the trainable parameters
 
-so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I).
+so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I). To be swept for a part of the pictures it also
+needs chain.part(pictures), itself for those of some indices alone.
 """
 
 import copy
@@ -196,7 +197,7 @@ class StableDiffusionChain:
         return chain
 
     def part(self, pictures):
-        """The same chain for some of its pictures, indices (B',), alone."""
+        """The same chain for some of its pictures, indices (B',) in the whole batch, alone."""
         chain = copy.copy(self)
         chain.pictures = pictures
         return chain

@@ -87,8 +87,8 @@ def backward_sweep(
         grad     -= w J_theta(mu_k)^T c_{k-1} / B
         c^P_k     = lambda_k c_{k-1} + w ((d mu_k / d x_k)^T c_{k-1} - lambda_k c_{k-1})
 
-    Since E[w] = 1, fresh at every step, that has the same mean whatever the number lambda_k is, and hardly more noise
-    where a step hands a cotangent on nearly as it is.
+    Since E[w] = 1, fresh at every step, that has the same mean whatever the number lambda_k is, and the less noise the
+    more nearly a step hands a cotangent on as it is.
 
     Args:
         chain: see `rlr_utils.chain`.

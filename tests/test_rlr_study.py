@@ -45,7 +45,7 @@ def test_the_study_in_short_and_again(tmp_path, capsys):
     best = best_learning_rate(cells, "rough", "rlr, predicted_x0")
     final = [("rough", "rlr, predicted_x0", best, seed) for seed in SEEDS[:2]]
     assert {cell_of(row) for row in cells} == {("rough", "base", 0.0, 0), *tuned, *final}
-    assert all(row["predicted"] == (3 if row["steps"] else 0) for row in cells)
+    assert all(row["predicted"] == row["swept"] == (3 if row["steps"] else 0) for row in cells)
     assert {row["estimator"]: row["seeds"] for row in table["rough"]} == {"base": 1, "rlr, predicted_x0": 2}
     assert not table["smooth"]
     assert "fast_sine:0.5" in capsys.readouterr().out

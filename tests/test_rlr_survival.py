@@ -44,6 +44,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, kills):
     flags += ["--baseline", "per_prompt", "--images_per_prompt", "2", "--checkpoints_total_limit", "2"]
     # With what draws from the generators of each rank, and a moving average.
     flags += ["--gradient_estimator", "rlr_paper", "--num_inference_steps", "6", "--ema_decay", "0.9"]
+    flags += ["--sweep_fraction", "0.5"]
     command = [sys.executable, SCRIPT, *flags, "--resume_from_checkpoint", "latest", "--output_dir"]
     subprocess.run([*command, str(tmp_path / "straight")], env=ENVIRONMENT, check=True, capture_output=True)
 
@@ -194,7 +195,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 
 def test_a_compiled_unet_is_saved_and_resumed_as_it_is(tmp_path, monkeypatch):
-    flags = ["--learning_rate", "1e-3", "--checkpointing_steps", "1"]
+    flags = ["--learning_rate", "1e-3", "--checkpointing_steps", "1", "--num_inference_steps", "5"]
     train(tmp_path / "plain", *flags)
     AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")

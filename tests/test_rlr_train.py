@@ -129,6 +129,10 @@ def test_the_adapter_is_a_diffusers_lora_that_changes_the_picture(tmp_path):
     torch.testing.assert_close(picture(pipeline), before)
 
 
+# As many steps that some may be swept for a part of the pictures.
+PARTS = ["--sweep_fraction", "0.4", "--num_inference_steps", "6"]
+
+
 def test_training_raises_the_reward(tmp_path):
     """Ten steps of the default estimator: more than three standard errors on 48 pictures the run did not train on."""
     train(
@@ -167,10 +171,19 @@ def test_training_raises_the_reward(tmp_path):
         ["--baseline", "predicted_x0", "--gradient_estimator", "ddpo"],
         ["--baseline", "predicted_x0", "--baseline_steps", "2", "--reward", "aesthetic,jpeg_compressibility"],
         ["--reward", "jpeg_compressibility", "--branches", "2"],
-        ["--sweep_fraction", "0.4", "--kl_weight", "0.1", "--max_train_steps", "3"],
-        ["--sweep_fraction", "0.4", "--gradient_estimator", "ddpo", "--gradient_accumulation_steps", "2"],
-        ["--sweep_fraction", "0.4", "--gradient_estimator", "alignprop", "--num_inference_steps", "6"],
-        ["--sweep_fraction", "0.4", "--baseline", "predicted_x0", "--keep_graphs", "5", "--num_inference_steps", "5"],
+        [*PARTS, "--kl_weight", "0.1", "--max_train_steps", "3", "--gradient_accumulation_steps", "2"],
+        [*PARTS, "--gradient_estimator", "ddpo", "--gradient_accumulation_steps", "2"],
+        [*PARTS, "--gradient_estimator", "alignprop", "--train_batch_size", "1"],
+        [
+            *PARTS,
+            "--gradient_estimator",
+            "rlr_paper",
+            "--rest",
+            "likelihood_ratio",
+            "--subchain_sampling",
+            "grad_norm",
+        ],
+        [*PARTS, "--baseline", "predicted_x0", "--keep_graphs", "5"],
         ["--preset_low_memory"],
         ["--scheduler", "ddpm", "--baseline", "predicted_x0"],
         ["--scheduler", "euler_ancestral", "--num_eval_images", "2"],
@@ -363,6 +376,7 @@ def checkpoints(directory):
     [
         [],
         ["--train_batch_size", "1"],
+        ["--num_inference_steps", "6", "--train_batch_size", "3"],
         ["--gradient_estimator", "ddpo", "--baseline", "predicted_x0"],
         ["--gradient_estimator", "rlr_paper", "--subchain_sampling", "grad_norm", "--subchain_length", "1"],
     ],
@@ -381,6 +395,16 @@ def test_checkpoints_are_kept_to_their_limit_and_resumed_exactly(tmp_path, also)
     for key in ("reward_mean", "reward_std", "grad_norm", "gamma_mean"):
         assert [line[key] for line in resumed] == [line[key] for line in straight]
     assert same_adapter(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path):
+    train(tmp_path, "--checkpointing_steps", "1", "--max_train_steps", "1")
+    path = tmp_path / "checkpoint-1" / "rlr_state.json"
+    state = json.loads(path.read_text())
+    del state["transport"], state["clipping"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(SystemExit, match="cannot resume .* earlier version, which did not keep clipping, transport"):
+        train(tmp_path, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
 
 
 def test_a_checkpoint_by_name_is_gone_on_from_and_pruned_as_in_the_examples_of_diffusers(tmp_path):
@@ -537,6 +561,10 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--eta", "0", "--gradient_estimator", "ddpo"], "--eta 0 leaves no noise.*ddpo"),
         (["--mixing", "2"], "--mixing '2'"),
         (["--learning_rate", "nan"], "--learning_rate nan"),
+        (
+            ["--sweep_fraction", ".5", "--gradient_estimator", "ddpo", "--num_inner_epochs", "2"],
+            "--sweep_fraction 0.5 is biased with --num_inner_epochs 2",
+        ),
         (["--max_grad_norm", "none"], "--max_grad_norm 'none'"),
         (["--num_inner_epochs", "2"], "needs --gradient_estimator ddpo"),
         (["--reward", "jpeg_compressibility", "--gradient_estimator", "full_bp"], "not differentiable.*full_bp"),
@@ -852,8 +880,9 @@ def test_the_sweep_does_what_the_plan_tells(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StableDiffusionChain, "mean", counting)
     flags = ["--num_inference_steps", "6", "--train_batch_size", "4", "--max_train_steps", "1"]
-    train(tmp_path, *flags, "--keep_graphs", "4")
+    metrics = train(tmp_path, *flags, "--keep_graphs", "4")
     assert counts == {True: 18, False: 10}
+    assert metrics[0]["swept_steps"] == 4.5
 
 
 def test_a_swept_part_of_the_pictures_costs_no_more_than_noise(tmp_path):
@@ -885,6 +914,7 @@ def test_the_launcher(tmp_path, processes):
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-m", *launcher, os.path.join(ROOT, "train_rlr_sd.py"), *BASE]
+    command += ["--num_inference_steps", "5"]  # of which the first two are swept for a part of the pictures
     command += ["--output_dir", str(tmp_path / "out"), "--checkpointing_steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
@@ -939,7 +969,11 @@ def test_gradients_are_clipped_to_the_tenth_percentile_of_the_norms_so_far():
         assert average_gradients(args, accelerator, parameters, clipping) == pytest.approx(norms[-1])
         clipped = torch.cat([p.grad for p in parameters]).norm().item()
         assert clipped == pytest.approx(min(norms[-1], np.quantile(norms, 0.1)), rel=1e-4)
+    for nothing in (0.0, 0.0, 1e-9):  # batches whose rewards are all the same
+        clipping.limit(nothing)
+    assert clipping.limit(7.0) == pytest.approx(np.quantile([*norms, 7.0], 0.1))
     again = GradientClipping("auto")
     again.load_state_dict(json.loads(json.dumps(clipping.state_dict())))
-    assert again.limit(7.0) == pytest.approx(np.quantile([*norms, 7.0], 0.1))
-    assert GradientClipping("auto").limit(math.inf) == math.inf  # a float16 step that is left out
+    assert again.limit(3.0) == pytest.approx(np.quantile([*norms, 7.0, 3.0], 0.1))
+    for nothing in (math.inf, 0.0):  # the former a float16 step that is left out
+        assert GradientClipping("auto").limit(nothing) == math.inf

@@ -116,10 +116,18 @@ def test_numbers_are_read_back_as_they_were_written(tmp_path):
 
 
 def test_the_learning_rate_is_the_best_on_its_seed():
-    tried = [(0.005, 100, 1.0), (0.01, 100, 3.0), (0.02, 100, 2.0), (0.04, 100, 8.0), (0.02, 101, 9.0), (0.02, 0, 9.0)]
+    low, middle, high = LEARNING_RATES
+    tried = [
+        (low, 100, 1.0),
+        (middle, 100, 3.0),
+        (high, 100, 2.0),
+        (2 * high, 100, 8.0),
+        (high, 101, 9.0),
+        (high, 0, 9.0),
+    ]
     rows = [{**Cell("smooth", "rlr", *cell)._asdict(), "final": final} for *cell, final in tried]
     rows += [{**rows[0], "reward": "text"}]
-    assert best_learning_rate(rows, "smooth", "rlr") == 0.01  # 0.04 is none of the three
+    assert best_learning_rate(rows, "smooth", "rlr") == middle  # 2 * high is none of the three
     assert best_learning_rate(rows[4:], "smooth", "rlr") is None
     rows[1]["final"] = -float("inf")  # has not come to its end
-    assert best_learning_rate(rows, "smooth", "rlr") == 0.02
+    assert best_learning_rate(rows, "smooth", "rlr") == high

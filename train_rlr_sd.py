@@ -1381,7 +1381,9 @@ class Estimator:
         share = args.sweep_fraction
         if share == "auto":
             # Where the likelihood ratio has a share, its noise is most of all noise, and fewer pictures would make it more.
-            leans = args.gradient_estimator == "rlr" and self.rewards.differentiable and min(gammas, default=1) > 0.95
+            leans = (
+                args.gradient_estimator == "rlr" and self.rewards.differentiable and sum(gammas) >= 0.95 * len(gammas)
+            )
             share = 0.5 if leans else 1.0
         return {k: 1.0 if k <= ALWAYS_SWEPT else share for k in schedule.swept}
 

@@ -135,8 +135,6 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 EVALUATION_SEED = 1_000_000
 # Those by which the best adapter is chosen are others again, or the comparison would flatter it.
 HELDOUT_SEED = 2_000_000
-# The last steps of a chain, whose Jacobians are far from multiples of the identity; all others inherit their cotangent.
-ALWAYS_SWEPT = 3
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 DATASET_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -815,14 +813,25 @@ def parse_and_check(parser, input_args):
     return args
 
 
-def number_or_auto(text):
-    """What a flag that takes either says; of anything else NaN."""
+def number_or_auto(name, text, fits, kind):
+    """The value of a flag that takes either.
+
+    Args:
+        fits: whether a number will do.
+        kind: what one that does is called.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     if text == "auto":
         return text
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        return math.nan
+        value = math.nan
+    if not fits(value):
+        raise ValueError(f"--{name} {text!r} is neither auto nor {kind}")
+    return value
 
 
 def check_args(args):
@@ -875,12 +884,12 @@ def check_args(args):
         )
     if args.num_inner_epochs > 1 and args.gradient_estimator != "ddpo":
         raise ValueError(f"--num_inner_epochs {args.num_inner_epochs} needs --gradient_estimator ddpo")
-    mixing, max_norm = number_or_auto(args.mixing), number_or_auto(args.max_grad_norm)
-    if mixing != "auto" and not 0 <= mixing <= 1:
-        raise ValueError(f"--mixing {args.mixing!r} is neither auto nor a number in [0, 1]")
-    if max_norm != "auto" and not 0 < max_norm < math.inf:
-        raise ValueError(f"--max_grad_norm {args.max_grad_norm!r} is neither auto nor a positive number")
-    args.mixing, args.max_grad_norm = mixing, max_norm
+    for name, fits, kind in (
+        ("mixing", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+        ("sweep_fraction", lambda value: 0 < value <= 1, "a number in (0, 1]"),
+        ("max_grad_norm", lambda value: 0 < value < math.inf, "a positive number"),
+    ):
+        setattr(args, name, number_or_auto(name, getattr(args, name), fits, kind))
 
     if args.subchain_length == "auto":
         if not args.half_order_gb > args.zeroth_order_gb > 0:
@@ -909,17 +918,13 @@ def check_args(args):
     if args.baseline_vae is not None and args.baseline not in ("auto", "predicted_x0"):
         raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline auto or predicted_x0")
 
-    fraction = number_or_auto(args.sweep_fraction)
-    if fraction != "auto" and not 0 < fraction <= 1:
-        raise ValueError(f"--sweep_fraction {args.sweep_fraction!r} is neither auto nor a number in (0, 1]")
-    args.sweep_fraction = fraction
-    if fraction not in ("auto", 1) and (args.gradient_estimator == "draft_lv" or args.branches):
-        raise ValueError(f"--sweep_fraction {fraction} needs an estimator that sweeps the chain of the rollout")
-    if fraction not in ("auto", 1) and args.num_inner_epochs > 1:
-        # The parameters of a later epoch have learned from the very pictures that it would be swept for.
-        raise ValueError(
-            f"--sweep_fraction {fraction} is biased with --num_inner_epochs {args.num_inner_epochs}: use 1"
-        )
+    if args.sweep_fraction not in ("auto", 1):
+        flag = f"--sweep_fraction {args.sweep_fraction}"
+        if args.gradient_estimator == "draft_lv" or args.branches:
+            raise ValueError(f"{flag} needs an estimator that sweeps the chain of the rollout")
+        if args.num_inner_epochs > 1:
+            # The parameters of a later epoch have learned from the very pictures that it would be swept for.
+            raise ValueError(f"{flag} is biased with --num_inner_epochs {args.num_inner_epochs}: use 1")
     if args.kl_weight > 0 and (args.gradient_estimator == "draft_lv" or args.branches):
         raise ValueError(f"--kl_weight {args.kl_weight} needs an estimator that sweeps the chain of the rollout")
     if args.kl_weight > 0 and args.eta == 0:
@@ -1373,19 +1378,13 @@ class Estimator:
         else:
             simple = {"full_bp": full_bp, "draft_lv": draft_lv, "alignprop": alignprop, "ddpo": ddpo}
             schedule = simple[args.gradient_estimator](num_steps)
-        return schedule._replace(transport=list(self.transport.gains))
-
-    def swept_share(self, schedule):
-        """{k: the share of the pictures that the step is swept for}, in the sweep's order."""
-        args, gammas = self.args, [schedule.mixing[k] for k in schedule.swept[1:]]
-        share = args.sweep_fraction
-        if share == "auto":
+        fraction = args.sweep_fraction
+        if fraction == "auto":
             # Where the likelihood ratio has a share, its noise is most of all noise, and fewer pictures would make it more.
-            leans = (
-                args.gradient_estimator == "rlr" and self.rewards.differentiable and sum(gammas) >= 0.95 * len(gammas)
-            )
-            share = 0.5 if leans else 1.0
-        return {k: 1.0 if k <= ALWAYS_SWEPT else share for k in schedule.swept}
+            gammas = [schedule.mixing[k] for k in schedule.swept[1:]]
+            leans = sum(gammas) >= 0.95 * len(gammas)
+            fraction = 0.5 if args.gradient_estimator == "rlr" and self.rewards.differentiable and leans else 1.0
+        return schedule._replace(transport=list(self.transport.gains), fraction=fraction)
 
     def predicted_steps(self, schedule):
         """The steps at which the reward of the predicted picture is to be the baseline."""
@@ -1469,16 +1468,15 @@ class Estimator:
             self.transport.update(seen)
 
 
-def print_plan(accelerator, args, estimator, schedule, num_prompts, trainable):
+def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, trainable):
     """The arithmetic of the run as one table."""
     images_per_step = images_of_a_step(args, accelerator)
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
     num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
     if args.gradient_estimator == "alignprop":
         schedule = schedule._replace(stop_after=num_steps)
-    predicted_steps, share = estimator.predicted_steps(schedule), estimator.swept_share(schedule)
-    forwards, swept = num_steps, sum(share.values())
-    kept = sum(part for k, part in share.items() if k <= args.keep_graphs)
+    forwards, swept = num_steps, sum(schedule.share.values())
+    kept = sum(part for k, part in schedule.share.items() if k <= args.keep_graphs)
     if args.gradient_estimator == "draft_lv":
         swept = args.lv_samples
     if args.branches:
@@ -1497,7 +1495,7 @@ def print_plan(accelerator, args, estimator, schedule, num_prompts, trainable):
         + (" at most" if args.gradient_estimator == "alignprop" else "")
         + (" (on average)" if args.branches else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
-        + (", at first" if min(share.values()) < 1 and args.sweep_fraction == "auto" else ""),
+        + (", at first" if min(schedule.share.values()) < 1 and args.sweep_fraction == "auto" else ""),
         "pictures scored per step": f"{images_per_step * (1 + len(predicted_steps))}"
         + (f" = {images_per_step} + {len(predicted_steps)} predictions of each" if predicted_steps else ""),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
@@ -1635,8 +1633,9 @@ class GradientClipping:
             return self.max_norm
         if math.isfinite(norm):  # or float16 has overflowed, and the step is left out
             self.norms.append(norm)
-        norms = [norm for norm in self.norms if norm > 1e-3 * max(self.norms)]
-        return torch.tensor(norms, dtype=torch.float64).quantile(0.1).item() if norms else math.inf
+        norms = torch.tensor(self.norms, dtype=torch.float64)
+        norms = norms[norms > 1e-3 * max(self.norms, default=0.0)]
+        return norms.quantile(0.1).item() if len(norms) > 0 else math.inf
 
     def state_dict(self):
         return {"norms": self.norms}
@@ -1894,14 +1893,14 @@ def embeds_by_step(args, prompts, embeds_of):
     return [torch.stack(parts)[level_of_step] for parts in zip(*map(embeds_of, levels))]
 
 
-def can_be_compiled(args, chain, shape, schedule, share):
+def can_be_compiled(args, chain, shape, schedule):
     """Whether the compiler manages what rollout and sweep will ask for, latents of a shape (B, C, h, w) and parts of them."""
     x, handed_on = torch.zeros(shape, device=chain.timesteps.device), schedule.mixing[2 : schedule.stop_after + 1]
     with_input_grad = args.keep_graphs > 0 or any(handed_on)
     try:
         with torch.no_grad():
             chain.mean(chain.num_steps, x)
-        for size in {max(1, int(p * len(x))) for p in share.values()}:
+        for size in {max(1, int(p * len(x))) for p in schedule.share.values()}:
             part = chain.part(torch.arange(size, device=x.device))
             part.mean(chain.num_steps, x[:size].clone().requires_grad_(with_input_grad)).sum().backward()
     except torch.OutOfMemoryError:
@@ -2056,7 +2055,7 @@ def average_gradients(args, accelerator, trainable, clipping):
     return grad_norm
 
 
-def metrics_of(accelerator, step, schedule, share, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
+def metrics_of(accelerator, step, schedule, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
     """The line of an optimizer step in metrics.jsonl."""
     num_images = len(scores["total"])
     figures = {
@@ -2072,7 +2071,7 @@ def metrics_of(accelerator, step, schedule, share, predicted_steps, scores, swep
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "gamma_mean": sum(gammas) / len(gammas),
         "predicted_steps": len(predicted_steps),
-        "swept_steps": sum(share.values()),
+        "swept_steps": sum(schedule.share.values()),
         "seconds": seconds,
         "images_per_second": num_images / seconds,
         "learning_rate": learning_rate,
@@ -2428,12 +2427,10 @@ def main(args):
 
     shape = latents_shape(args, pipeline)
     trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(promptless.unet) and not can_be_compiled(
-        args, chain_of(trial), shape, schedule, estimator.swept_share(schedule)
-    ):
+    if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
-    print_plan(accelerator, args, estimator, schedule, len(prompts), trainable)
+    print_plan(accelerator, args, schedule, estimator.predicted_steps(schedule), len(prompts), trainable)
     with record.running():
         for step in record.steps():
             started = time.perf_counter()
@@ -2441,8 +2438,7 @@ def main(args):
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
             predict = estimator.predicted_steps(schedule)
-            share = estimator.swept_share(schedule)
-            keep = [k for k in share if k <= args.keep_graphs]
+            keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -2450,7 +2446,7 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                parts = draw_parts(share, args.train_batch_size, accelerator.device)
+                parts = draw_parts(schedule.share, args.train_batch_size, accelerator.device)
                 trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep, parts)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
@@ -2475,9 +2471,7 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(
-                accelerator, step, schedule, share, predict, scores, swept, grad_norm, learning_rate, seconds
-            )
+            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
             record.after_step(line)
     record.finish(load_pipeline, rewards, prompts)
 

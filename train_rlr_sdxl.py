@@ -178,12 +178,10 @@ def main(args):
 
     shape = latents_shape(args, pipeline)
     trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(promptless.unet) and not can_be_compiled(
-        args, chain_of(trial), shape, schedule, estimator.swept_share(schedule)
-    ):
+    if is_compiled_module(promptless.unet) and not can_be_compiled(args, chain_of(trial), shape, schedule):
         promptless.unet = pipeline.unet
     record.start(resume_path, TRACKER)
-    print_plan(accelerator, args, estimator, schedule, len(prompts), trainable)
+    print_plan(accelerator, args, schedule, estimator.predicted_steps(schedule), len(prompts), trainable)
     with record.running():
         for step in record.steps():
             started = time.perf_counter()
@@ -191,8 +189,7 @@ def main(args):
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
             predict = estimator.predicted_steps(schedule)
-            share = estimator.swept_share(schedule)
-            keep = [k for k in share if k <= args.keep_graphs]
+            keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -200,7 +197,7 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                parts = draw_parts(share, args.train_batch_size, accelerator.device)
+                parts = draw_parts(schedule.share, args.train_batch_size, accelerator.device)
                 trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep, parts)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
@@ -225,9 +222,7 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(
-                accelerator, step, schedule, share, predict, scores, swept, grad_norm, learning_rate, seconds
-            )
+            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
             record.after_step(line)
     record.finish(load_xl_pipeline, rewards, prompts)
 

@@ -67,7 +67,6 @@ from rlr_utils import (  # noqa: E402
     rollout,
     truncated_bp,
 )
-from train_rlr_sd import ALWAYS_SWEPT  # noqa: E402
 
 import diffusers  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
@@ -164,12 +163,10 @@ def swept(num_steps, schedule_of, baseline="leave-one-out", fraction=1.0):
     advantages, transport = baseline_advantages(baseline, num_steps), Transport(num_steps)
 
     def estimate(sample):
-        schedule = schedule_of(num_steps)
-        share = {k: 1.0 if k <= ALWAYS_SWEPT else fraction for k in schedule.swept}
-        run = sample.trajectory
+        schedule, run = schedule_of(num_steps)._replace(fraction=fraction), sample.trajectory
         statistics = backward_sweep(
             sample.chain,
-            Trajectory(run.latents, run.noises, parts=draw_parts(share, len(sample.rewards))),
+            Trajectory(run.latents, run.noises, parts=draw_parts(schedule.share, len(sample.rewards))),
             schedule.mixing,
             reward_grad=sample.reward_grad,
             advantages=advantages(sample),
@@ -262,7 +259,7 @@ def estimators(T, decode, kind):
         "alignprop": (swept(T, alignprop), T + 3 * (T + 1) / 2),
     }
     for fraction in (0.5, 0.25):
-        calls = sum(fraction if k > ALWAYS_SWEPT else 1 for k in range(1, T + 1))
+        calls = sum(full_bp(T)._replace(fraction=fraction).share.values())
         estimate = adaptive(T, "leave-one-out", fraction=fraction)
         chosen[f"rlr, sweep_fraction {fraction}"] = estimate, T + 3 * calls
     if kind == "smooth":

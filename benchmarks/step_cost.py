@@ -75,7 +75,7 @@ from rlr_utils import (  # noqa: E402
     rollout,
     truncated_bp,
 )
-from train_rlr_sd import ALWAYS_SWEPT, add_adapter, load_pipeline, parse_args, score_latents  # noqa: E402
+from train_rlr_sd import add_adapter, load_pipeline, parse_args, score_latents  # noqa: E402
 
 
 SD14_UNET = {
@@ -106,7 +106,7 @@ LV_SAMPLES = 2
 ESTIMATORS = {
     "rlr": lambda T, h: rlr(T, 0.9, differentiable=True),
     "rlr, keep_graphs": lambda T, h: rlr(T, 0.9, differentiable=True),
-    "rlr, sweep_fraction .5": lambda T, h: rlr(T, 0.9, differentiable=True),
+    "rlr, sweep_fraction .5": lambda T, h: rlr(T, 0.9, differentiable=True)._replace(fraction=0.5),
     "rlr_paper": lambda T, h: rlr_paper(T, 2, h, "zeroth_order"),
     "rlr_paper, rest likelihood_ratio": lambda T, h: rlr_paper(T, 2, h, "likelihood_ratio"),
     "full_bp": lambda T, h: full_bp(T),
@@ -218,8 +218,6 @@ class Step:
         self.samples = LV_SAMPLES if case.estimator == "draft_lv" else 1
         self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
         self.keep = self.schedule.swept if case.estimator.endswith("keep_graphs") else []
-        fraction = 0.5 if "sweep_fraction" in case.estimator else 1.0
-        self.share = {k: 1.0 if k <= ALWAYS_SWEPT else fraction for k in self.schedule.swept}
         model.scheduler.set_timesteps(case.num_steps)
         size = case.resolution // model.vae_scale_factor
         shape = (case.batch_size, model.unet.config.in_channels, size, size)
@@ -234,7 +232,7 @@ class Step:
     @property
     def vjps(self):
         """Recomputed U-Net calls of the whole batch."""
-        return self.samples * sum(self.share.values())
+        return self.samples * sum(self.schedule.share.values())
 
     def score(self, latents, with_gradient):
         scores, gradient = score_latents(
@@ -246,7 +244,7 @@ class Step:
         chain, schedule, estimator = self.chain, self.schedule, self.case.estimator
         generators = [torch.Generator().manual_seed(i) for i in range(self.case.batch_size)]
         perturbation = WeightPerturbation(self.model.trainable, 0.02, random.getrandbits(62), schedule.perturbed)
-        parts = draw_parts(self.share, self.case.batch_size, self.x_T.device)
+        parts = draw_parts(schedule.share, self.case.batch_size, self.x_T.device)
         self.trajectory = trajectory = rollout(
             PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep, parts=parts
         )
@@ -307,10 +305,10 @@ class Step:
             decode_and_score(False)
         for _ in range(self.samples):
             decode_and_score(with_gradient)
-        swept = self.schedule.swept
+        swept, share = self.schedule.swept, self.schedule.share
         with_input_grad = any(self.schedule.mixing[k] for k in swept if k > 1)
         for k in swept * self.samples:
-            part = latents[k][: round(self.share[k] * len(latents[k]))]
+            part = latents[k][: round(share[k] * len(latents[k]))]
             prediction = predict(k, part.detach().requires_grad_(with_input_grad))
             torch.autograd.backward(prediction, prediction.detach())
         self.optimizer.zero_grad()

@@ -57,9 +57,9 @@ from reward_cost import seconds_of  # noqa: E402
 from reward_hacking import CLIP, base_model, ink, real_digits  # noqa: E402
 from reward_models import parse_reward  # noqa: E402
 from reward_models.features import load_features  # noqa: E402
-from rlr_utils import StableDiffusionChain  # noqa: E402
+from rlr_utils import StableDiffusionChain, full_bp  # noqa: E402
 from step_cost import bundle  # noqa: E402
-from train_rlr_sd import ALWAYS_SWEPT, generate, main, score_latents  # noqa: E402
+from train_rlr_sd import generate, main, score_latents  # noqa: E402
 
 import diffusers  # noqa: E402
 
@@ -209,9 +209,9 @@ def price_of(reward, estimator, prices, num_steps):
         "rlr_paper, zeroth_order": 3,
         "rlr_paper, none": 3,
     }.get(estimator, num_steps)
-    if reward not in PREDICTED and "rlr" in estimator and "paper" not in estimator:
-        whole = min(num_steps, ALWAYS_SWEPT)
-        swept = whole + 0.5 * (num_steps - whole)  # what --sweep_fraction auto is where a gradient can be leaned on
+    if reward not in PREDICTED and "--gradient_estimator" not in ESTIMATORS[estimator]:
+        # What --sweep_fraction auto is for rlr where a gradient can be leaned on.
+        swept = sum(full_bp(num_steps)._replace(fraction=0.5).share.values())
     score, gradient = prices[f"score {reward}"], prices.get(f"gradient {reward}")
     scoring = score if gradient is None or estimator == "ddpo" else gradient
     if estimator == "draft_lv":

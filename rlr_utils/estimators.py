@@ -23,6 +23,10 @@ from typing import NamedTuple, Optional
 import torch
 
 
+# The last steps of a chain, whose Jacobians are far from multiples of the identity; all others inherit their cotangent.
+ALWAYS_SWEPT = 3
+
+
 class Schedule(NamedTuple):
     """What a sweep is to do.
 
@@ -31,17 +35,24 @@ class Schedule(NamedTuple):
         stop_after: the last step that is swept.
         perturbed: the steps whose weights are perturbed in the rollout, see `zeroth_order.WeightPerturbation`.
         transport: lambda_k for k = 1..T, see `backward_sweep`; `None` for 1 throughout.
+        fraction: p in (0, 1], the share of the pictures that a step beyond `ALWAYS_SWEPT` is swept for.
     """
 
     mixing: list
     stop_after: int
     perturbed: tuple = ()
     transport: Optional[list] = None
+    fraction: float = 1.0
 
     @property
     def swept(self):
         """The steps that are swept, in the sweep's order."""
         return [k for k in range(1, self.stop_after + 1) if self.mixing[k] is not None]
+
+    @property
+    def share(self):
+        """{k: the share of the pictures that the step is swept for}, in the sweep's order; see `rollout.draw_parts`."""
+        return {k: 1.0 if k <= ALWAYS_SWEPT else self.fraction for k in self.swept}
 
 
 def full_bp(num_steps):

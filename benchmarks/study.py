@@ -198,9 +198,9 @@ def estimators_of(reward, prices):
     return [name for name in names if name != default]
 
 
-def price_of(reward, estimator, prices, num_steps):
-    """Seconds of bare calls that a picture costs; of alignprop, whose length is drawn, in the mean, and of a sweep of a part
-    of the pictures, too."""
+def planned_steps(reward, estimator, num_steps):
+    """Of the steps of the chain those that a picture is swept for and those that it is predicted at, as prices have it: in the
+    mean of alignprop, whose length is drawn, and of a sweep of a part of the pictures."""
     swept = {
         "alignprop": (num_steps + 1) / 2,
         "truncated_bp 1": 1,
@@ -212,20 +212,35 @@ def price_of(reward, estimator, prices, num_steps):
     if reward not in PREDICTED and "--gradient_estimator" not in ESTIMATORS[estimator]:
         # What --sweep_fraction auto is for rlr where a gradient can be leaned on.
         swept = sum(full_bp(num_steps)._replace(fraction=0.5).share.values())
+    share = {"rlr": PREDICTED.get(reward, 0.0), "rlr, predicted_x0": 1.0}.get(estimator, 0.0)
+    return swept, share * num_steps
+
+
+def price_of(reward, estimator, prices, num_steps, swept, predicted):
+    """Seconds of bare calls that a picture costs."""
     score, gradient = prices[f"score {reward}"], prices.get(f"gradient {reward}")
     scoring = score if gradient is None or estimator == "ddpo" else gradient
     if estimator == "draft_lv":
         scoring = score + 2 * gradient
-    predicted = {"rlr": PREDICTED.get(reward, 0.0), "rlr, predicted_x0": 1.0}.get(estimator, 0.0)
-    scoring += predicted * num_steps * score
     # Where the graphs of the rollout are kept, a swept step's forward is the rollout's.
     forwards = num_steps - swept if graphs_of(estimator, num_steps) else num_steps
-    return forwards * prices["forward"] + swept * prices["vjp"] + scoring
+    return forwards * prices["forward"] + swept * prices["vjp"] + scoring + predicted * score
 
 
 def step_price(reward, estimator, prices, settings):
     """Seconds of bare calls that an optimizer step costs."""
-    return price_of(reward, estimator, prices, settings.num_steps) * settings.batch_size
+    planned = planned_steps(reward, estimator, settings.num_steps)
+    return price_of(reward, estimator, prices, settings.num_steps, *planned) * settings.batch_size
+
+
+def spent_by(rows, prices, settings):
+    """Seconds of bare calls that runs of an estimator have spent in the mean, by the steps that they swept and predicted at."""
+    return statistics.mean(
+        price_of(row["reward"], row["estimator"], prices, settings.num_steps, row["swept"], row["predicted"])
+        * settings.batch_size
+        * row["steps"]
+        for row in rows
+    )
 
 
 def run_cell(cell, settings, steps):
@@ -316,17 +331,18 @@ def run_missing(cells, done, settings, prices, table_file, curve_file, header, w
             if cell.estimator != "base":
                 steps = max(1, int(settings.budget / step_price(cell.reward, cell.estimator, prices, settings)))
             if cell not in done:
-                futures[pool.submit(run_cell, cell, settings, steps)] = cell
+                futures[pool.submit(run_cell, cell, settings, steps)] = cell, steps
         for future in tqdm(as_completed(futures), desc="runs", total=len(futures)):
+            cell, steps = futures[future]
             try:
                 row, curve = future.result()
             except SystemExit as error:  # such as a gradient that is not finite: it has lost
-                tqdm.write(f"{futures[future]}: {error}")
-                row, curve = {**dict.fromkeys(FIELDS, float("nan")), **futures[future]._asdict()}, []
+                tqdm.write(f"{cell}: {error}")
+                row, curve = {**dict.fromkeys(FIELDS, float("nan")), **cell._asdict(), "steps": steps}, []
                 row["final"] = -float("inf")
             append_rows(curve_file, curve, CURVE_FIELDS, header)
             append_rows(table_file, [row], FIELDS, header)
-            done.add(futures[future])
+            done.add(cell)
 
 
 def finals_of(rows, reward, estimator, cells):
@@ -350,7 +366,10 @@ def summarize(cells):
                 values = [row[name] for row in own]
                 summary[name] = statistics.mean(values)
                 if name == "final":
-                    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+                    # Of a run that has not come to its end, no number.
+                    spread = (
+                        torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else float("nan")
+                    )
                     summary["standard_error"] = spread / len(values) ** 0.5
             rows.append(summary)
         table[reward] = sorted(rows, key=lambda row: -row["final"])
@@ -435,6 +454,11 @@ def judge(table, curves, cells, prices, settings):
         reached = seconds_to(found["ddpo"][1][-1], *found["rlr"])
         share = "never" if reached is None else f"after {reached / settings.budget:.3f} of its compute"
         lines.append(f"smooth: rlr is where ddpo's training pictures end {share}")
+    for row in (row for rows in table.values() for row in rows if row["estimator"] != "base"):
+        reward, name = row["reward"], row["estimator"]
+        spent = spent_by(finals_of(cells, reward, name, cells), prices, settings)
+        if spent > 1.02 * step_price(reward, name, prices, settings) * row["steps"]:
+            lines.append(f"{reward}: {name} has overspent, {spent:.1f} of {settings.budget:g} seconds")
     return lines
 
 

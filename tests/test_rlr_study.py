@@ -22,14 +22,18 @@ from study import (
     SEEDS,
     TUNING_SEED,
     Cell,
+    Settings,
     best_learning_rate,
     cell_of,
     estimators_of,
     fast_sine,
+    judge,
+    planned_steps,
     price_of,
     read_rows,
     run,
     seconds_to,
+    summarize,
 )
 
 
@@ -64,7 +68,7 @@ def test_the_study_in_short_and_again(tmp_path, capsys):
 
 def test_what_a_picture_costs():
     def price(estimator, reward="smooth", num_steps=20):
-        return price_of(reward, estimator, PRICES, num_steps)
+        return price_of(reward, estimator, PRICES, num_steps, *planned_steps(reward, estimator, num_steps))
 
     # Where the rollout's graphs are kept, a swept step is the price of its product, and no forward more.
     assert price("full_bp") == 20 * 2 + 1.5
@@ -80,6 +84,25 @@ def test_what_a_picture_costs():
     assert price("rlr_paper, zeroth_order") == 20 + 3 * 2 + 1.5
     assert price("rlr, no baseline", "black box") == price("ddpo", "black box") == 20 * 2 + 0.25
     assert all(price(name) > 20 for name in ESTIMATORS)
+
+
+def test_who_overspends_is_named_and_who_diverges_has_lost():
+    """A run that swept all pictures at the price of a half of them has had more than its budget."""
+    rows = [
+        {**Cell("smooth", name, LEARNING_RATES[0], seed)._asdict(), "steps": 2, "predicted": 0.0, "swept": swept}
+        for name, swept in (("rlr", 12.5), ("rlr, per_prompt", 11.5), ("ddpo", 20.0))
+        for seed in (TUNING_SEED, *SEEDS[:2])
+    ]
+    for row in rows:
+        row.update(final=float(row["seed"]), other=0.0, diversity=0.0, nearest_real=0.0)
+    rows[-1]["final"] = -float("inf")
+    settings = Settings(budget=65.0, batch_size=1, num_steps=20, num_images=4)
+    table = summarize(rows)
+    assert [row["estimator"] for row in table["smooth"]] == ["rlr", "rlr, per_prompt", "ddpo"]
+    assert table["smooth"][0]["standard_error"] == 0.5
+    curves = [{**row, "step": step, "reward_mean": step} for row in rows for step in (0.5, 1.5)]
+    lines = judge(table, curves, rows, PRICES, settings)
+    assert [line for line in lines if "overspent" in line] == ["smooth: rlr has overspent, 68.0 of 65 seconds"]
 
 
 def test_nobody_runs_twice_under_two_names():

@@ -487,8 +487,11 @@ def plot(table, curves, cells, prices, settings, path):
         below.set(xlabel=f"{REWARDS[reward][1]}, held out", ylabel=f"final reward: {reward}")
         for axes in (above, below):
             axes.grid(alpha=0.3)
-    for axes, where in ((grid[0][0], "upper"), (grid[1][0], "lower")):
-        figure.legend(*axes.get_legend_handles_labels(), loc=f"outside right {where}", fontsize=9)
+    for row, where in zip(grid, ("upper", "lower")):
+        # Not every estimator has a row for each reward.
+        found = {name: handle for axes in row for handle, name in zip(*axes.get_legend_handles_labels())}
+        names = [name for name in ("base model", *ESTIMATORS) if name in found]
+        figure.legend([found[name] for name in names], names, loc=f"outside right {where}", fontsize=9)
     figure.savefig(path, dpi=100)
 
 

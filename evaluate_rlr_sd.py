@@ -342,7 +342,7 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
 
 
 def main(args):
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
     try:
         prompts = load_prompts(args.prompts)[: args.num_prompts or None]

@@ -234,7 +234,7 @@ def main(input_args=None):
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     args = parser.parse_args(input_args)
     os.makedirs(args.out, exist_ok=True)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     rounds, resolution = (1, 64) if args.quick else (args.rounds, 512)
 
     built, rows = cases(args.quick), []

@@ -126,7 +126,7 @@ def main(args):
         prompts = prompts_of(args, terms)
         for path in args.images:
             open_image(path).close()  # all before the first is scored
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         rewards = load_rewards(
             terms, parse_reward_paths(args.reward_path), device=device, prompts=(prompts[0], prompts[-1])
         )

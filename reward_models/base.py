@@ -142,7 +142,7 @@ class WeightedSum:
             if backward:
                 gradient += weight * torch.autograd.grad(result.sum(), images)[0]
             scores[name] = result.detach().to(images.device).float()
-            sums[reward.differentiable] = sums[reward.differentiable] + weight * result.detach().to(images.device)
+            sums[reward.differentiable] = sums[reward.differentiable] + weight * scores[name]
         return Scores(sums[True], sums[False], scores, gradient)
 
 

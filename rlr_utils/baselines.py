@@ -114,7 +114,7 @@ class PredictedReward:
 
     def update(self, rewards, predicted, running_mean=None):
         """Take in a batch, after it has been used."""
-        rewards, predicted = rewards.double().cpu(), predicted.double().cpu()
+        rewards, predicted = rewards.cpu().double(), predicted.cpu().double()
         centred = self._centred(predicted)
         deviations = rewards - (rewards.mean() if len(rewards) > 1 else running_mean or 0.0)
         new = [(centred * deviations).mean(1), centred.square().mean(1), predicted.mean(1), torch.ones(len(predicted))]

@@ -286,7 +286,7 @@ class AdaptiveMixing:
 
     def update(self, statistics):
         """Take in the `SweepStatistics` of a batch."""
-        squares = torch.stack([statistics.pathwise, statistics.likelihood_ratio]).double().cpu()
+        squares = torch.stack([statistics.pathwise, statistics.likelihood_ratio]).cpu().double()
         if self.squares is None:
             self.squares = torch.full_like(squares, float("nan"))
         # What a batch did not see, or saw overflow, leaves the mean as it is; what is seen first starts it.

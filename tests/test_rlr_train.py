@@ -206,11 +206,11 @@ def test_every_way_to_train(tmp_path, flags):
 
 
 def test_a_reward_of_ones_own(tmp_path, caplog):
-    """One with a gradient and one without, neither saying so, beside a member of the project."""
+    """One with a gradient and one without, in NumPy's double precision, neither saying so, beside a member of the project."""
     (tmp_path / "mine.py").write_text(
         "import torch\n\n"
         "def red(images, prompts):\n    return images[:, 0].mean((1, 2)) + torch.tensor(['red' in p for p in prompts])\n\n"
-        "def dark(images, prompts):\n    return torch.tensor([-float(image.numpy().sum()) for image in images])\n"
+        "def dark(images, prompts):\n    return torch.tensor([-image.numpy().sum(dtype='float64') for image in images])\n"
     )
     red, dark = (f"{tmp_path}/mine.py:{name}" for name in ("red", "dark"))
     with caplog.at_level("INFO"):

@@ -227,20 +227,11 @@ def price_of(reward, estimator, prices, num_steps, swept, predicted):
     return forwards * prices["forward"] + swept * prices["vjp"] + scoring + predicted * score
 
 
-def step_price(reward, estimator, prices, settings):
-    """Seconds of bare calls that an optimizer step costs."""
-    planned = planned_steps(reward, estimator, settings.num_steps)
-    return price_of(reward, estimator, prices, settings.num_steps, *planned) * settings.batch_size
-
-
-def spent_by(rows, prices, settings):
-    """Seconds of bare calls that runs of an estimator have spent in the mean, by the steps that they swept and predicted at."""
-    return statistics.mean(
-        price_of(row["reward"], row["estimator"], prices, settings.num_steps, row["swept"], row["predicted"])
-        * settings.batch_size
-        * row["steps"]
-        for row in rows
-    )
+def step_price(reward, estimator, prices, settings, steps=None):
+    """Seconds of bare calls that an optimizer step costs, by the (swept, predicted) steps of the chain, those planned if none
+    are given."""
+    steps = steps or planned_steps(reward, estimator, settings.num_steps)
+    return price_of(reward, estimator, prices, settings.num_steps, *steps) * settings.batch_size
 
 
 def run_cell(cell, settings, steps):
@@ -456,7 +447,10 @@ def judge(table, curves, cells, prices, settings):
         lines.append(f"smooth: rlr is where ddpo's training pictures end {share}")
     for row in (row for rows in table.values() for row in rows if row["estimator"] != "base"):
         reward, name = row["reward"], row["estimator"]
-        spent = spent_by(finals_of(cells, reward, name, cells), prices, settings)
+        spent = statistics.mean(
+            step_price(reward, name, prices, settings, (run["swept"], run["predicted"])) * run["steps"]
+            for run in finals_of(cells, reward, name, cells)
+        )
         if spent > 1.02 * step_price(reward, name, prices, settings) * row["steps"]:
             lines.append(f"{reward}: {name} has overspent, {spent:.1f} of {settings.budget:g} seconds")
     return lines

@@ -42,7 +42,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from datasets import load_dataset
 from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, upload_folder
 from matplotlib.figure import Figure
@@ -578,7 +584,10 @@ def make_parser(script, family):
     )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
     estimator.add_argument(
-        "--num_inner_epochs", type=int, default=1, help="For ddpo: optimizer updates on each batch of pictures."
+        "--num_inner_epochs",
+        type=int,
+        default=1,
+        help="For ddpo: optimizer updates on each batch of pictures; more than one needs --mixed_precision no.",
     )
 
     hacking = parser.add_argument_group("protection from reward hacking")
@@ -1154,9 +1163,13 @@ def check_output_dir(args, resume_path):
     if os.path.exists(os.path.join(args.output_dir, "README.md")) and not holds_run:
         raise ValueError(f"--output_dir {args.output_dir!r} holds a README.md, which the model card would replace")
     if holds_run and not (resumed or args.overwrite_output_dir):
+        remedies = ["name another folder", "start afresh with --overwrite_output_dir"]
+        if checkpoints_of(args.output_dir):
+            remedies.insert(1, "continue it with --resume_from_checkpoint latest")
+        elif has_adapter:
+            remedies.insert(1, "train its adapter on in another folder with --adapter_path")
         raise ValueError(
-            f"--output_dir {args.output_dir!r} already holds a run: name another folder, continue it with"
-            " --resume_from_checkpoint latest, or start afresh with --overwrite_output_dir"
+            f"--output_dir {args.output_dir!r} already holds a run: {', '.join(remedies[:-1])}, or {remedies[-1]}"
         )
 
 
@@ -1197,10 +1210,12 @@ def check_same_run(config, resume_path):
         ValueError: naming what differs.
     """
     before = stored_configuration(resume_path)
+    # Held-out pictures are of the validation prompts: of others they could not be compared with those so far.
+    may_change = set(MAY_CHANGE) - ({"validation_prompts"} if config["heldout_reward"] else set())
     differing = [
         f"{name} was {before.get(name)!r} and is {config.get(name)!r}"
         for name in sorted(before.keys() | config.keys())
-        if name not in MAY_CHANGE and before.get(name) != config.get(name)
+        if name not in may_change and before.get(name) != config.get(name)
     ]
     if differing:
         raise ValueError(f"cannot resume from {resume_path!r} with another configuration: {'; '.join(differing)}")
@@ -1468,6 +1483,13 @@ class Estimator:
             self.transport.update(seen)
 
 
+def swept_steps(args, schedule):
+    """How many steps of its chain a picture is swept for, in the mean."""
+    if args.branches:
+        return 1
+    return args.lv_samples if args.gradient_estimator == "draft_lv" else sum(schedule.share.values())
+
+
 def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, trainable):
     """The arithmetic of the run as one table."""
     images_per_step = images_of_a_step(args, accelerator)
@@ -1475,12 +1497,10 @@ def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, traina
     num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
     if args.gradient_estimator == "alignprop":
         schedule = schedule._replace(stop_after=num_steps)
-    forwards, swept = num_steps, sum(schedule.share.values())
+    forwards, swept = num_steps, swept_steps(args, schedule)
     kept = sum(part for k, part in schedule.share.items() if k <= args.keep_graphs)
-    if args.gradient_estimator == "draft_lv":
-        swept = args.lv_samples
     if args.branches:
-        forwards, swept = forwards + args.branches * (num_steps - 1), 1
+        forwards += args.branches * (num_steps - 1)
     if args.kl_weight > 0:
         forwards += swept
     forwards, swept = (round(guided * images_per_step * calls) for calls in (forwards - kept, swept))
@@ -1519,6 +1539,14 @@ def plot_reward_curve(metrics_file, path):
     figure.savefig(path, dpi=120)
 
 
+def literal(text):
+    """A text as matplotlib shows it as it is: between two dollar signs it would set a formula, or fail to.
+
+    Its own switch for that, parse_math, does not hold where lines are wrapped (3.11).
+    """
+    return text.replace("$", r"\$")
+
+
 def plot_before_after(images, scores, prompts, path, columns=8):
     """Pictures {"base", "tuned"} -> (N, 3, H, W) of the same prompts and seeds, one model a row, with their rewards."""
     columns = min(columns, len(prompts))
@@ -1531,7 +1559,7 @@ def plot_before_after(images, scores, prompts, path, columns=8):
             cell.imshow(images[name][pick].permute(1, 2, 0).numpy())
             cell.set(xticks=[], yticks=[], xlabel=f"{scores[name][pick]:.2f}")
             if row == 0:
-                cell.set_title(prompts[pick], fontsize=8, wrap=True)
+                cell.set_title(literal(prompts[pick]), fontsize=8, wrap=True)
         axes[row][0].set_ylabel(name, fontsize=12)
     figure.suptitle("Same prompts, same seeds; the reward under each picture")
     figure.savefig(path, dpi=120)
@@ -1677,10 +1705,10 @@ def images_of_a_step(args, accelerator):
 
 
 def make_accelerator(args):
-    """The accelerator, and how much is logged.
+    """The accelerator, and how much is logged; --mixed_precision is set to what accelerate has made of it.
 
     Raises:
-        ValueError: if it does not see all processes, or its precision is too low for --kl_weight.
+        ValueError: if it does not see all processes, or its precision is too low to compare two means of a step.
     """
     # Without cpu=True two CPU processes under torchrun would each believe to be alone.
     accelerator = Accelerator(
@@ -1691,6 +1719,8 @@ def make_accelerator(args):
         ),
         cpu=not torch.accelerator.is_available(),
         dynamo_backend="inductor" if args.compile else None,
+        # The other ranks wait while the first draws pictures or talks to the Hub; theirs is ten minutes by default.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4))],
     )
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
@@ -1704,10 +1734,17 @@ def make_accelerator(args):
         raise ValueError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
         )
-    if args.kl_weight > 0 and frozen_dtype(accelerator) != torch.float32:
+    # What accelerate's configuration says is the run's as much as what the command does.
+    args.mixed_precision = accelerator.mixed_precision
+    comparing = None
+    if args.kl_weight > 0:
+        comparing = f"--kl_weight {args.kl_weight}"
+    elif args.num_inner_epochs > 1:
+        comparing = f"--num_inner_epochs {args.num_inner_epochs}"
+    if comparing is not None and frozen_dtype(accelerator) != torch.float32:
         raise ValueError(
-            f"--kl_weight {args.kl_weight} needs --mixed_precision no: in {accelerator.mixed_precision} rounding"
-            " outweighs what the two means differ by"
+            f"{comparing} needs --mixed_precision no: in {args.mixed_precision} rounding outweighs what the two means"
+            " differ by"
         )
     return accelerator
 
@@ -1729,13 +1766,17 @@ def load_judges(args, prompts, device):
         else load_rewards(
             parse_reward(text),
             parse_reward_paths(args.reward_path),
-            device="cpu" if args.reward_offload else device,
+            device=device,
             size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
             prompts=(prompts[0], prompts[-1]),
             batch_size=args.reward_batch_size,
         )
         for text in (args.reward, args.heldout_reward)
     )
+    if args.reward_offload:  # not before: they are tried where they will be called
+        for judge in filter(None, (rewards, heldout)):
+            for module in judge.modules:
+                module.to("cpu")
     if heldout is not None:
         heldout = HeldOut(args, rewards, heldout, load_features(args.feature_model, device), prompts, device)
     if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
@@ -2014,7 +2055,7 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
         branch_batch(args, batch, scorer, scale)
     elif args.gradient_estimator == "draft_lv":
         sweep_renoised(args, batch, schedule, scorer, scale)
-    elif args.gradient_estimator == "ddpo":
+    elif args.num_inner_epochs > 1:
         ratio = ClippedRatio(chain, trajectory, scale * advantages.total, args.ppo_clip_range)
         backward_sweep(chain, trajectory, schedule.mixing, cotangent=ratio, **common)
         swept = swept._replace(clipped=tuple(ratio.clipped))
@@ -2055,7 +2096,7 @@ def average_gradients(args, accelerator, trainable, clipping):
     return grad_norm
 
 
-def metrics_of(accelerator, step, schedule, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
+def metrics_of(args, accelerator, step, schedule, predicted_steps, scores, swept, grad_norm, learning_rate, seconds):
     """The line of an optimizer step in metrics.jsonl."""
     num_images = len(scores["total"])
     figures = {
@@ -2071,7 +2112,7 @@ def metrics_of(accelerator, step, schedule, predicted_steps, scores, swept, grad
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "gamma_mean": sum(gammas) / len(gammas),
         "predicted_steps": len(predicted_steps),
-        "swept_steps": sum(schedule.share.values()),
+        "swept_steps": swept_steps(args, schedule),
         "seconds": seconds,
         "images_per_second": num_images / seconds,
         "learning_rate": learning_rate,
@@ -2471,7 +2512,9 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
+            line = metrics_of(
+                args, accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds
+            )
             record.after_step(line)
     record.finish(load_pipeline, rewards, prompts)
 

@@ -222,7 +222,9 @@ def main(args):
                 estimator.update(accelerator, swept)
 
             learning_rate, seconds = lr_scheduler.get_last_lr()[0], time.perf_counter() - started
-            line = metrics_of(accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds)
+            line = metrics_of(
+                args, accelerator, step, schedule, predict, scores, swept, grad_norm, learning_rate, seconds
+            )
             record.after_step(line)
     record.finish(load_xl_pipeline, rewards, prompts)
 

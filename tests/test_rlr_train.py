@@ -198,7 +198,9 @@ def test_every_way_to_train(tmp_path, flags):
     weights = load_file(tmp_path / LORA)
     assert all(torch.isfinite(w).all() and w.dtype == torch.float32 for w in weights.values())
     assert any(w.abs().max() > 0 for key, w in weights.items() if "lora.up" in key)
-    assert ("clip_fraction" in metrics[0]) == ("ddpo" in flags)
+    assert ("clip_fraction" in metrics[0]) == ("--num_inner_epochs" in flags)
+    if "draft_lv" in flags:  # which takes its last step again for each of the noises
+        assert metrics[0]["swept_steps"] == (3 if "--lv_samples" in flags else 2)
     if "aesthetic:1,clip_score:5,jpeg_incompressibility:0.1" in flags:
         for line in metrics:
             total = line["aesthetic_mean"] + 5 * line["clip_score_mean"] + 0.1 * line["jpeg_incompressibility_mean"]
@@ -418,7 +420,8 @@ def test_a_checkpoint_by_name_is_gone_on_from_and_pruned_as_in_the_examples_of_d
 def test_a_run_in_the_folder_of_another_is_refused_and_harms_nothing(tmp_path):
     train(tmp_path, "--max_train_steps", "1")
     before = (tmp_path / LORA).read_bytes()
-    with pytest.raises(SystemExit, match="already holds a run.*--resume_from_checkpoint"):
+    # There is nothing to resume from, but an adapter.
+    with pytest.raises(SystemExit, match="already holds a run: name another folder, train its adapter on"):
         train(tmp_path, "--max_train_steps", "1")
     # What is wrong with the input is said first.
     with pytest.raises(SystemExit, match="no such file"):
@@ -455,6 +458,31 @@ def test_a_resume_point_that_does_not_fit_is_refused_and_harms_nothing(tmp_path)
     assert [line["step"] for line in train(other, *point)] == [5]
     with pytest.raises(SystemExit, match="already holds a run"):
         train(other, *point, "--max_train_steps", "7")
+    with pytest.raises(
+        SystemExit, match="already holds a run: .*, continue it with --resume_from_checkpoint latest, or"
+    ):
+        train(out)
+
+
+def test_the_precision_of_the_launcher_is_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(tmp_path, "--checkpointing_steps", "2")
+    assert json.loads((tmp_path / "training_args.json").read_text())["mixed_precision"] == "bf16"
+    assert "--mixed_precision bf16" in (tmp_path / "README.md").read_text()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match="configuration: mixed_precision was 'bf16' and is 'no'$"):
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+
+
+def test_held_out_pictures_keep_their_prompts_on_resume(tmp_path):
+    point = ["--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
+    flags = ["--max_train_steps", "1", "--checkpointing_steps", "1", "--num_validation_images", "1"]
+    train(tmp_path / "without", *flags)
+    train(tmp_path / "without", *flags, *point, "--validation_prompts", "a red one")
+    train(tmp_path / "with", *flags, *HELD_OUT)
+    with pytest.raises(SystemExit, match="validation_prompts was None and is .'a red one'.$"):
+        train(tmp_path / "with", *flags, *HELD_OUT, *point, "--validation_prompts", "a red one")
 
 
 def test_a_killed_run_may_have_left_half_a_line(tmp_path):
@@ -507,6 +535,10 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--kl_weight", "1", "--gradient_estimator", "draft_lv"], "--kl_weight 1.0 needs an estimator that sweeps"),
         (["--kl_weight", "1", "--gradient_estimator", "full_bp", "--eta", "0"], "which --kl_weight 1.0 needs"),
         (["--kl_weight", "1", "--mixed_precision", "bf16"], "--kl_weight 1.0 needs --mixed_precision no: in bf16"),
+        (
+            ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2", "--mixed_precision", "bf16"],
+            "--num_inner_epochs 2 needs --mixed_precision no: in bf16",
+        ),
         (["--kl_weight", "-1"], "--kl_weight -1.0"),
         (["--ema_decay", "1"], "--ema_decay 1.0 must be in (0, 1)".replace("(", "\\(").replace(")", "\\)")),
         (["--early_stop_patience", "2"], "--early_stop_patience 2 needs --heldout_reward"),

@@ -30,6 +30,7 @@ import os
 import sys
 
 import torch
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from reward_models import REWARDS, load_rewards, parse_reward, parse_reward_paths
 from reward_models.__main__ import read_image
@@ -37,7 +38,7 @@ from reward_models.features import diversity, drift, frechet_distance, load_feat
 from reward_models.loading import first_line
 from rlr_utils import BOUNDARIES, SCHEDULERS, levels_of_steps, load_prompts
 from tqdm.auto import tqdm
-from train_rlr_sd import OneLineParser, adapter_file, generate, load_pipeline, set_size
+from train_rlr_sd import OneLineParser, adapter_file, generate, literal, load_pipeline, set_size
 from train_rlr_sdxl import load_xl_pipeline
 
 from diffusers import DiffusionPipeline
@@ -222,18 +223,17 @@ def write_table(results, path):
         writer.writerows(rows)
 
 
-def plot_grid(images, prompts, path, most=8):
-    """Rows are prompts, columns models; every picture of a row has the same seed."""
-    chosen = list(dict.fromkeys(prompts))[:most]
-    figure = Figure(figsize=(1.8 * len(images) + 1.2, 1.8 * len(chosen) + 0.6), layout="constrained")
-    cells = figure.subplots(len(chosen), len(images), squeeze=False)
+def plot_grid(images, prompts, path):
+    """Pictures {model: (N, 3, H, W)} of N prompts: rows are prompts, columns models; a row has one seed."""
+    figure = Figure(figsize=(1.8 * len(images) + 1.2, 1.8 * len(prompts) + 0.6), layout="constrained")
+    cells = figure.subplots(len(prompts), len(images), squeeze=False)
     for column, (name, pictures) in enumerate(images.items()):
         cells[0][column].set_title(name, fontsize=9)
-        for row, prompt in enumerate(chosen):
-            cells[row][column].imshow(pictures[prompts.index(prompt)].permute(1, 2, 0).numpy())
+        for row, picture in enumerate(pictures):
+            cells[row][column].imshow(picture.permute(1, 2, 0).numpy())
             cells[row][column].set(xticks=[], yticks=[])
-    for row, prompt in enumerate(chosen):
-        cells[row][0].set_ylabel(prompt, fontsize=8, wrap=True)
+    for row, prompt in enumerate(prompts):
+        cells[row][0].set_ylabel(literal(prompt), fontsize=8, wrap=True)
     figure.savefig(path, dpi=100)
 
 
@@ -306,20 +306,24 @@ def write_report(results, pictures, path):
 
 def compare(args, pipeline, names, prompts, rewards, features, real, device):
     """Draw, measure, print and write everything; the results as in results.json."""
+    # The grid's pictures are kept; all of them, of many models, may be more than the memory holds.
+    in_grid = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:8]]
     pipeline.disable_lora()
-    images = {"base": generate(pipeline, prompts, args, desc="base")}
-    summary, base = measure(images["base"], prompts, rewards, features, None, real, device)
+    images = generate(pipeline, prompts, args, desc="base")
+    summary, base = measure(images, prompts, rewards, features, None, real, device)
     results = {"settings": {**vars(args), "num_images": len(prompts)}, "models": {"base": summary}, "lora_scales": {}}
+    grid = {"base": images[in_grid]}
     pipeline.enable_lora()
     for name in names:
         pipeline.set_adapters([name], [1.0])
-        images[name] = generate(pipeline, prompts, args, desc=name)
-        results["models"][name], _ = measure(images[name], prompts, rewards, features, base, real, device)
+        images = generate(pipeline, prompts, args, desc=name)
+        results["models"][name], _ = measure(images, prompts, rewards, features, base, real, device)
+        grid[name] = images[in_grid]
         sweep = {}
         for scale in args.lora_scales:
             pipeline.set_adapters([name], [scale])
-            scaled = generate(pipeline, prompts, args, desc=f"{name} at {scale:g}")
-            sweep[f"{scale:g}"], _ = measure(scaled, prompts, rewards, features, base, real, device)
+            images = generate(pipeline, prompts, args, desc=f"{name} at {scale:g}")
+            sweep[f"{scale:g}"], _ = measure(images, prompts, rewards, features, base, real, device)
         if sweep:
             results["lora_scales"][name] = sweep
 
@@ -331,7 +335,7 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
         json.dump(results, file, indent=2)
     write_table(results, os.path.join(args.output_dir, "results.csv"))
     pictures = {"Pictures of the same seeds": "grid.png", "Gains": "gains.png"}
-    plot_grid(images, prompts, os.path.join(args.output_dir, "grid.png"))
+    plot_grid(grid, [prompts[i] for i in in_grid], os.path.join(args.output_dir, "grid.png"))
     plot_gains(results, os.path.join(args.output_dir, "gains.png"))
     if results["lora_scales"]:
         pictures["Reward against drift, by the scale of the adapter"] = "scales.png"
@@ -342,7 +346,7 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
 
 
 def main(args):
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = PartialState().device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
     try:
         prompts = load_prompts(args.prompts)[: args.num_prompts or None]

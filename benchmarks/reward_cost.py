@@ -36,6 +36,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import (
@@ -234,7 +235,7 @@ def main(input_args=None):
     parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     args = parser.parse_args(input_args)
     os.makedirs(args.out, exist_ok=True)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = PartialState().device
     rounds, resolution = (1, 64) if args.quick else (args.rounds, 512)
 
     built, rows = cases(args.quick), []

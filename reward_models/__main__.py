@@ -20,6 +20,7 @@ import sys
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -126,7 +127,7 @@ def main(args):
         prompts = prompts_of(args, terms)
         for path in args.images:
             open_image(path).close()  # all before the first is scored
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = PartialState().device
         rewards = load_rewards(
             terms, parse_reward_paths(args.reward_path), device=device, prompts=(prompts[0], prompts[-1])
         )

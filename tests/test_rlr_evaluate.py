@@ -116,6 +116,16 @@ def test_the_report_stands_alone(tmp_path, adapters):
     assert "<td>base</td>" in report and "num_inference_steps: 3" in report
 
 
+def test_a_prompt_is_no_formula(tmp_path):
+    """Between two dollar signs matplotlib would set one, or fail to."""
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
+    (tmp_path / "prompts.txt").write_text("one of $5 # or $6\n")
+    train(tmp_path / "trained", *prompts, "--num_eval_images", "2")
+    flags = [*FLAGS, *prompts, "--adapters", str(tmp_path / "trained"), "--output_dir", str(tmp_path / "out")]
+    main(parse_args(flags))
+    assert (tmp_path / "trained" / "before_after.png").exists() and (tmp_path / "out" / "grid.png").exists()
+
+
 def test_a_browser_shows_the_report(tmp_path, adapters):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

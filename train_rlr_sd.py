@@ -698,7 +698,7 @@ def make_parser(script, family):
     training.add_argument("--seed", type=int, default=None, help="Seed of everything that is random.")
     training.add_argument("--train_batch_size", type=int, default=4, help="Pictures per forward pass and device.")
     training.add_argument(
-        "--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step; memory, not result."
+        "--gradient_accumulation_steps", type=int, default=1, help="Batches per optimizer step; memory, not quality."
     )
     training.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the prompts.")
     training.add_argument(

@@ -1163,13 +1163,13 @@ def check_output_dir(args, resume_path):
     if os.path.exists(os.path.join(args.output_dir, "README.md")) and not holds_run:
         raise ValueError(f"--output_dir {args.output_dir!r} holds a README.md, which the model card would replace")
     if holds_run and not (resumed or args.overwrite_output_dir):
-        remedies = ["name another folder", "start afresh with --overwrite_output_dir"]
+        remedies = "name another folder"
         if checkpoints_of(args.output_dir):
-            remedies.insert(1, "continue it with --resume_from_checkpoint latest")
+            remedies += ", continue it with --resume_from_checkpoint latest"
         elif has_adapter:
-            remedies.insert(1, "train its adapter on in another folder with --adapter_path")
+            remedies += ", train its adapter on in another folder with --adapter_path"
         raise ValueError(
-            f"--output_dir {args.output_dir!r} already holds a run: {', '.join(remedies[:-1])}, or {remedies[-1]}"
+            f"--output_dir {args.output_dir!r} already holds a run: {remedies}, or start afresh with --overwrite_output_dir"
         )
 
 

@@ -744,8 +744,8 @@ def make_parser(script, family):
         "--max_grad_norm",
         type=str,
         default="auto",
-        help="Gradients are clipped to this norm, or with auto to the 10th percentile of the norms of this run so far, whatever"
-        " the reward's unit is.",
+        help="Gradients are clipped to this norm, or with auto to the 10th percentile of the norms of this run so far and divided"
+        " by it, whatever the reward's unit is.",
     )
     training.add_argument(
         "--mixed_precision", type=str, default=None, choices=["no", "fp16", "bf16"], help="Default: accelerate's."
@@ -1647,23 +1647,26 @@ class GradientClipping:
 
     A reward has a unit of its own, and so has its gradient: no fixed norm fits an aesthetic score, a file size and a cosine.
     And gradients through a chain are heavy-tailed: a batch with a picture whose chain amplifies has several times the usual
-    norm, which Adam's second moments then remember for a thousand steps. With "auto" it is the 10th percentile of the norms
-    so far (AutoClip, huggingface.co/papers/2007.14469), but for those that are nothing beside the others: where all rewards
-    of a batch are the same, as those of a rare success often are, its gradient is 0 but for rounding.
+    norm, which Adam's second moments then remember for a thousand steps. With "auto" the limit is the 10th percentile of the
+    norms so far (AutoClip, huggingface.co/papers/2007.14469), but for those that are nothing beside the others: where all
+    rewards of a batch are the same, as those of a rare success often are, its gradient is 0 but for rounding. The gradient
+    is then divided by the limit as well, so that what is clipped has norm 1: the percentile of the first batches is one of
+    themselves, and an outlier among them would else weigh in the second moments what no later batch may.
     """
 
     def __init__(self, max_norm):
         self.max_norm, self.norms = max_norm, []
 
-    def limit(self, norm):
-        """For a gradient of this norm, which is taken in."""
+    def factor(self, norm):
+        """For a gradient of this norm, which is taken in: what it is to be multiplied by, 1 where it is 0 or not finite."""
         if self.max_norm != "auto":
-            return self.max_norm
-        if math.isfinite(norm):  # or float16 has overflowed, and the step is left out
-            self.norms.append(norm)
+            return self.max_norm / max(norm, self.max_norm)
+        if not math.isfinite(norm):  # float16 has overflowed, and the step is left out
+            return 1.0
+        self.norms.append(norm)
         norms = torch.tensor(self.norms, dtype=torch.float64)
-        norms = norms[norms > 1e-3 * max(self.norms, default=0.0)]
-        return norms.quantile(0.1).item() if len(norms) > 0 else math.inf
+        norms = norms[norms > 1e-3 * max(self.norms)]
+        return 1.0 / max(norm, norms.quantile(0.1).item()) if len(norms) > 0 else 1.0
 
     def state_dict(self):
         return {"norms": self.norms}
@@ -2083,16 +2086,14 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
 
 
 def average_gradients(args, accelerator, trainable, clipping):
-    """The gradients of all ranks and micro-batches averaged and clipped; their norm before that."""
+    """The gradients of all ranks and micro-batches averaged and clipped; their norm before the latter."""
     gradients = [p.grad for p in trainable]
     flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
     vector_to_parameters(flat, gradients)
     grad_norm = accelerator.clip_grad_norm_(trainable, math.inf).item()  # which takes out the loss scale
     if not math.isfinite(grad_norm) and accelerator.scaler is None:
         raise RunError(f"the gradient is not finite ({grad_norm})")
-    limit = clipping.limit(grad_norm)
-    if grad_norm > limit:
-        torch._foreach_mul_(gradients, limit / grad_norm)
+    torch._foreach_mul_(gradients, clipping.factor(grad_norm))
     return grad_norm
 
 

@@ -978,8 +978,8 @@ def test_the_launcher(tmp_path, processes):
 
 
 def test_by_default_the_unit_of_a_reward_does_not_matter(tmp_path):
-    """Neither to the mixing nor to the clipping nor to AdamW, whose epsilon is set to nothing here."""
-    flags = ["--max_train_steps", "4", "--learning_rate", "1e-3", "--adam_epsilon", "1e-30"]
+    """Neither to the mixing nor to the clipping nor to AdamW and its epsilon."""
+    flags = ["--max_train_steps", "4", "--learning_rate", "1e-3"]
     train(tmp_path / "one", *flags, "--reward", "aesthetic:1")
     train(tmp_path / "thousand", *flags, "--reward", "aesthetic:1024")
     train(tmp_path / "fixed", *flags, "--reward", "aesthetic:1024", "--max_grad_norm", "1")
@@ -989,23 +989,26 @@ def test_by_default_the_unit_of_a_reward_does_not_matter(tmp_path):
 
 
 def test_gradients_are_clipped_to_the_tenth_percentile_of_the_norms_so_far():
-    """A large one is not taken at its word, and neither is it kept out of the percentile."""
+    """A large one is not taken at its word, neither is it kept out of the percentile, and what is clipped has norm 1."""
     accelerator, clipping = Accelerator(cpu=True), GradientClipping("auto")
     args = parse_args(["--gradient_accumulation_steps", "2"])
     generator, norms = torch.Generator().manual_seed(0), []
-    for scale in (1.0, 30.0, 2.0, 0.5, 4.0):
+    for scale in (1.0, 30.0, 2.0, 0.5, 4.0, 0.1):
         parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)]
         for p in parameters:
             p.grad = scale * torch.randn(p.shape, generator=generator)
         norms.append(torch.cat([p.grad for p in parameters]).norm().item() / 2)
         assert average_gradients(args, accelerator, parameters, clipping) == pytest.approx(norms[-1])
         clipped = torch.cat([p.grad for p in parameters]).norm().item()
-        assert clipped == pytest.approx(min(norms[-1], np.quantile(norms, 0.1)), rel=1e-4)
+        assert clipped == pytest.approx(min(1.0, norms[-1] / np.quantile(norms, 0.1)), rel=1e-4)
+    assert clipped < 0.5  # the last one is below the percentile, and stays the shorter for it
     for nothing in (0.0, 0.0, 1e-9):  # batches whose rewards are all the same
-        clipping.limit(nothing)
-    assert clipping.limit(7.0) == pytest.approx(np.quantile([*norms, 7.0], 0.1))
+        clipping.factor(nothing)
+    assert clipping.factor(7.0) == pytest.approx(1 / 7.0)
     again = GradientClipping("auto")
     again.load_state_dict(json.loads(json.dumps(clipping.state_dict())))
-    assert again.limit(3.0) == pytest.approx(np.quantile([*norms, 7.0, 3.0], 0.1))
+    assert again.factor(0.05) == pytest.approx(1 / np.quantile([*norms, 7.0, 0.05], 0.1))
     for nothing in (math.inf, 0.0):  # the former a float16 step that is left out
-        assert GradientClipping("auto").limit(nothing) == math.inf
+        assert GradientClipping("auto").factor(nothing) == 1.0
+    fixed = GradientClipping(2.0)
+    assert fixed.factor(0.5) == 1.0 and fixed.factor(8.0) == 0.25

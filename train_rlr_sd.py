@@ -2394,7 +2394,7 @@ class Record:
         if accelerator.is_main_process:
             with self.naming_the_step():
                 self.save_result()
-            self.pipeline.to("cpu")
+            self.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
             free_memory()
             if args.num_eval_images > 0:
                 # The adapter is there: what goes wrong from here on is said at the end.

@@ -174,15 +174,16 @@ def bundle(accelerator, checkpointing):
 def sd14(accelerator, checkpointing, dtype):
     """SD 1.4 and the ViT-L/14 aesthetic reward at full size, with random weights."""
     device = accelerator.device
-    unet, vae = UNet2DConditionModel(**SD14_UNET), AutoencoderKL(**SD14_VAE).requires_grad_(False)
-    reward = reward_cases(quick=False)["aesthetic"]().reward.eval().requires_grad_(False)
+    with device:
+        unet, vae = UNet2DConditionModel(**SD14_UNET), AutoencoderKL(**SD14_VAE).requires_grad_(False)
+        reward = reward_cases(quick=False)["aesthetic"]().reward.eval().requires_grad_(False)
     reward.clip.text_model = reward.clip.text_projection = None
     vae.enable_gradient_checkpointing()
     return Model(
         with_lora(unet.to(dtype=dtype, memory_format=torch.channels_last), accelerator, checkpointing),
-        vae.to(device=device, dtype=dtype, memory_format=torch.channels_last),
+        vae.to(dtype=dtype, memory_format=torch.channels_last),
         DDIMScheduler(**SD14_SCHEDULER),
-        reward.to(device),
+        reward,
         torch.randn(1, 77, 768, device=device, dtype=dtype),
         vae_scale_factor=8,
         decode_batch_size=1,
@@ -228,11 +229,18 @@ class Step:
         self.rewards = WeightedSum({"aesthetic": (1.0, model.reward)})
         self.optimizer = torch.optim.AdamW(model.trainable, lr=0.0)
         self.trajectory = None
+        # Drawn once, so that step and bare calls are of the same pictures.
+        self.parts = draw_parts(self.schedule.share, case.batch_size, embeds.device)
+
+    def swept(self, k):
+        """The latents (b, ...) at step k of the pictures that are swept there."""
+        return self.trajectory.latents[k][self.trajectory.part(k).pictures]
 
     @property
     def vjps(self):
         """Recomputed U-Net calls of the whole batch."""
-        return self.samples * sum(self.schedule.share.values())
+        pictures = sum(len(self.swept(k)) for k in self.schedule.swept)
+        return self.samples * pictures / self.case.batch_size
 
     def score(self, latents, with_gradient):
         scores, gradient = score_latents(
@@ -244,9 +252,8 @@ class Step:
         chain, schedule, estimator = self.chain, self.schedule, self.case.estimator
         generators = [torch.Generator().manual_seed(i) for i in range(self.case.batch_size)]
         perturbation = WeightPerturbation(self.model.trainable, 0.02, random.getrandbits(62), schedule.perturbed)
-        parts = draw_parts(schedule.share, self.case.batch_size, self.x_T.device)
         self.trajectory = trajectory = rollout(
-            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep, parts=parts
+            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep, parts=self.parts
         )
         x_0, with_gradient = trajectory.latents[0], estimator not in ("ddpo", "draft_lv")
         advantages, reward_grad = self.score(x_0, with_gradient)
@@ -305,12 +312,13 @@ class Step:
             decode_and_score(False)
         for _ in range(self.samples):
             decode_and_score(with_gradient)
-        swept, share = self.schedule.swept, self.schedule.share
+        swept = self.schedule.swept
         with_input_grad = any(self.schedule.mixing[k] for k in swept if k > 1)
         for k in swept * self.samples:
-            part = latents[k][: round(share[k] * len(latents[k]))]
-            prediction = predict(k, part.detach().requires_grad_(with_input_grad))
-            torch.autograd.backward(prediction, prediction.detach())
+            part = self.swept(k)
+            if len(part) > 0:
+                prediction = predict(k, part.detach().requires_grad_(with_input_grad))
+                torch.autograd.backward(prediction, prediction.detach())
         self.optimizer.zero_grad()
         model.vae.enable_gradient_checkpointing()
 

@@ -11,9 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+import os
+
+
+# Before a library reads them, and for the processes that tests start: the references are a CPU's, two ranks would need two
+# cards, and the Hub of the tests is a server on this machine.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 
 
 # The tests run processes beside this one, and threads of several processes that share few cores slow each other down.

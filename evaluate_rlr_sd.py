@@ -174,7 +174,7 @@ def measure(images, prompts, rewards, features, base, real, device):
         (summary, details): numbers for results.json, and {"scores": {reward: (N,)}, "embeds": (N, D)}.
     """
     embeds = features(images)
-    scores = {name: values.cpu() for name, values in rewards(images.to(device), prompts).members.items()}
+    scores = {name: values.cpu() for name, values in rewards(images, prompts, device=device).members.items()}
     base_scores, base_embeds = (scores, embeds) if base is None else (base["scores"], base["embeds"])
     summary = {"rewards": {}}
     for name, values in scores.items():

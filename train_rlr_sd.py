@@ -43,6 +43,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    GradScalerKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -1062,7 +1063,7 @@ def load_pipeline(args, dtype, pipeline_class=StableDiffusionPipeline, **compone
         raise ValueError(f"--pretrained_model_name_or_path {name!r} is {kind} model: use {script}")
     pipeline.scheduler = make_scheduler(args.scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    # The order that the fast convolutions want, on tensor cores above all.
+    # The order that convolutions are fastest in on a CPU; on a GPU it has not been compared.
     for module in (pipeline.unet, pipeline.vae):
         module.to(memory_format=torch.channels_last)
     for module in (pipeline.unet, pipeline.vae, *text_encoders_of(pipeline)):
@@ -1584,7 +1585,7 @@ def compare_with_base(args, rewards, prompts, pipeline):
             pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
         images[name] = generate(pipeline, prompts, args, desc=f"{name} pictures")
         with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
-            result = rewards(images[name].to(device), prompts)
+            result = rewards(images[name], prompts, device=device)
         scores[name] = result.total.cpu()
         for member, values in result.members.items():
             members[member][name] = {"mean": values.mean().item(), "std": values.std().item()}
@@ -1605,6 +1606,7 @@ class HeldOut:
     def __init__(self, args, rewards, heldout, features, prompts, device):
         self.args, self.rewards, self.heldout, self.features = args, rewards, heldout, features
         self.device = device
+        self.modules = (*rewards.modules, *heldout.modules, features)
         pool = args.validation_prompts or prompts
         self.prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
         self.base_embeds = None
@@ -1614,11 +1616,10 @@ class HeldOut:
         args = self.args
         try:
             images = generate(pipeline, self.prompts, args, first_seed=HELDOUT_SEED)
-            embeds = self.features(images, args.decode_batch_size)
-            modules = (*self.rewards.modules, *self.heldout.modules)
-            with offload_models(*modules, device=self.device, offload=args.reward_offload):
-                trained = self.rewards(images.to(self.device), self.prompts).total
-                held = self.heldout(images.to(self.device), self.prompts).total
+            with offload_models(*self.modules, device=self.device, offload=args.reward_offload):
+                embeds = self.features(images, args.decode_batch_size)
+                trained = self.rewards(images, self.prompts, device=self.device).total
+                held = self.heldout(images, self.prompts, device=self.device).total
         except ValueError as error:
             raise RunError(f"held-out pictures: {error}") from error
         return {
@@ -1722,8 +1723,13 @@ def make_accelerator(args):
         ),
         cpu=not torch.accelerator.is_available(),
         dynamo_backend="inductor" if args.compile else None,
-        # The other ranks wait while the first draws pictures or talks to the Hub; theirs is ten minutes by default.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4))],
+        kwargs_handlers=[
+            # The other ranks wait while the first draws pictures or talks to the Hub; theirs is ten minutes by default.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4)),
+            # A likelihood ratio's cotangents reach 20 to 90 where they enter the U-Net: at the default of 2^16 they overflow
+            # float16, and each halving would cost a step. The gradients of rewards are large enough for it at 2^10.
+            GradScalerKwargs(init_scale=2.0**10),
+        ],
     )
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
@@ -1744,11 +1750,16 @@ def make_accelerator(args):
         comparing = f"--kl_weight {args.kl_weight}"
     elif args.num_inner_epochs > 1:
         comparing = f"--num_inner_epochs {args.num_inner_epochs}"
-    if comparing is not None and frozen_dtype(accelerator) != torch.float32:
-        raise ValueError(
-            f"{comparing} needs --mixed_precision no: in {args.mixed_precision} rounding outweighs what the two means"
-            " differ by"
-        )
+    if comparing is not None:
+        if frozen_dtype(accelerator) != torch.float32 or args.allow_tf32:
+            used = "TF32" if args.allow_tf32 else args.mixed_precision
+            raise ValueError(
+                f"{comparing} needs --mixed_precision no and no --allow_tf32: in {used} rounding outweighs what the two"
+                " means differ by"
+            )
+        # TF32 has no more digits than float16, and is what torch takes for convolutions, and accelerate with --compile for
+        # matrix products.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return accelerator
 
 
@@ -1757,16 +1768,16 @@ def frozen_dtype(accelerator):
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def load_judges(args, prompts, device):
-    """The reward, and `HeldOut` or `None`.
+def load_judges(args, prompts, accelerator):
+    """The reward, and on the main process, which alone looks at held-out pictures, `HeldOut`, or `None`.
 
     Raises:
         ValueError: for a reward that cannot be loaded, or whose gradient the estimator cannot do without, or with.
     """
-    rewards, heldout = (
-        None
-        if text is None
-        else load_rewards(
+    device = accelerator.device
+
+    def load(text):
+        return load_rewards(
             parse_reward(text),
             parse_reward_paths(args.reward_path),
             device=device,
@@ -1774,14 +1785,14 @@ def load_judges(args, prompts, device):
             prompts=(prompts[0], prompts[-1]),
             batch_size=args.reward_batch_size,
         )
-        for text in (args.reward, args.heldout_reward)
-    )
+
+    rewards, heldout = load(args.reward), None
+    if args.heldout_reward is not None and accelerator.is_main_process:
+        features = load_features(args.feature_model, device)
+        heldout = HeldOut(args, rewards, load(args.heldout_reward), features, prompts, device)
     if args.reward_offload:  # not before: they are tried where they will be called
-        for judge in filter(None, (rewards, heldout)):
-            for module in judge.modules:
-                module.to("cpu")
-    if heldout is not None:
-        heldout = HeldOut(args, rewards, heldout, load_features(args.feature_model, device), prompts, device)
+        for module in rewards.modules if heldout is None else heldout.modules:
+            module.to("cpu")
     if not rewards.differentiable and args.gradient_estimator not in NEED_NOISE:
         raise ValueError(
             f"--reward {args.reward!r} is not differentiable, which {args.gradient_estimator} needs: use rlr or ddpo"
@@ -2313,7 +2324,7 @@ class Record:
         show = self.accelerator.is_local_main_process
         bar = {"total": self.args.max_train_steps, "initial": self.step, "desc": "Steps", "disable": not show}
         with self.naming_the_step():
-            if self.heldout is not None and self.accelerator.is_main_process:
+            if self.heldout is not None:
                 self.heldout.look_at_base(self.pipeline)
             with stopping_at_a_step(self.accelerator), tqdm(**bar) as self.bar:
                 yield
@@ -2333,8 +2344,8 @@ class Record:
         """
         args, accelerator, step = self.args, self.accelerator, self.step
         reason = None
-        if self.heldout is not None and step % args.heldout_steps == 0:
-            if accelerator.is_main_process:
+        if args.heldout_reward is not None and step % args.heldout_steps == 0:
+            if self.heldout is not None:
                 with self.averaged():
                     line.update(self.heldout.look(self.pipeline))
                     is_best, reason = self.stopping.update(step, line["heldout_mean"])
@@ -2402,7 +2413,7 @@ class Record:
                     plain = load_pipeline(args, frozen_dtype(accelerator)).to(accelerator.device)
                     results = compare_with_base(args, rewards, prompts, plain)
                     self.save_card(results)
-                except (ValueError, OSError) as error:
+                except (ValueError, OSError, torch.OutOfMemoryError) as error:
                     failures.append(f"the comparison with the base model has failed: {' '.join(str(error).split())}")
                 else:
                     print_comparison(args, results)
@@ -2434,7 +2445,7 @@ def main(args):
         accelerator = make_accelerator(args)
         dtype = frozen_dtype(accelerator)
         prompts = load_training_prompts(args)
-        rewards, heldout = load_judges(args, prompts, accelerator.device)
+        rewards, heldout = load_judges(args, prompts, accelerator)
         resume_path, first_step = find_start(args, accelerator, len(prompts))
         pipeline = load_pipeline(args, dtype)
         scheduler, config = fit_to_model(args, accelerator, pipeline, prompts, resume_path)

@@ -136,7 +136,7 @@ def main(args):
         accelerator = make_accelerator(args)
         dtype = frozen_dtype(accelerator)
         prompts = load_training_prompts(args)
-        rewards, heldout = load_judges(args, prompts, accelerator.device)
+        rewards, heldout = load_judges(args, prompts, accelerator)
         resume_path, first_step = find_start(args, accelerator, len(prompts))
         pipeline = load_xl_pipeline(args, dtype)
         scheduler, config = fit_to_model(args, accelerator, pipeline, prompts, resume_path)

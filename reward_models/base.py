@@ -107,17 +107,18 @@ class WeightedSum:
         modules = [reward for _, reward in self.members.values() if isinstance(reward, torch.nn.Module)]
         return [module for module in modules if next(module.parameters(), None) is not None]
 
-    def __call__(self, images, prompts, with_gradient=False):
+    def __call__(self, images, prompts, with_gradient=False, device=None):
         """Images (B, 3, H, W) in [0, 1] and B prompts -> `Scores`, with their gradient on demand.
 
-        The graph of one reward on `batch_size` images is alive at a time.
+        The graph of one reward on `batch_size` images is alive at a time, and with a `device` no more of the images are
+        there.
 
         Raises:
             ValueError: if a member returns anything but B finite numbers, naming the member and the prompt.
         """
         size = self.batch_size or len(images)
         parts = [
-            self._score(images[i : i + size], prompts[i : i + size], with_gradient)
+            self._score(images[i : i + size].to(device=device), prompts[i : i + size], with_gradient)
             for i in range(0, len(images), size)
         ]
         return Scores(

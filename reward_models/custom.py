@@ -95,9 +95,12 @@ def scores_of(function, images, prompts):
 
     Raises:
         ValueError: if the callable fails or returns no (B,) tensor of finite numbers.
+        torch.OutOfMemoryError: the callable's.
     """
     try:
         scores = function(images, prompts)
+    except torch.OutOfMemoryError:  # which says nothing of the reward
+        raise
     except Exception as error:  # the callable is the user's, and may raise anything
         raise ValueError(f"fails on two random images: {describe(error)}") from error
     problem = problem_of(scores, prompts)
@@ -114,6 +117,8 @@ def has_gradient(function, images, prompts):
         if not scores.requires_grad:
             return False
         (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError):
         # What turns pictures into arrays, as a black box may, refuses those that ask for a gradient; and an operation
         # may have none.

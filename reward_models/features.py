@@ -26,11 +26,23 @@ from .clip import CLIP_ID, image_embeds
 from .loading import existing_file, load_pretrained
 
 
-def load_features(path=None, device="cpu"):
-    """The embedding of pictures under CLIP ViT-L/14 from the Hub, or under the CLIPModel of a folder.
+class ClipFeatures(torch.nn.Module):
+    """The embedding of pictures under a CLIPModel."""
 
-    Returns:
-        `features(images (N, 3, H, W) in [0, 1], batch_size=8) -> (N, D)` of unit norm, on the CPU.
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+
+    @torch.no_grad()
+    def forward(self, images, batch_size=8):
+        """Images (N, 3, H, W) in [0, 1] -> (N, D) of unit norm, on the CPU."""
+        device = self.clip.device
+        parts = [image_embeds(self.clip, part.to(device)).cpu() for part in images.split(batch_size)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+def load_features(path=None, device="cpu"):
+    """`ClipFeatures` of CLIP ViT-L/14 from the Hub, or of the CLIPModel of a folder.
 
     Raises:
         ValueError: if it cannot be loaded.
@@ -38,14 +50,7 @@ def load_features(path=None, device="cpu"):
     source = CLIP_ID if path is None else os.path.dirname(existing_file(path, "config.json"))
     clip = load_pretrained(CLIPModel, source, dtype=torch.float32)
     clip.text_model = clip.text_projection = None  # never looked at
-    clip.to(device).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def features(images, batch_size=8):
-        parts = [image_embeds(clip, part.to(device)).cpu() for part in images.split(batch_size)]
-        return F.normalize(torch.cat(parts), dim=1)
-
-    return features
+    return ClipFeatures(clip).to(device).eval().requires_grad_(False)
 
 
 def diversity(features, prompts):

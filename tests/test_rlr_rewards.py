@@ -489,6 +489,14 @@ def mean(images, prompts):
 def fails(images, prompts):
     return {}["key"]
 
+def large(images, prompts):
+    if images.requires_grad:
+        raise torch.OutOfMemoryError("none left")
+    return red(images, prompts)
+
+def larger(images, prompts):
+    raise torch.OutOfMemoryError("none left")
+
 class Brightness(torch.nn.Linear):
     def forward(self, images, prompts):
         return super().forward(images.mean((2, 3)))[:, 0]
@@ -528,6 +536,12 @@ def test_a_custom_reward_is_imported_and_its_gradient_found_out(name, differenti
     if name == "red":
         torch.testing.assert_close(scores.total, images[:, 0].mean((1, 2)))
     assert not any(p.requires_grad for p in reward.parameters())
+
+
+@pytest.mark.parametrize("name", ["large", "larger"])
+def test_a_reward_that_runs_out_of_memory_is_taken_for_no_black_box(name, tmp_path):
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        custom(tmp_path, name)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,17 @@ def test_reward_offload_and_micro_batches_change_nothing(tmp_path):
     assert first["tuned"]["mean"] == pytest.approx(second["tuned"]["mean"], rel=1e-3)
 
 
+def test_a_comparison_without_memory_left_loses_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, torch\n\ndef red(images, prompts):\n"
+        f"    if os.path.exists({str(tmp_path / 'out' / LORA)!r}):\n        raise torch.OutOfMemoryError('none left')\n"
+        "    return images[:, 0].mean((1, 2))\n"
+    )
+    with pytest.raises(SystemExit, match="the comparison with the base model has failed: none left"):
+        train(tmp_path / "out", "--reward", f"{tmp_path}/mine.py:red", "--num_eval_images", "2")
+    assert (tmp_path / "out" / LORA).exists()
+
+
 HELD_OUT = ["--heldout_reward", "clip_score", "--heldout_steps", "1", "--num_heldout_images", "8"]
 HELD_OUT += ["--feature_model", TINY_CLIP]
 
@@ -245,7 +256,9 @@ def test_the_divergence_from_the_base_model_is_paid_for(tmp_path, estimator):
     flags = ["--gradient_estimator", estimator, "--learning_rate", "2e-3", "--max_train_steps", "8"]
     flags += ["--mixing", "0.5"]
     free = train(tmp_path / "free", *flags, *HELD_OUT)
+    torch.backends.cudnn.allow_tf32 = True  # as it is by default
     tied = train(tmp_path / "tied", *flags, *HELD_OUT, "--kl_weight", "1000")
+    assert not torch.backends.cudnn.allow_tf32
     assert tied[0]["kl"] == pytest.approx(0, abs=1e-6) and "kl" not in free[0]
     # The base model's means were computed in the midst of this gradient, and have left no trace.
     assert tied[0]["grad_norm"] == pytest.approx(free[0]["grad_norm"], rel=1e-5)
@@ -534,10 +547,11 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--num_inference_steps", "1000"], "--num_inference_steps 1000 reaches beyond"),
         (["--kl_weight", "1", "--gradient_estimator", "draft_lv"], "--kl_weight 1.0 needs an estimator that sweeps"),
         (["--kl_weight", "1", "--gradient_estimator", "full_bp", "--eta", "0"], "which --kl_weight 1.0 needs"),
-        (["--kl_weight", "1", "--mixed_precision", "bf16"], "--kl_weight 1.0 needs --mixed_precision no: in bf16"),
+        (["--kl_weight", "1", "--mixed_precision", "bf16"], "--kl_weight 1.0 needs --mixed_precision no .*: in bf16"),
+        (["--kl_weight", "1", "--allow_tf32"], "--kl_weight 1.0 needs .* no --allow_tf32: in TF32 rounding outweighs"),
         (
             ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2", "--mixed_precision", "bf16"],
-            "--num_inner_epochs 2 needs --mixed_precision no: in bf16",
+            "--num_inner_epochs 2 needs --mixed_precision no .*: in bf16",
         ),
         (["--kl_weight", "-1"], "--kl_weight -1.0"),
         (["--ema_decay", "1"], "--ema_decay 1.0 must be in (0, 1)".replace("(", "\\(").replace(")", "\\)")),

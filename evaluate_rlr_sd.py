@@ -148,7 +148,7 @@ def load_real(directory, features):
     return torch.cat([features(read_image(path)) for path in tqdm(paths, desc="real pictures")])
 
 
-def load_adapters(pipeline, sources):
+def load_adapters(pipeline, sources, cache_dir):
     """Adapters by the name they have in the pipeline and in the results: the end of their path, made unique."""
     names = []
     for source in sources:
@@ -156,7 +156,8 @@ def load_adapters(pipeline, sources):
         while name in (*names, "base"):
             name += "-again"
         try:
-            pipeline.load_lora_weights(source, weight_name=adapter_file(source), adapter_name=name)
+            file = adapter_file(source, cache_dir)
+            pipeline.load_lora_weights(source, weight_name=file, adapter_name=name, cache_dir=cache_dir)
         except Exception as error:  # peft's, safetensors' and the Hub's
             raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
         names.append(name)
@@ -363,7 +364,7 @@ def main(args):
         real = None if args.real_images is None else load_real(args.real_images, features)
         pipeline = load_base(args, dtype).to(device)
         set_size(args, pipeline)
-        names = load_adapters(pipeline, args.adapters)
+        names = load_adapters(pipeline, args.adapters, args.cache_dir)
         os.makedirs(args.output_dir, exist_ok=True)
         return compare(args, pipeline, names, prompts, rewards, features, real, device)
     except (ValueError, OSError) as error:

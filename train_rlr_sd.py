@@ -35,6 +35,7 @@ import signal
 import time
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 import datasets
@@ -51,7 +52,8 @@ from accelerate.utils import (
     set_seed,
 )
 from datasets import load_dataset
-from huggingface_hub import ModelCard, ModelCardData, create_repo, file_exists, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from matplotlib.figure import Figure
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
@@ -104,6 +106,7 @@ from rlr_utils import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch._functorch import config as functorch_config
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
@@ -142,6 +145,8 @@ LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "cons
 EVALUATION_SEED = 1_000_000
 # Those by which the best adapter is chosen are others again, or the comparison would flatter it.
 HELDOUT_SEED = 2_000_000
+# The loss scale starts at 2^10 and is halved at each overflow: where it gets here, more than scale is amiss.
+SMALLEST_LOSS_SCALE = 2.0**-10
 NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 DATASET_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -498,7 +503,7 @@ def make_parser(script, family):
         type=str,
         default="auto",
         help="For rlr: the share gamma of the pathwise cotangent at the steps k >= 2, a number in [0, 1], or auto for"
-        " inverse variance by step.",
+        " those of least variance.",
     )
     estimator.add_argument("--truncation_steps", type=int, default=1, help="For truncated_bp: the last K steps.")
     estimator.add_argument("--lv_samples", type=int, default=2, help="For draft_lv: re-noisings of each picture.")
@@ -716,7 +721,7 @@ def make_parser(script, family):
         "--gradient_checkpointing",
         action="store_true",
         help="For the U-Net: less memory from a batch of 2 on, a sweep slower by a third. The decoder, which takes the most"
-        " at a batch of 1, is always checkpointed.",
+        " at a batch of 1 with --reward_offload, is always checkpointed.",
     )
     training.add_argument(
         "--keep_graphs",
@@ -1147,7 +1152,7 @@ def check_output_dir(args, resume_path):
 
     Raises:
         ValueError: if the folder cannot be written to, holds a run that this one neither resumes nor overwrites, or a
-            README.md that no run has written.
+            README.md or checkpoint that no run of this script has written.
     """
     if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
         raise ValueError(f"--output_dir {args.output_dir!r} is a file")
@@ -1161,8 +1166,12 @@ def check_output_dir(args, resume_path):
         resumed = args.resume_from_checkpoint == "latest" and not has_adapter
     else:
         resumed = os.path.abspath(os.path.dirname(resume_path)) == os.path.abspath(args.output_dir)
-    if os.path.exists(os.path.join(args.output_dir, "README.md")) and not holds_run:
-        raise ValueError(f"--output_dir {args.output_dir!r} holds a README.md, which the model card would replace")
+    for name in ("README.md", *incomplete_in(args.output_dir)):
+        if os.path.exists(os.path.join(args.output_dir, name)) and not holds_run:
+            raise ValueError(
+                f"--output_dir {args.output_dir!r} holds {name!r}, which is of no run of this script and would be replaced:"
+                " name another folder"
+            )
     if holds_run and not (resumed or args.overwrite_output_dir):
         remedies = "name another folder"
         if checkpoints_of(args.output_dir):
@@ -1179,7 +1188,9 @@ def clear_run(args, tracker):
     incomplete = [os.path.join(args.output_dir, name) for name in incomplete_in(args.output_dir)]
     for path in [*checkpoints_of(args.output_dir).values(), *incomplete]:
         shutil.rmtree(path)
-    shutil.rmtree(os.path.join(args.output_dir, args.logging_dir, tracker), ignore_errors=True)
+    logs = Path(args.output_dir, args.logging_dir, tracker).resolve()
+    if Path(args.output_dir).resolve() in logs.parents:  # an absolute --logging_dir may hold other runs' as well
+        shutil.rmtree(logs, ignore_errors=True)
     for name in RUN_FILES:
         if os.path.isfile(os.path.join(args.output_dir, name)):
             os.remove(os.path.join(args.output_dir, name))
@@ -1300,12 +1311,18 @@ def add_adapter(args, unet):
     )
 
 
-def adapter_file(source):
+def adapter_file(source, cache_dir=None):
     """The name of the adapter in a folder or Hub repository of this script, which holds others in best/ and ema/ too, or
     `None` where it has another name."""
     if os.path.exists(source):
         return LORA_FILE if os.path.isfile(os.path.join(source, LORA_FILE)) else None
-    return LORA_FILE if file_exists(source, LORA_FILE) else None
+    try:
+        hf_hub_download(source, LORA_FILE, cache_dir=cache_dir)
+    except RemoteEntryNotFoundError:
+        return None
+    except LocalEntryNotFoundError:  # and the Hub cannot be asked, as who loads it will say
+        pass
+    return LORA_FILE
 
 
 def set_adapter(unet, layers):
@@ -1328,7 +1345,7 @@ def load_adapter(args, pipeline):
         ValueError: if it cannot be loaded, or is not of the U-Net alone, which is all that is trained and saved.
     """
     try:
-        options = {"weight_name": adapter_file(args.adapter_path), "cache_dir": args.cache_dir}
+        options = {"weight_name": adapter_file(args.adapter_path, args.cache_dir), "cache_dir": args.cache_dir}
         # With its configuration, SDXL's layers are known by the names of other trainers, too.
         layers, _ = pipeline.lora_state_dict(args.adapter_path, unet_config=pipeline.unet.config, **options)
         others = sorted(key for key in layers if not key.startswith("unet."))
@@ -1342,16 +1359,20 @@ def load_adapter(args, pipeline):
     set_adapter(pipeline.unet, layers)  # again: it has been rounded to the U-Net's precision
 
 
-def load_baseline_vae(args, dtype):
-    """The decoder of --baseline_vae.
+def load_vae(args, flag, vae_class, dtype):
+    """The autoencoder of `vae_class` that --{flag} names.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        ValueError: if it cannot be loaded, or is of another class, whose weights diffusers would leave out.
     """
+    name = getattr(args, flag)
     try:
-        return AutoencoderTiny.from_pretrained(args.baseline_vae, cache_dir=args.cache_dir, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--baseline_vae {args.baseline_vae!r} cannot be loaded: {error}") from error
+        found = vae_class.load_config(name, cache_dir=args.cache_dir).get("_class_name")
+        if found != vae_class.__name__:
+            raise ValueError(f"its config.json says {found}, and {vae_class.__name__} is needed")
+        return vae_class.from_pretrained(name, cache_dir=args.cache_dir, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"--{flag} {name!r} cannot be loaded: {error}") from error
 
 
 class Estimator:
@@ -1496,6 +1517,11 @@ def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, traina
     images_per_step = images_of_a_step(args, accelerator)
     epochs = args.max_train_steps * images_per_step / (num_prompts * args.images_per_prompt)
     num_steps, guided = args.num_inference_steps, 2 if args.guidance_scale > 1 else 1
+    others = {
+        "predictions": len(predicted_steps),
+        "branches": 2 * args.branches,
+        "other last steps": args.lv_samples if args.gradient_estimator == "draft_lv" else 0,
+    }
     if args.gradient_estimator == "alignprop":
         schedule = schedule._replace(stop_after=num_steps)
     forwards, swept = num_steps, swept_steps(args, schedule)
@@ -1517,8 +1543,9 @@ def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, traina
         + (" (on average)" if args.branches else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
         + (", at first" if min(schedule.share.values()) < 1 and args.sweep_fraction == "auto" else ""),
-        "pictures scored per step": f"{images_per_step * (1 + len(predicted_steps))}"
-        + (f" = {images_per_step} + {len(predicted_steps)} predictions of each" if predicted_steps else ""),
+        "pictures scored per step": f"{images_per_step * (1 + sum(others.values()))}"
+        + (f" = {images_per_step}" if any(others.values()) else "")
+        + "".join(f" + {number} {what} of each" for what, number in others.items() if number),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
         "trainable parameters": f"{sum(p.numel() for p in trainable):,}",
     }
@@ -1757,6 +1784,8 @@ def make_accelerator(args):
                 f"{comparing} needs --mixed_precision no and no --allow_tf32: in {used} rounding outweighs what the two"
                 " means differ by"
             )
+        # The penalty goes backward through a graph twice, which a compiled one allows if told before.
+        functorch_config.donated_buffer = False
         # TF32 has no more digits than float16, and is what torch takes for convolutions, and accelerate with --compile for
         # matrix products.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -2102,8 +2131,15 @@ def average_gradients(args, accelerator, trainable, clipping):
     flat = accelerator.reduce(parameters_to_vector(gradients), "mean") / args.gradient_accumulation_steps
     vector_to_parameters(flat, gradients)
     grad_norm = accelerator.clip_grad_norm_(trainable, math.inf).item()  # which takes out the loss scale
-    if not math.isfinite(grad_norm) and accelerator.scaler is None:
-        raise RunError(f"the gradient is not finite ({grad_norm})")
+    if not math.isfinite(grad_norm):
+        if accelerator.scaler is None:
+            raise RunError(f"the gradient is not finite ({grad_norm})")
+        scale = loss_scale(accelerator)
+        if scale < SMALLEST_LOSS_SCALE:
+            raise RunError(f"float16 overflows even at a loss scale of {scale:g}: use --mixed_precision bf16 or no")
+        logger.warning(
+            f"float16 overflows at a loss scale of {scale:g}: this step is left out, the next has half of it"
+        )
     torch._foreach_mul_(gradients, clipping.factor(grad_norm))
     return grad_norm
 
@@ -2450,7 +2486,9 @@ def main(args):
         pipeline = load_pipeline(args, dtype)
         scheduler, config = fit_to_model(args, accelerator, pipeline, prompts, resume_path)
         estimator = Estimator(args, rewards)
-        baseline_vae = pipeline.vae if args.baseline_vae is None else load_baseline_vae(args, dtype)
+        baseline_vae = pipeline.vae
+        if args.baseline_vae is not None:
+            baseline_vae = load_vae(args, "baseline_vae", AutoencoderTiny, dtype)
         schedule = estimator.schedule()
         # Every batch's chain is this one under the batch's prompts.
         nothing = torch.zeros(1, 1, 1, device=accelerator.device)

@@ -35,7 +35,6 @@ from rlr_utils import (
     rollout,
     text_encoders_of,
 )
-from safetensors import SafetensorError
 from train_rlr_sd import (
     Batch,
     Estimator,
@@ -52,10 +51,10 @@ from train_rlr_sd import (
     frozen_dtype,
     generators_of,
     latents_shape,
-    load_baseline_vae,
     load_judges,
     load_pipeline,
     load_training_prompts,
+    load_vae,
     loss_scale,
     make_accelerator,
     make_embeds_of,
@@ -70,7 +69,7 @@ from train_rlr_sd import (
     to_device,
 )
 
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 
@@ -101,10 +100,7 @@ def load_xl_pipeline(args, dtype):
     """
     name, components = args.pretrained_vae_model_name_or_path, {"add_watermarker": False}
     if name is not None:
-        try:
-            components["vae"] = AutoencoderKL.from_pretrained(name, cache_dir=args.cache_dir)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"--pretrained_vae_model_name_or_path {name!r} cannot be loaded: {error}") from error
+        components["vae"] = load_vae(args, "pretrained_vae_model_name_or_path", AutoencoderKL, torch.float32)
     dtypes = {"default": dtype, "vae": torch.float32}
     pipeline = load_pipeline(args, dtypes, StableDiffusionXLPipeline, **components)
     if len(text_encoders_of(pipeline)) < 2:
@@ -141,7 +137,9 @@ def main(args):
         pipeline = load_xl_pipeline(args, dtype)
         scheduler, config = fit_to_model(args, accelerator, pipeline, prompts, resume_path)
         estimator = Estimator(args, rewards)
-        baseline_vae = pipeline.vae if args.baseline_vae is None else load_baseline_vae(args, dtype)
+        baseline_vae = pipeline.vae
+        if args.baseline_vae is not None:
+            baseline_vae = load_vae(args, "baseline_vae", AutoencoderTiny, dtype)
         schedule = estimator.schedule()
         # As in the pipeline: original size, crop and target size of pictures that are as they were.
         size = (args.height, args.width)

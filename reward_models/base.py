@@ -140,8 +140,8 @@ class WeightedSum:
             problem = problem_of(result, prompts)
             if problem is not None:
                 raise ValueError(f"reward {name!r} {problem}")
-            if backward:
-                gradient += weight * torch.autograd.grad(result.sum(), images)[0]
+            if backward and result.requires_grad:  # a score that does not depend on the images is a constant
+                gradient += weight * torch.autograd.grad(result.sum(), images, materialize_grads=True)[0]
             scores[name] = result.detach().to(images.device).float()
             sums[reward.differentiable] = sums[reward.differentiable] + weight * scores[name]
         return Scores(sums[True], sums[False], scores, gradient)

@@ -249,6 +249,17 @@ def test_scores_that_are_no_numbers_are_refused(result):
         WeightedSum({"mine": (1.0, reward)})(torch.rand(2, 3, 8, 8), ["a", "b"])
 
 
+@pytest.mark.parametrize("constant", [lambda images: torch.ones(1), lambda images: torch.ones(1, requires_grad=True)])
+def test_a_score_that_does_not_depend_on_the_picture_has_no_gradient(constant):
+    """As of a reward that finds nothing to judge in some pictures: it is tried on others."""
+    bright = lambda images, prompts: images.mean((1, 2, 3)) if images.mean() > 0.5 else constant(images)  # noqa: E731
+    bright.differentiable = True
+    images = torch.stack([torch.full((3, 8, 8), 0.75), torch.full((3, 8, 8), 0.25)])
+    scores = WeightedSum({"mine": (2.0, bright)}, batch_size=1)(images, ["a", "b"], with_gradient=True)
+    torch.testing.assert_close(scores.total, torch.tensor([1.5, 2.0]))
+    torch.testing.assert_close(scores.gradient.flatten(1).sum(1), torch.tensor([2.0, 0.0]))
+
+
 @pytest.mark.parametrize("result", [torch.ones(3), torch.ones(2, 1), torch.tensor(1.0), [1.0, 2.0]])
 def test_scores_of_another_shape_are_refused(result):
     reward = lambda images, prompts: result  # noqa: E731

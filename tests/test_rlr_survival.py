@@ -140,6 +140,19 @@ def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
     assert not (tmp_path / "logs" / "rlr-sd").exists()
 
 
+@pytest.mark.parametrize(("name", "elsewhere"), [("out", "logs"), ("out", ".."), ("rlr-sd", "..")])
+def test_overwriting_removes_no_logs_outside_of_the_folder(tmp_path, name, elsewhere):
+    """Of an absolute path, of the folder above, and where the folder has the name of the tracker's."""
+    out = tmp_path / name
+    logging_dir = ".." if elsewhere == ".." else str(tmp_path / elsewhere)
+    logs = (out / logging_dir / "rlr-sd").resolve()
+    train(out, "--max_train_steps", "1")
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / "notes.txt").write_text("mine")
+    train(out, "--max_train_steps", "1", "--overwrite_output_dir", "--logging_dir", logging_dir)
+    assert (logs / "notes.txt").read_text() == "mine"
+
+
 STOPPING_REWARD = """
 import os, signal
 

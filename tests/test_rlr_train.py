@@ -21,7 +21,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from PIL import Image
 from rlr_testing import (
@@ -31,6 +31,7 @@ from rlr_testing import (
     ROOT,
     TINY_AESTHETIC,
     TINY_CLIP,
+    TINY_SD,
     metrics_of,
     same_adapter,
     tiny_pipeline,
@@ -42,6 +43,7 @@ from safetensors.torch import load_file
 from train_rlr_sd import (
     LOW_MEMORY,
     GradientClipping,
+    RunError,
     average_gradients,
     command_of,
     generate,
@@ -506,11 +508,44 @@ def test_a_killed_run_may_have_left_half_a_line(tmp_path):
     assert [line["step"] for line in resumed] == [1, 2, 3]
 
 
-def test_a_readme_of_somebody_else_is_not_replaced(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SystemExit, match="holds a README.md"):
-        train(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+@pytest.mark.parametrize("name", ["README.md", "checkpoint-2/model.safetensors"])
+@pytest.mark.parametrize("flag", [[], ["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]])
+def test_what_is_somebody_elses_is_not_replaced(tmp_path, name, flag):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(SystemExit, match=f"holds '{name.split('/')[0]}', which is of no run of this script"):
+        train(tmp_path, "--checkpointing_steps", "2", *flag)
+    assert path.read_text() == "mine"
+
+
+def test_overflows_are_told_and_not_borne_for_ever(caplog):
+    """With a real GradScaler and the norm of its unscaled gradients, as accelerate takes them."""
+    from types import SimpleNamespace
+
+    PartialState()  # for the logger
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+
+    def step(init_scale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        scaler.scale(torch.ones(()))
+        weight.grad = torch.tensor([float("inf"), 1.0])
+
+        def clip(parameters, max_norm):
+            scaler.unscale_(optimizer)
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+        accelerator = SimpleNamespace(scaler=scaler, device="cpu", reduce=lambda x, _: x, clip_grad_norm_=clip)
+        args = SimpleNamespace(gradient_accumulation_steps=1)
+        return average_gradients(args, accelerator, [weight], GradientClipping("auto"))
+
+    assert not np.isfinite(step(2.0**10))
+    assert "float16 overflows at a loss scale of 1024: this step is left out" in caplog.text
+    with pytest.raises(
+        RunError, match="float16 overflows even at a loss scale of 0.000488281: use --mixed_precision bf16"
+    ):
+        step(2.0**-11)
 
 
 def test_the_scale_for_half_precision_comes_from_the_scaler():
@@ -596,6 +631,10 @@ def test_the_scale_for_half_precision_comes_from_the_scaler():
         (["--branches", "2", "--gradient_estimator", "ddpo"], "--branches 2 needs --gradient_estimator rlr"),
         (["--baseline_vae", "x", "--baseline", "none"], "--baseline_vae 'x' needs --baseline auto or predicted_x0"),
         (["--baseline_vae", "/nowhere", "--baseline", "predicted_x0"], "--baseline_vae '/nowhere' cannot be loaded"),
+        (
+            ["--baseline_vae", f"{TINY_SD}/vae"],
+            "vae' cannot be loaded: its config.json says AutoencoderKL, and .*Tiny is",
+        ),
         (["--gradient_estimator", "magic"], "'magic', known are: rlr, rlr_paper, full_bp"),
         (["--prompts", "nowhere.txt"], "prompts 'nowhere.txt': no such file"),
         (["--prompts", os.devnull], "no such file"),
@@ -898,6 +937,21 @@ def test_the_third_step_tells_how_long_the_run_will_take(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("flags", "scored"),
+    [
+        ([], "2"),
+        (["--gradient_estimator", "draft_lv", "--lv_samples", "3"], "8 = 2 + 3 other last steps of each"),
+        (["--reward", "jpeg_compressibility"], "8 = 2 + 3 predictions of each"),
+        (["--reward", "jpeg_compressibility", "--branches", "2"], "10 = 2 + 4 branches of each"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_plan_tells_how_many_pictures_are_scored(tmp_path, capsys, flags, scored):
+    train(tmp_path, "--max_train_steps", "1", *flags)
+    assert f"pictures scored per step  {scored}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("flags", "calls"),
     [
         ([], "48 forward + 36 with backward"),
@@ -949,6 +1003,17 @@ def test_a_compiler_that_fails_is_warned_of_and_done_without(tmp_path, caplog):
         train(tmp_path / "compiled", "--compile")
     assert "the U-Net cannot be compiled and runs as it is: InvalidCxxCompiler" in caplog.text
     assert same_adapter(tmp_path / "compiled", tmp_path / "plain")
+
+
+def test_a_compiled_unet_may_be_held_to_the_base_model(tmp_path, monkeypatch):
+    """With the graphs of the compiler in C++ or Triton, whose buffers may be used once."""
+    flags = ["--kl_weight", "0.1", "--mixing", "0.5", "--learning_rate", "1e-3"]
+    plain = train(tmp_path / "plain", *flags)
+    AcceleratorState._reset_state()
+    monkeypatch.setattr("torch._functorch.config.donated_buffer", True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    compiled = train(tmp_path / "compiled", *flags)
+    assert compiled[1]["kl"] == pytest.approx(plain[1]["kl"], rel=1e-2) and plain[1]["kl"] > 0
 
 
 @pytest.mark.parametrize("processes", [1, 2])

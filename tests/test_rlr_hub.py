@@ -24,7 +24,7 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 from rlr_hub import LoopbackHub
-from rlr_testing import BASE, LORA, ROOT, TINY_SD, train
+from rlr_testing import BASE, LORA, ROOT, TINY_SD, same_adapter, train
 from train_rlr_sd import parse_args
 
 
@@ -139,3 +139,43 @@ def test_a_model_without_a_card_has_no_licence_to_state(tmp_path):
     train(tmp_path / "out", "--pretrained_model_name_or_path", str(model))
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license is None and "is not known to this card" in card.text
+
+
+ADAPTER_SESSION = """
+import sys
+
+import huggingface_hub.constants
+from train_rlr_sd import main, parse_args
+
+out, *base = sys.argv[1:]
+for name in ("fox", "wolf", "offline"):
+    huggingface_hub.constants.HF_HUB_OFFLINE = name == "offline"
+    flags = ["--output_dir", out + name, "--adapter_path", "someone/fox" if name == "offline" else f"someone/{name}"]
+    try:
+        main(parse_args([*base, "--max_train_steps", "1", *flags]))
+        print(name, "trained")
+    except SystemExit as error:
+        print(name, error)
+"""
+
+
+def test_an_adapter_of_the_hub_is_gone_on_from_without_the_hub(tmp_path):
+    """One that is in the cache; of another the reason is said in one line."""
+    train(tmp_path / "first")
+    adapter = (tmp_path / "first" / LORA).read_bytes()
+    files = {("someone/fox", "main"): {LORA: adapter, f"best/{LORA}": adapter}, ("someone/wolf", "main"): {"x": b""}}
+
+    def session(name):
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ROOT}
+        command = [sys.executable, "-c", ADAPTER_SESSION, str(tmp_path / name), *BASE]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        fox, wolf, offline = (line for line in run.stdout.splitlines() if line.startswith(("fox", "wolf", "offline")))
+        assert (fox, offline) == ("fox trained", "offline trained")
+        assert "--adapter_path 'someone/wolf' cannot be loaded: " in wolf
+
+    with LoopbackHub(files) as hub:
+        session("with")
+    session("without")
+    assert same_adapter(tmp_path / "withfox", tmp_path / "withoutfox")
+    assert same_adapter(tmp_path / "withfox", tmp_path / "withoutoffline")

@@ -27,7 +27,6 @@ import csv
 import html
 import json
 import os
-import sys
 
 import torch
 from accelerate import PartialState
@@ -38,7 +37,16 @@ from reward_models.features import diversity, drift, frechet_distance, load_feat
 from reward_models.loading import first_line
 from rlr_utils import BOUNDARIES, SCHEDULERS, levels_of_steps, load_prompts
 from tqdm.auto import tqdm
-from train_rlr_sd import OneLineParser, adapter_file, generate, literal, load_pipeline, set_size
+from train_rlr_sd import (
+    OneLineParser,
+    adapter_file,
+    ending_in_one_line,
+    generate,
+    literal,
+    load_pipeline,
+    refusing_bad_input,
+    set_size,
+)
 from train_rlr_sdxl import load_xl_pipeline
 
 from diffusers import DiffusionPipeline
@@ -346,10 +354,14 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
     return results
 
 
+@ending_in_one_line(
+    "evaluate_rlr_sd.py",
+    "a smaller --batch_size, --decode_batch_size 1, --mixed_precision bf16, or one reward at a time",
+)
 def main(args):
     device = PartialState().device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
-    try:
+    with refusing_bad_input():
         prompts = load_prompts(args.prompts)[: args.num_prompts or None]
         prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
         rewards = load_rewards(
@@ -367,8 +379,6 @@ def main(args):
         names = load_adapters(pipeline, args.adapters, args.cache_dir)
         os.makedirs(args.output_dir, exist_ok=True)
         return compare(args, pipeline, names, prompts, rewards, features, real, device)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate_rlr_sd.py: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -229,8 +229,12 @@ class RunStopped(RunError):
 
 
 @contextmanager
-def ending_in_one_line(script):
-    """Around the main of a script: what ends the run is said in one line."""
+def ending_in_one_line(
+    script,
+    memory_savers="a smaller --train_batch_size with more --gradient_accumulation_steps, no --keep_graphs,"
+    " --decode_batch_size 1, --gradient_checkpointing, --mixed_precision bf16, or --preset_low_memory",
+):
+    """Around the main of a script: what ends the run is said in one line, out of memory with what to use instead."""
     try:
         yield
     except RunStopped as error:
@@ -241,11 +245,8 @@ def ending_in_one_line(script):
         # On the CPU it is no OutOfMemoryError but a message of the allocator.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise SystemExit(
-            f"{script}: error: out of memory: use a smaller --train_batch_size with more"
-            " --gradient_accumulation_steps, no --keep_graphs, --decode_batch_size 1, --gradient_checkpointing,"
-            f" --mixed_precision bf16, or --preset_low_memory ({str(error).splitlines()[0]})"
-        ) from error
+        message = f"{script}: error: out of memory: use {memory_savers} ({str(error).splitlines()[0]})"
+        raise SystemExit(message) from error
 
 
 @contextmanager

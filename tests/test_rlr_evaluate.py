@@ -159,3 +159,16 @@ def test_bad_input_is_named(tmp_path, capsys, flags, message):
     said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert message in said and said.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_is_said_in_one_line(tmp_path, adapters):
+    """By a reward that has memory for its trial alone."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef large(images, prompts):\n"
+        "    if len(images) > 2:\n        raise torch.OutOfMemoryError('none left')\n    return images.mean((1, 2, 3))\n"
+    )
+    flags = ["--adapters", adapters[1], "--reward", f"{tmp_path}/mine.py:large", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(
+        SystemExit, match=r"^evaluate_rlr_sd.py: error: out of memory: use a .*--batch_size.*none left\)$"
+    ):
+        main(parse_args([*FLAGS, *flags]))

@@ -210,7 +210,7 @@ class Swept(NamedTuple):
     """What the sweep of a micro-batch has seen, each `None` or empty where there was nothing to see.
 
     Attributes:
-        statistics: (3, T + 1), the rows of `SweepStatistics`.
+        statistics: (4, T + 1), the rows of `SweepStatistics`.
         divergence: from the base model, in nats.
         clipped: the fraction of the batch that PPO has cut, of each step.
     """

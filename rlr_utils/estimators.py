@@ -261,7 +261,7 @@ class AdaptiveMixing:
         if self.squares is None:
             return [unknown] * (self.num_steps + 1)
         pathwise, likelihood_ratio = self.squares
-        # Both are zero where every reward is the same; one is missing where nobody has asked for it.
+        # One is missing where every score was the same, or where nobody has asked for it.
         gammas = torch.nan_to_num(likelihood_ratio / (likelihood_ratio + pathwise), nan=unknown).tolist()
         if not differentiable or not pathwise[1] > 0:
             return gammas
@@ -286,7 +286,9 @@ class AdaptiveMixing:
 
     def update(self, statistics):
         """Take in the `SweepStatistics` of a batch."""
-        squares = torch.stack([statistics.pathwise, statistics.likelihood_ratio]).cpu().double()
+        # Where all scores of a batch are the same there is no likelihood ratio to see, rather than one without noise.
+        likelihood_ratio = torch.where(statistics.likelihood_ratio > 0, statistics.likelihood_ratio, float("nan"))
+        squares = torch.stack([statistics.pathwise, likelihood_ratio]).cpu().double()
         if self.squares is None:
             self.squares = torch.full_like(squares, float("nan"))
         # What a batch did not see, or saw overflow, leaves the mean as it is; what is seen first starts it.

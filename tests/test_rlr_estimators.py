@@ -139,12 +139,25 @@ def test_adaptive_mixing_leaves_a_step_without_noise_to_the_gradient():
 
 
 def test_adaptive_mixing_recovers_from_what_a_batch_did_not_see():
-    """Equal rewards make v^L zero and so gamma zero, which leaves the pathwise cotangent unseen."""
+    """Equal scores make the likelihood ratio zero: not a cotangent without noise, but one that was not seen."""
     nan, adaptive = float("nan"), AdaptiveMixing(2, decay=0.5)
     adaptive.update(statistics([1.0, 2.0], [0.0, 2.0]))
-    assert adaptive.gammas(differentiable=False)[1:] == [0.0, 0.5]
+    assert adaptive.gammas(differentiable=False)[1:] == [0.001, 0.5]
     adaptive.update(statistics([nan, 2.0], [6.0, float("inf")]))
-    assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([3 / (3 + 1), 0.5])
+    assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([6 / (6 + 1), 0.5])
+    adaptive.update(statistics([1.0, 2.0], [0.0, 0.0]))
+    assert adaptive.gammas(differentiable=False)[1:] == pytest.approx([6 / (6 + 1), 0.5])
+
+
+def test_adaptive_mixing_begins_with_a_batch_of_equal_scores():
+    """Such as a reward that saturates: there is a gradient, and no likelihood ratio to compare it with."""
+    adaptive = AdaptiveMixing(4)
+    adaptive.update(statistics([1.0] * 4, [0.0] * 4))
+    assert adaptive.gammas(differentiable=True)[2:] == [1.0] * 3
+    adaptive.update(statistics([1.0] * 4, [3.0] * 4))
+    same = AdaptiveMixing(4)
+    same.update(statistics([1.0] * 4, [3.0] * 4))
+    assert adaptive.gammas(differentiable=True) == same.gammas(differentiable=True)
 
 
 def test_the_papers_schedule():

@@ -2093,7 +2093,8 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
     chain, trajectory = batch.chain, batch.trajectory
     penalty, common = None, {"transport": schedule.transport}
     if args.kl_weight > 0:
-        penalty = common["penalty"] = GaussianKL(chain, base_mean(chain, unet), trajectory, advantages.kl_weight)
+        kl_weight = scale * advantages.kl_weight
+        penalty = common["penalty"] = GaussianKL(chain, base_mean(chain, unet), trajectory, kl_weight)
     swept = Swept()
     if args.branches:
         branch_batch(args, batch, scorer, scale)

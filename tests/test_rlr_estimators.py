@@ -345,15 +345,17 @@ def clipped_objective(chain, trajectory, advantages, clip_range):
         new = torch.distributions.Normal(chain.mean(k, trajectory.latents[k]), chain.sigma(k))
         ratio = (new.log_prob(drawn).sum(1) - old.log_prob(drawn).sum(1)).exp()
         clamped = ratio.clamp(1 - clip_range, 1 + clip_range)
-        objective = objective + torch.minimum(ratio * advantages, clamped * advantages).mean()
+        advantage = advantages if advantages.ndim == 1 else advantages[k]
+        objective = objective + torch.minimum(ratio * advantage, clamped * advantage).mean()
     return objective
 
 
+@pytest.mark.parametrize("per_step", [False, True])
 @pytest.mark.parametrize("moved", [0.0, 0.02, 0.1])
-def test_the_clipped_ratio_is_the_gradient_of_ppos_objective(moved):
+def test_the_clipped_ratio_is_the_gradient_of_ppos_objective(moved, per_step):
     chain = NonlinearChain()
     trajectory = rollout(chain, torch.randn(64, 3, dtype=torch.float64))
-    advantages = torch.randn(64, dtype=torch.float64)
+    advantages = torch.randn(*([chain.num_steps + 1] if per_step else []), 64, dtype=torch.float64)
     with torch.no_grad():
         for p in chain.parameters():
             p += moved * torch.randn_like(p)

@@ -280,7 +280,8 @@ def test_renoising_repeats_the_last_step_from_another_noise():
     first, second = renoise(chain, x_0), renoise(chain, x_0)
     assert not torch.equal(first.latents[1], second.latents[1])
     alpha = pipeline.scheduler.alphas_cumprod[chain.timesteps[-1]]
-    assert (first.latents[1] - x_0).std() < 2 * (1 - alpha).sqrt() + 0.05
+    noise = (first.latents[1] - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
+    assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean() == pytest.approx(0, abs=0.15)
     with torch.no_grad():
         step = chain.mean(1, first.latents[1]) + chain.sigma(1) * first.noises[1]
     torch.testing.assert_close(first.latents[0], step)

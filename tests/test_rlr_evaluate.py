@@ -26,6 +26,7 @@ import torch
 from evaluate_rlr_sd import main, parse_args
 from PIL import Image
 from reward_models import load_reward
+from reward_models.features import frechet_distance, load_features
 from rlr_testing import DIGITS, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_pipeline, train
 from train_rlr_sd import generate
 
@@ -75,7 +76,8 @@ def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
     base = reward(generate(pipeline, prompts, args), prompts)
     assert models["base"]["rewards"]["aesthetic"]["mean"] == pytest.approx(base.mean().item(), rel=1e-4)
     pipeline.load_lora_weights(adapters[0])
-    gain = reward(generate(pipeline, prompts, args), prompts) - base
+    tuned = generate(pipeline, prompts, args)
+    gain = reward(tuned, prompts) - base
     found = models["strong"]["rewards"]["aesthetic"]
     assert found["gain"] == pytest.approx(gain.mean().item(), rel=1e-3)
     assert found["gain_standard_error"] == pytest.approx(gain.std().item() / 6**0.5, rel=1e-3)
@@ -86,7 +88,10 @@ def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
     scales = results["lora_scales"]["strong"]
     assert scales["0"]["drift"] == pytest.approx(0, abs=1e-6)
     assert scales["1"]["rewards"]["aesthetic"]["mean"] == pytest.approx(found["mean"], rel=1e-5)
-    assert models["strong"]["frechet_to_real"] > 0
+    features = load_features(TINY_CLIP)
+    colours = [torch.tensor([60.0 * i, 0.0, 90.0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20 + i) / 255 for i in range(3)]
+    away = frechet_distance(features(tuned), torch.cat([features(image) for image in colours]))
+    assert models["strong"]["frechet_to_real"] == pytest.approx(float(away), rel=1e-3)
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("strong", "weak", "clip_score | win rate", "frechet to real"))
 

@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The gradient of every micro-batch of a run, against autograd through what each estimator's paper has as its loss."""
+"""A step of a run: its pictures against the pipeline's, and its gradient, for every estimator, against autograd through what
+its paper has as its loss."""
 
 import random
 from types import SimpleNamespace
@@ -19,12 +20,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import train_rlr_sd
-from rlr_testing import Mix, train
-from rlr_utils import decode_latents
+from rlr_testing import Mix, tiny_pipeline, train
+from rlr_utils import decode_latents, make_scheduler
+
+
+SEEN = []
 
 
 def red(images, prompts):
-    """A smooth reward, of each prompt in its own way: how much redder than blue."""
+    """A smooth reward, of each prompt in its own way: how much redder than blue; what it has seen is kept."""
+    SEEN.append((images.detach().clone(), prompts))
     worth = torch.tensor([1.0 + len(prompt) for prompt in prompts])
     return worth * (images[:, 0] - images[:, 2]).square().mean((1, 2))
 
@@ -316,3 +321,39 @@ def compared(monkeypatch, tmp_path, loss_of, *flags):
 def test_the_gradient_of_a_run_is_that_of_the_estimators_own_loss(monkeypatch, tmp_path, loss_of, flags):
     calls = compared(monkeypatch, tmp_path, loss_of, *flags)
     assert len(calls) == (4 if loss_of in (clipped, with_weights_perturbed) else 2)
+
+
+@pytest.mark.parametrize(
+    "scheduler, guidance_scale, eta, negative, size",
+    [
+        ("ddim", 5.0, 1.0, None, (32, 32)),
+        ("ddim", 4.0, 0.3, "a blue one", (48, 32)),
+        ("ddim", 1.0, 1.0, None, (32, 32)),
+        ("ddpm", 3.0, 1.0, None, (32, 32)),
+        ("euler_ancestral", 3.0, 1.0, "a blue one", (32, 32)),
+    ],
+)
+def test_the_first_pictures_of_a_run_are_the_pipelines_own(tmp_path, scheduler, guidance_scale, eta, negative, size):
+    """As a user draws them, from the same generators."""
+    flags = ["--scheduler", scheduler, "--guidance_scale", str(guidance_scale), "--eta", str(eta)]
+    flags += ["--height", str(size[0]), "--width", str(size[1]), "--reward", RED, "--max_train_steps", "1"]
+    flags += [] if negative is None else ["--negative_prompt", negative]
+    SEEN.clear()
+    train(tmp_path / "out", "--decode_batch_size", "2", *flags)
+    found, prompts = SEEN[-1]
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    one_rank = SimpleNamespace(num_processes=1, process_index=0)
+    images = pipeline(
+        prompts,
+        height=size[0],
+        width=size[1],
+        negative_prompt=None if negative is None else [negative] * 2,
+        num_inference_steps=3,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        generator=train_rlr_sd.generators_of(SimpleNamespace(train_batch_size=2, seed=0), one_rank, 1, 0),
+        output_type="pt",
+    ).images
+    assert len(set(prompts)) == 2
+    torch.testing.assert_close(found, images, rtol=1e-4, atol=1e-4)

@@ -226,20 +226,31 @@ def torchrun(out, *flags, processes=2):
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
-def test_two_ranks_are_one_rank_with_twice_the_batch(tmp_path):
-    """A picture's noise does not depend on the rank that draws it, nor its advantage on the rank that sweeps it. The
-    mixing is fixed, since the adaptive one estimates variances within micro-batches."""
-    flags = ["--learning_rate", "1e-3", "--mixing", "0.5", "--adam_epsilon", "1e-3", "--checkpointing_steps", "2"]
-    one = train(tmp_path / "one", *flags, "--train_batch_size", "4")
+@pytest.mark.parametrize(
+    "also",
+    [
+        ["--mixing", "0.5"],
+        # Variances are those within a micro-batch, whether the next one is another rank's or this one's.
+        ["--max_train_steps", "3", "--sweep_fraction", "1"],
+        ["--gradient_estimator", "ddpo", "--baseline", "predicted_x0"],
+        # Three pictures of a prompt, of which one is drawn by the other rank.
+        ["--baseline", "per_prompt", "--images_per_prompt", "3", "--mixing", "0.5"],
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_two_ranks_are_one_rank_with_twice_the_micro_batches(tmp_path, also):
+    """A picture's noise does not depend on the rank that draws it, nor its advantage on the rank that sweeps it."""
+    flags = ["--learning_rate", "1e-3", "--adam_epsilon", "1e-3", "--checkpointing_steps", "2", *also]
+    one = train(tmp_path / "one", *flags, "--gradient_accumulation_steps", "2")
     assert torchrun(tmp_path / "two", *flags).returncode == 0
     two = metrics_of(tmp_path / "two")
-    assert [line["step"] for line in two] == [1, 2] and all(line["num_images"] == 4 for line in two)
+    assert len(two) == len(one) and all(line["num_images"] == 4 for line in two)
     for a, b in zip(one, two):
         for key in ("reward_mean", "reward_std", "grad_norm", "gamma_mean"):
-            assert a[key] == pytest.approx(b[key], rel=1e-5)
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
     first, second = (load_file(tmp_path / name / LORA) for name in ("one", "two"))
     for key in first:
-        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-5)
 
 
 def test_a_reward_that_fails_on_one_rank_ends_all(tmp_path):

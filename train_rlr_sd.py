@@ -84,7 +84,6 @@ from rlr_utils import (
     ddpo,
     decode_latents,
     draft_lv,
-    draw_parts,
     embed,
     full_bp,
     leave_one_out,
@@ -183,6 +182,7 @@ class Batch(NamedTuple):
 
     prompts: list
     chain: StableDiffusionChain
+    weights: list
     trajectory: Trajectory
     perturbation: WeightPerturbation
     scores: dict
@@ -585,8 +585,8 @@ def make_parser(script, family):
         "--sweep_fraction",
         type=str,
         default="auto",
-        help="The share of the pictures that each step of the chain but the last three is swept for, drawn anew step by step"
-        " and weighted by its inverse; the cotangents of the others pass in the mean: unbiased, cheaper, noisier."
+        help="The share of the steps that are swept, but for the last three: drawn anew for each batch and weighted by its"
+        " inverse, while cotangents pass the others as they do in the mean: unbiased, cheaper, noisier."
         " auto: .5 for rlr where all of the reward has a gradient and the likelihood ratio next to no share, else 1.",
     )
     estimator.add_argument("--ppo_clip_range", type=float, default=0.2, help="For ddpo: clipping of the ratio.")
@@ -734,7 +734,7 @@ def make_parser(script, family):
     training.add_argument(
         "--compile",
         action="store_true",
-        help="Compile the U-Net with torch.compile, for the rollout, for the sweep, and for a sweep of a part of the pictures.",
+        help="Compile the U-Net with torch.compile, for the rollout and for the sweep.",
     )
     training.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
     training.add_argument(
@@ -1418,7 +1418,7 @@ class Estimator:
             schedule = simple[args.gradient_estimator](num_steps)
         fraction = args.sweep_fraction
         if fraction == "auto":
-            # Where the likelihood ratio has a share, its noise is most of all noise, and fewer pictures would make it more.
+            # Where the likelihood ratio has a share, its noise is most of all noise, and fewer steps would make it more.
             gammas = [schedule.mixing[k] for k in schedule.swept[1:]]
             leans = sum(gammas) >= 0.95 * len(gammas)
             fraction = 0.5 if args.gradient_estimator == "rlr" and self.rewards.differentiable and leans else 1.0
@@ -1507,10 +1507,10 @@ class Estimator:
 
 
 def swept_steps(args, schedule):
-    """How many steps of its chain a picture is swept for, in the mean."""
+    """How many steps of the chain are swept, in the mean."""
     if args.branches:
         return 1
-    return args.lv_samples if args.gradient_estimator == "draft_lv" else sum(schedule.share.values())
+    return args.lv_samples if args.gradient_estimator == "draft_lv" else sum(schedule.probabilities.values())
 
 
 def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, trainable):
@@ -1526,7 +1526,8 @@ def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, traina
     if args.gradient_estimator == "alignprop":
         schedule = schedule._replace(stop_after=num_steps)
     forwards, swept = num_steps, swept_steps(args, schedule)
-    kept = sum(part for k, part in schedule.share.items() if k <= args.keep_graphs)
+    probabilities = schedule.probabilities
+    kept = sum(p for k, p in probabilities.items() if k <= args.keep_graphs)
     if args.branches:
         forwards += args.branches * (num_steps - 1)
     if args.kl_weight > 0:
@@ -1541,9 +1542,9 @@ def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, traina
         f" accumulation x {accelerator.num_processes} ranks",
         "U-Net calls per step": f"{forwards} forward + {swept} with backward"
         + (" at most" if args.gradient_estimator == "alignprop" else "")
-        + (" (on average)" if args.branches else "")
+        + (" (on average)" if args.branches or min(probabilities.values()) < 1 else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
-        + (", at first" if min(schedule.share.values()) < 1 and args.sweep_fraction == "auto" else ""),
+        + (", at first" if min(probabilities.values()) < 1 and args.sweep_fraction == "auto" else ""),
         "pictures scored per step": f"{images_per_step * (1 + sum(others.values()))}"
         + (f" = {images_per_step}" if any(others.values()) else "")
         + "".join(f" + {number} {what} of each" for what, number in others.items() if number),
@@ -1979,15 +1980,13 @@ def embeds_by_step(args, prompts, embeds_of):
 
 
 def can_be_compiled(args, chain, shape, schedule):
-    """Whether the compiler manages what rollout and sweep will ask for, latents of a shape (B, C, h, w) and parts of them."""
+    """Whether the compiler manages what rollout and sweep will ask for, of latents of a shape (B, C, h, w)."""
     x, handed_on = torch.zeros(shape, device=chain.timesteps.device), schedule.mixing[2 : schedule.stop_after + 1]
     with_input_grad = args.keep_graphs > 0 or any(handed_on)
     try:
         with torch.no_grad():
             chain.mean(chain.num_steps, x)
-        for size in {max(1, int(p * len(x))) for p in schedule.share.values()}:
-            part = chain.part(torch.arange(size, device=x.device))
-            part.mean(chain.num_steps, x[:size].clone().requires_grad_(with_input_grad)).sum().backward()
+        chain.mean(chain.num_steps, x.requires_grad_(with_input_grad)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may say
@@ -2045,10 +2044,10 @@ def base_mean(chain, unet):
     """The chain's means with the adapter disabled: the base model, without a second one in memory."""
 
     @torch.no_grad()
-    def mean(k, x, pictures):
+    def mean(k, x):
         unet.disable_adapters()
         try:
-            return chain.part(pictures).mean(k, x)
+            return chain.mean(k, x)
         finally:
             unet.enable_adapters()
 
@@ -2091,7 +2090,7 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
         Swept
     """
     chain, trajectory = batch.chain, batch.trajectory
-    penalty, common = None, {"transport": schedule.transport}
+    penalty, common = None, {"weights": batch.weights, "transport": schedule.transport}
     if args.kl_weight > 0:
         kl_weight = scale * advantages.kl_weight
         penalty = common["penalty"] = GaussianKL(chain, base_mean(chain, unet), trajectory, kl_weight)
@@ -2123,7 +2122,8 @@ def sweep(args, batch, advantages, schedule, scorer, unet, scale):
         norms = rows.pathwise / scale**2, rows.likelihood_ratio / scale**2, rows.gradient_norm / scale, rows.gain
         swept = swept._replace(statistics=torch.stack(norms))
     if penalty is not None:
-        swept = swept._replace(divergence=sum(penalty.divergences.values()))
+        # By the weights, since the steps that were left out diverge as well.
+        swept = swept._replace(divergence=sum(batch.weights[k] * value for k, value in penalty.divergences.items()))
     return swept
 
 
@@ -2531,7 +2531,6 @@ def main(args):
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
             predict = estimator.predicted_steps(schedule)
-            keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -2539,11 +2538,14 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                parts = draw_parts(schedule.share, args.train_batch_size, accelerator.device)
-                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep, parts)
+                weights = schedule.draw_weights()
+                keep = [k for k in schedule.swept if k <= args.keep_graphs and weights[k] > 0]
+                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
-                batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))
+                batches.append(
+                    Batch(batch_prompts, chain, weights, trajectory, perturbation, scores, reward_grad, predicted)
+                )
 
             # reward -> advantages, over the pictures of all ranks
             scores, advantages = estimator.advantages(accelerator, batches)

@@ -31,7 +31,6 @@ from rlr_utils import (
     PromptSampler,
     StableDiffusionChain,
     WeightPerturbation,
-    draw_parts,
     rollout,
     text_encoders_of,
 )
@@ -187,7 +186,6 @@ def main(args):
             # prompt -> rollout -> reward
             schedule = estimator.schedule()
             predict = estimator.predicted_steps(schedule)
-            keep = [k for k in schedule.swept if k <= args.keep_graphs]
             batches = []
             for index in range(args.gradient_accumulation_steps):
                 batch_prompts = sampler.next_batch(args.train_batch_size)
@@ -195,11 +193,14 @@ def main(args):
                 perturbation = WeightPerturbation(trainable, args.zo_scale, random.getrandbits(62), schedule.perturbed)
                 generators = generators_of(args, accelerator, step, index)
                 x_T = randn_tensor(shape, generators, device=accelerator.device) * scheduler.init_noise_sigma
-                parts = draw_parts(schedule.share, args.train_batch_size, accelerator.device)
-                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep, parts)
+                weights = schedule.draw_weights()
+                keep = [k for k in schedule.swept if k <= args.keep_graphs and weights[k] > 0]
+                trajectory = rollout(PerturbedChain(chain, perturbation), x_T, generators, predict, keep)
                 scores, reward_grad = scorer(trajectory.latents[0], batch_prompts, estimator.with_gradient)
                 predicted = scorer.predictions(trajectory, batch_prompts) if predict else None
-                batches.append(Batch(batch_prompts, chain, trajectory, perturbation, scores, reward_grad, predicted))
+                batches.append(
+                    Batch(batch_prompts, chain, weights, trajectory, perturbation, scores, reward_grad, predicted)
+                )
 
             # reward -> advantages, over the pictures of all ranks
             scores, advantages = estimator.advantages(accelerator, batches)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from gradient_quality import worker_pool, write_csv  # noqa: E402
+from gradient_quality import parse_benchmark, worker_pool, write_csv  # noqa: E402
 from rlr_utils import load_prompts  # noqa: E402
 from train_rlr_sd import main as train  # noqa: E402
 from train_rlr_sd import parse_args  # noqa: E402
@@ -115,11 +115,8 @@ def plot(groups, path):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="One seed and one step.")
     parser.add_argument("--workers", type=int, default=2, help="Runs at a time, of one thread each.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     seeds, num_steps, steps = (1, 4, 1) if args.quick else (3, 20, 20)
     ways = [(thought, in_range) for in_range in (False, True) for thought in (False, True)]
     with worker_pool(args.workers) as pool:

@@ -28,6 +28,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
@@ -57,7 +58,6 @@ from rlr_utils import (  # noqa: E402
     branch,
     ddpo,
     decode_latents,
-    draw_parts,
     full_bp,
     leave_one_out,
     load_prompts,
@@ -163,14 +163,15 @@ def swept(num_steps, schedule_of, baseline="leave-one-out", fraction=1.0):
     advantages, transport = baseline_advantages(baseline, num_steps), Transport(num_steps)
 
     def estimate(sample):
-        schedule, run = schedule_of(num_steps)._replace(fraction=fraction), sample.trajectory
+        schedule = schedule_of(num_steps)._replace(fraction=fraction)
         statistics = backward_sweep(
             sample.chain,
-            Trajectory(run.latents, run.noises, parts=draw_parts(schedule.share, len(sample.rewards))),
+            sample.trajectory,
             schedule.mixing,
             reward_grad=sample.reward_grad,
             advantages=advantages(sample),
             stop_after=schedule.stop_after,
+            weights=schedule.draw_weights(),
             transport=transport.gains,
         )
         transport.update(statistics)
@@ -259,7 +260,7 @@ def estimators(T, decode, kind):
         "alignprop": (swept(T, alignprop), T + 3 * (T + 1) / 2),
     }
     for fraction in (0.5, 0.25):
-        calls = sum(full_bp(T)._replace(fraction=fraction).share.values())
+        calls = sum(full_bp(T)._replace(fraction=fraction).probabilities.values())
         estimate = adaptive(T, "leave-one-out", fraction=fraction)
         chosen[f"rlr, sweep_fraction {fraction}"] = estimate, T + 3 * calls
     if kind == "smooth":
@@ -509,6 +510,21 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
+def parse_benchmark(parser, input_args):
+    """The arguments with those that all benchmarks have: --quick, whose figures mean nothing, and --out, a folder that then is
+    there: benchmarks/results by default, or with --quick a new one."""
+    parser.add_argument("--quick", action="store_true", help="A minute's worth, to see that everything runs.")
+    parser.add_argument(
+        "--out", default=None, help="Folder of the results; default: benchmarks/results, with --quick a temporary one."
+    )
+    args = parser.parse_args(input_args)
+    if args.out is None:
+        args.out = tempfile.mkdtemp() if args.quick else os.path.join(ROOT, "benchmarks", "results")
+    os.makedirs(args.out, exist_ok=True)
+    print(f"results go to {args.out}")
+    return args
+
+
 def write_csv(rows, path, header):
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(f"# {header}\n")
@@ -519,11 +535,8 @@ def write_csv(rows, path, header):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="A minute's worth, to see that everything runs.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     parser.add_argument("--workers", type=int, default=2, help="Processes for tiny-sd, of one thread each.")
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     command = "python benchmarks/gradient_quality.py" + (" --quick" if args.quick else "")
     header = f"{command}, {platform.machine()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
 

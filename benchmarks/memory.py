@@ -37,11 +37,11 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from gradient_quality import write_csv
+from gradient_quality import parse_benchmark, write_csv
 from matplotlib.figure import Figure
 from reward_models.clip import image_embeds
 from rlr_utils import decode_latents
-from step_cost import ROOT, Case, load, memory
+from step_cost import Case, load, memory
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -233,12 +233,9 @@ def plot(rows, path):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="The embedded pipeline instead.")
     parser.add_argument("--measure", action="store_true", help="Take a step of full_bp, too, one picture in bf16.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="T, for the stored latents.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     preset, batch_sizes = ("bundle", [1, 2]) if args.quick else ("sd14", [1, 2, 4, 8, 16, 32])
     ways = [(precision, checkpointing) for precision in ("bf16", "no") for checkpointing in (False, True)]
     if args.quick:

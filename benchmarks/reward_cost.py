@@ -54,7 +54,7 @@ from transformers import (
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from gradient_quality import write_csv  # noqa: E402
+from gradient_quality import parse_benchmark, write_csv  # noqa: E402
 from reward_models.aesthetic import AestheticReward  # noqa: E402
 from reward_models.base import ScoreHead  # noqa: E402
 from reward_models.clip import ClipAgreement, preprocess_letterbox  # noqa: E402
@@ -229,12 +229,9 @@ def plot(rows, path):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Small networks and one round, to see that it runs.")
     parser.add_argument("--rounds", type=int, default=5, help="Turns of each reward and its network.")
     parser.add_argument("--batch_size", type=int, default=2, help="Pictures at a time.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     device = PartialState().device
     rounds, resolution = (1, 64) if args.quick else (args.rounds, 512)
 

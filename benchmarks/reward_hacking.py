@@ -38,7 +38,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools")]
 
 from evaluate_rlr_sd import measure  # noqa: E402
-from gradient_quality import worker_pool, write_csv  # noqa: E402
+from gradient_quality import parse_benchmark, worker_pool, write_csv  # noqa: E402
 from make_tiny_assets import COLORS, load_scans, paint  # noqa: E402
 from reward_models import load_rewards, parse_reward, parse_reward_paths  # noqa: E402
 from reward_models.features import load_features  # noqa: E402
@@ -210,17 +210,16 @@ def plot(rows, path, gain):
 
 def run(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Two variants and two steps, to see that it runs.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
     parser.add_argument(
         "--only", nargs="+", default=None, choices=list(VARIANTS), help="Measure these again, and keep the others."
     )
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     table = os.path.join(args.out, "reward_hacking.csv")
     rows = []
     if args.only:
+        if not os.path.isfile(table):
+            sys.exit(f"reward_hacking.py: error: --only keeps the others of {table!r}, which is not there")
         with open(table, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file.readlines()[1:]) if row["variant"] not in args.only]
         rows = [{key: value if key == "variant" else float(value) for key, value in row.items()} for row in rows]

@@ -52,7 +52,7 @@ from diffusers.training_utils import cast_training_params, free_memory
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from gradient_quality import write_csv  # noqa: E402
+from gradient_quality import parse_benchmark, write_csv  # noqa: E402
 from reward_cost import cases as reward_cases  # noqa: E402
 from reward_cost import peak_memory, seconds_of  # noqa: E402
 from reward_models import load_reward  # noqa: E402
@@ -66,7 +66,6 @@ from rlr_utils import (  # noqa: E402
     ddpo,
     decode_latents,
     draft_lv,
-    draw_parts,
     full_bp,
     leave_one_out,
     renoise,
@@ -218,7 +217,10 @@ class Step:
         # How often the sweep is taken, each time at a re-noised last step where it is more than once.
         self.samples = LV_SAMPLES if case.estimator == "draft_lv" else 1
         self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
-        self.keep = self.schedule.swept if case.estimator.endswith("keep_graphs") else []
+        # Drawn once, so that step and bare calls are of the same steps.
+        self.weights = self.schedule.draw_weights()
+        self.swept = [k for k in self.schedule.swept if self.weights[k] > 0]
+        self.keep = self.swept if case.estimator.endswith("keep_graphs") else []
         model.scheduler.set_timesteps(case.num_steps)
         size = case.resolution // model.vae_scale_factor
         shape = (case.batch_size, model.unet.config.in_channels, size, size)
@@ -229,18 +231,11 @@ class Step:
         self.rewards = WeightedSum({"aesthetic": (1.0, model.reward)})
         self.optimizer = torch.optim.AdamW(model.trainable, lr=0.0)
         self.trajectory = None
-        # Drawn once, so that step and bare calls are of the same pictures.
-        self.parts = draw_parts(self.schedule.share, case.batch_size, embeds.device)
-
-    def swept(self, k):
-        """The latents (b, ...) at step k of the pictures that are swept there."""
-        return self.trajectory.latents[k][self.trajectory.part(k).pictures]
 
     @property
     def vjps(self):
-        """Recomputed U-Net calls of the whole batch."""
-        pictures = sum(len(self.swept(k)) for k in self.schedule.swept)
-        return self.samples * pictures / self.case.batch_size
+        """Recomputed U-Net calls."""
+        return self.samples * len(self.swept)
 
     def score(self, latents, with_gradient):
         scores, gradient = score_latents(
@@ -253,7 +248,7 @@ class Step:
         generators = [torch.Generator().manual_seed(i) for i in range(self.case.batch_size)]
         perturbation = WeightPerturbation(self.model.trainable, 0.02, random.getrandbits(62), schedule.perturbed)
         self.trajectory = trajectory = rollout(
-            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep, parts=self.parts
+            PerturbedChain(chain, perturbation), self.x_T, generators, keep=self.keep
         )
         x_0, with_gradient = trajectory.latents[0], estimator not in ("ddpo", "draft_lv")
         advantages, reward_grad = self.score(x_0, with_gradient)
@@ -273,6 +268,7 @@ class Step:
                 reward_grad=reward_grad,
                 advantages=advantages,
                 stop_after=schedule.stop_after,
+                weights=self.weights,
             )
             perturbation.add_gradient(advantages.mean().item())
         torch.nn.utils.clip_grad_norm_(self.model.trainable, 1.0).item()
@@ -312,13 +308,10 @@ class Step:
             decode_and_score(False)
         for _ in range(self.samples):
             decode_and_score(with_gradient)
-        swept = self.schedule.swept
-        with_input_grad = any(self.schedule.mixing[k] for k in swept if k > 1)
-        for k in swept * self.samples:
-            part = self.swept(k)
-            if len(part) > 0:
-                prediction = predict(k, part.detach().requires_grad_(with_input_grad))
-                torch.autograd.backward(prediction, prediction.detach())
+        with_input_grad = any(self.schedule.mixing[k] for k in self.schedule.swept if k > 1)
+        for k in self.swept * self.samples:
+            prediction = predict(k, latents[k].detach().requires_grad_(with_input_grad))
+            torch.autograd.backward(prediction, prediction.detach())
         self.optimizer.zero_grad()
         model.vae.enable_gradient_checkpointing()
 
@@ -460,7 +453,6 @@ def bars(groups):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Few and short steps.")
     parser.add_argument("--preset", choices=["bundle", "sd14"], default="bundle", help="The networks.")
     parser.add_argument("--device", default=None, help="Default: the accelerator, if there is one.")
     parser.add_argument(
@@ -480,9 +472,7 @@ def main(input_args=None):
         help="Default: all, for sd14 without keep_graphs, whose 50 graphs take 112 GiB a picture.",
     )
     parser.add_argument("--rounds", type=int, default=3, help="Turns of each step and its bare calls.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     full = args.preset == "sd14"
     num_steps = args.num_inference_steps or (50 if full else 20)
     batch_sizes = args.batch_sizes or ([1, 4, 8] if full else [16])

@@ -52,7 +52,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tools"), os.path.join(ROOT, "benchmarks")]
 
 from evaluate_rlr_sd import measure  # noqa: E402
-from gradient_quality import worker_pool, write_csv  # noqa: E402
+from gradient_quality import parse_benchmark, worker_pool, write_csv  # noqa: E402
 from reward_cost import seconds_of  # noqa: E402
 from reward_hacking import CLIP, base_model, ink, real_digits  # noqa: E402
 from reward_models import parse_reward  # noqa: E402
@@ -199,8 +199,8 @@ def estimators_of(reward, prices):
 
 
 def planned_steps(reward, estimator, num_steps):
-    """Of the steps of the chain those that a picture is swept for and those that it is predicted at, as prices have it: in the
-    mean of alignprop, whose length is drawn, and of a sweep of a part of the pictures."""
+    """Of the steps of the chain those that are swept and those that a picture is predicted at, as prices have it: in the mean
+    where steps are drawn, as by alignprop and by rlr."""
     swept = {
         "alignprop": (num_steps + 1) / 2,
         "truncated_bp 1": 1,
@@ -211,7 +211,7 @@ def planned_steps(reward, estimator, num_steps):
     }.get(estimator, num_steps)
     if reward not in PREDICTED and "--gradient_estimator" not in ESTIMATORS[estimator]:
         # What --sweep_fraction auto is for rlr where a gradient can be leaned on.
-        swept = sum(full_bp(num_steps)._replace(fraction=0.5).share.values())
+        swept = sum(full_bp(num_steps)._replace(fraction=0.5).probabilities.values())
     share = {"rlr": PREDICTED.get(reward, 0.0), "rlr, predicted_x0": 1.0}.get(estimator, 0.0)
     return swept, share * num_steps
 
@@ -491,31 +491,30 @@ def plot(table, curves, cells, prices, settings, path):
 
 def run(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="Three runs of one step, to see that it works.")
     parser.add_argument("--report", action="store_true", help="Run nothing; table and plot of what is there.")
     parser.add_argument("--budget", type=float, default=50.0, help="Seconds of bare calls of a run.")
     parser.add_argument("--batch_size", type=int, default=16, help="Pictures of an optimizer step.")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS), help="Those to go on with.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each.")
-    parser.add_argument("--out", default=os.path.join(ROOT, "benchmarks", "results"), help="Folder of the results.")
-    args = parser.parse_args(input_args)
-    os.makedirs(args.out, exist_ok=True)
+    args = parse_benchmark(parser, input_args)
     settings = Settings(args.budget, args.batch_size, num_steps=20, num_images=64)
     if args.quick:
         settings = Settings(0.0, 2, num_steps=3, num_images=8)
-    header = (
+    study = (
         f"python benchmarks/study.py{' --quick' if args.quick else ''} --budget {settings.budget:g} --batch_size"
-        f" {settings.batch_size}, rates {', '.join(f'{rate:g}' for rate in LEARNING_RATES)}, T = {settings.num_steps},"
-        f" {platform.machine()}, torch {torch.__version__}, diffusers {diffusers.__version__}, one thread a run"
+        f" {settings.batch_size}, rates {', '.join(f'{rate:g}' for rate in LEARNING_RATES)}, T = {settings.num_steps}"
     )
+    header = f"{study}, {platform.machine()}, torch {torch.__version__}, diffusers {diffusers.__version__}, one thread a run"
     table_file, curve_file, price_file = (
         os.path.join(args.out, f"study_{name}.csv") for name in ("cells", "curves", "prices")
     )
     for path in (table_file, curve_file, price_file):
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                if file.readline() != f"# {header}\n":
-                    sys.exit(f"study.py: error: {path!r} is of another study than «{header}»: name another --out")
+                found = file.readline().strip("# \n")
+            if found != header and not (args.report and found.startswith(f"{study}, ")):
+                sys.exit(f"study.py: error: {path!r} is of another study than «{header}»: name another --out")
+            header = found  # a report may be made elsewhere
         elif args.report:
             sys.exit(f"study.py: error: there is no {path!r} to report of")
     if not os.path.isfile(price_file):

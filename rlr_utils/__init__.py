@@ -42,7 +42,7 @@ from .prompts import (
     text_encoders_of,
     unique_prompts,
 )
-from .rollout import Trajectory, draw_parts, renoise, rollout
+from .rollout import Trajectory, renoise, rollout
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
@@ -73,7 +73,6 @@ __all__ = [
     "decode_latents",
     "denoising_steps",
     "draft_lv",
-    "draw_parts",
     "embed",
     "full_bp",
     "leave_one_out",

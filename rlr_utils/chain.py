@@ -19,8 +19,7 @@ A chain is anything with three members:
     chain.sigma(k) -> float        standard deviation of the noise that step k injects; k = T runs first, k = 1 last
     chain.mean(k, x) -> Tensor     mu_k(x_k), differentiable in x and in the trainable parameters
 
-so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I). To be swept for a part of the pictures it also
-needs chain.part(pictures), itself for those of some indices alone.
+so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I).
 """
 
 import copy
@@ -183,7 +182,6 @@ class StableDiffusionChain:
             return None if embeds is None else embeds.detach().expand(*shape)
 
         batch = prompt_embeds.shape[-3]
-        self.pictures = slice(None)
         self.prompt_embeds = expanded(prompt_embeds, self.num_steps, batch, -1, -1)
         self.negative_prompt_embeds = expanded(negative_prompt_embeds, batch, -1, -1)
         self.pooled_prompt_embeds = expanded(pooled_prompt_embeds, self.num_steps, batch, -1)
@@ -194,12 +192,6 @@ class StableDiffusionChain:
         """The same chain under other prompts, embedded as in the constructor."""
         chain = copy.copy(self)
         chain._condition_on(*embeds)
-        return chain
-
-    def part(self, pictures):
-        """The same chain for some of its pictures, indices (B',) in the whole batch, alone."""
-        chain = copy.copy(self)
-        chain.pictures = pictures
         return chain
 
     def repeat(self, i, copies):
@@ -234,15 +226,15 @@ class StableDiffusionChain:
     def _prediction(self, k, x):
         """The guided prediction of the U-Net at x_k."""
         i = self.num_steps - k
-        embeds, added = self.prompt_embeds[i][self.pictures], None
+        embeds, added = self.prompt_embeds[i], None
         model_input = self.steps[i].input_scale * x
         if self.guided:
-            embeds = torch.cat([self.negative_prompt_embeds[self.pictures], embeds])
+            embeds = torch.cat([self.negative_prompt_embeds, embeds])
             model_input = torch.cat([model_input, model_input])
         if self.pooled_prompt_embeds is not None:
-            pooled = self.pooled_prompt_embeds[i][self.pictures]
+            pooled = self.pooled_prompt_embeds[i]
             if self.guided:
-                pooled = torch.cat([self.negative_pooled_prompt_embeds[self.pictures], pooled])
+                pooled = torch.cat([self.negative_pooled_prompt_embeds, pooled])
             added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(pooled), -1)}
         prediction = self.unet(
             model_input.to(embeds.dtype), self.timesteps[i], encoder_hidden_states=embeds, added_cond_kwargs=added

@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
         stop_after: the last step that is swept.
         perturbed: the steps whose weights are perturbed in the rollout, see `zeroth_order.WeightPerturbation`.
         transport: lambda_k for k = 1..T, see `backward_sweep`; `None` for 1 throughout.
-        fraction: p in (0, 1], the share of the pictures that a step beyond `ALWAYS_SWEPT` is swept for.
+        fraction: p in (0, 1], the probability with which a step beyond `ALWAYS_SWEPT` is swept.
     """
 
     mixing: list
@@ -50,9 +50,18 @@ class Schedule(NamedTuple):
         return [k for k in range(1, self.stop_after + 1) if self.mixing[k] is not None]
 
     @property
-    def share(self):
-        """{k: the share of the pictures that the step is swept for}, in the sweep's order; see `rollout.draw_parts`."""
+    def probabilities(self):
+        """{k: p_k, with which the step is swept}, in the sweep's order."""
         return {k: 1.0 if k <= ALWAYS_SWEPT else self.fraction for k in self.swept}
+
+    def draw_weights(self):
+        """[w_k] for `backward_sweep`, each step on its own: 1 / p_k with probability p_k, else 0, from Python's global
+        generator; 1 where nothing is drawn, as at index 0."""
+        weights = [1.0] * len(self.mixing)
+        for k, p in self.probabilities.items():
+            if p < 1:
+                weights[k] = 1 / p if random.random() < p else 0.0
+        return weights
 
 
 def full_bp(num_steps):

@@ -25,13 +25,12 @@ class GaussianKL:
 
     Args:
         chain: see `rlr_utils.chain`.
-        base_mean: `base_mean(k, x, pictures) -> mu^base_k(x)` of these pictures, without a graph.
+        base_mean: `base_mean(k, x) -> mu^base_k(x)`, without a graph.
         trajectory: from `rollout`.
         weight: w, reward per nat of divergence.
 
     Attributes:
-        divergences: {k: KL_k} of the steps swept so far in nats, the mean over the batch, or an unbiased estimate of it
-            where some of the pictures are swept.
+        divergences: {k: KL_k} of the steps swept so far in nats, the mean over the batch.
 
     Raises:
         ValueError: when a step without noise is swept, which diverges from any other by infinity.
@@ -48,7 +47,6 @@ class GaussianKL:
         sigma = self.chain.sigma(k)
         if sigma == 0:
             raise ValueError(f"the divergence from the base model needs noise, but sigma({k}) is 0")
-        latents, part = self.trajectory.latents[k], self.trajectory.part(k)
-        offset = mean - self.base_mean(k, latents[part.pictures], part.pictures)
-        self.divergences[k] = part.weight * offset.square().sum() / (2 * sigma**2 * len(latents))
+        offset = mean - self.base_mean(k, self.trajectory.latents[k])
+        self.divergences[k] = offset.square().sum() / (2 * sigma**2 * len(offset))
         return -self.weight * offset / sigma**2

@@ -33,7 +33,7 @@ class ClippedRatio:
         clip_range: c.
 
     Attributes:
-        clipped: for every step swept so far, the fraction of the pictures swept whose gradient the clipping cut.
+        clipped: for every step swept so far, the fraction of the batch whose gradient the clipping cut.
     """
 
     def __init__(self, chain, trajectory, advantages, clip_range=0.2):
@@ -44,12 +44,12 @@ class ClippedRatio:
         self.clipped = []
 
     def __call__(self, k, mean):
-        sigma, pictures = self.chain.sigma(k), self.trajectory.part(k).pictures
-        drawn = sigma * self.trajectory.noises[k][pictures]
-        offset = self.trajectory.latents[k - 1][pictures] - mean
+        sigma = self.chain.sigma(k)
+        drawn = sigma * self.trajectory.noises[k]
+        offset = self.trajectory.latents[k - 1] - mean
         log_ratio = ((drawn - offset) * (drawn + offset) / (2 * sigma**2)).flatten(1).sum(1)
         ratio = log_ratio.exp()
-        advantages = (self.advantages if self.advantages.ndim == 1 else self.advantages[k])[pictures]
+        advantages = self.advantages if self.advantages.ndim == 1 else self.advantages[k]
         bound = 1 + self.clip_range * advantages.sign()
         # min() takes the clipped branch, which has no gradient, where the ratio has gone beyond its bound in the
         # direction the advantage pushes it.

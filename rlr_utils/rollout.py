@@ -13,50 +13,11 @@
 # limitations under the License.
 """Running a chain forward."""
 
-import random
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from diffusers.utils.torch_utils import randn_tensor
-
-
-class Part(NamedTuple):
-    """Some pictures of a batch, for which a step is swept.
-
-    Attributes:
-        pictures: their indices, (B',).
-        others: those of the other pictures.
-        weight: the inverse of the probability with which a picture is among them.
-    """
-
-    pictures: object
-    others: object
-    weight: float
-
-
-WHOLE = Part(slice(None), None, 1.0)
-
-
-def draw_parts(share, batch, device=None):
-    """{k: `Part`} of the steps with a share p_k < 1: p_k B of the B pictures, drawn anew by Python's global generator.
-
-    Where that is no whole number, it is the one below or above, drawn so that p_k is each picture's probability; of a
-    single picture it is all or nothing.
-
-    Args:
-        share: {k: p_k in (0, 1]}.
-    """
-    parts = {}
-    for k, probability in share.items():
-        if probability < 1:
-            drawn = set(random.sample(range(batch), int(probability * batch + random.random())))
-            groups = sorted(drawn), sorted(set(range(batch)) - drawn)
-            parts[k] = Part(
-                *(torch.tensor(group, dtype=torch.long, device=device) for group in groups), 1 / probability
-            )
-    return parts
 
 
 @dataclass
@@ -67,24 +28,18 @@ class Trajectory:
         latents: `latents[k]` is x_k (B, ...) for k = 0..T; `latents[T]` is where the run started.
         noises: `noises[k]` is z_k (B, ...) for k = 1..T with unit variance; `noises[0]` is `None`.
         predictions: {k: the predicted x_0 (B, ...) at x_k} of the steps for which it was asked.
-        kept: {k: (x_k, mu_k(x_k))} of the steps whose graph was kept, (B, ...) each or of the pictures to be swept, for the
-            first sweep that follows; it uses them up.
-        parts: {k: `Part`} of the steps that are to be swept for some of the pictures only.
+        kept: {k: (x_k, mu_k(x_k))} of the steps whose graph was kept, (B, ...) each, for the first sweep that follows; it
+            uses them up.
     """
 
     latents: list
     noises: list
     predictions: dict = field(default_factory=dict)
     kept: dict = field(default_factory=dict)
-    parts: dict = field(default_factory=dict)
-
-    def part(self, k):
-        """The `Part` of the pictures that is swept at step k."""
-        return self.parts.get(k, WHOLE)
 
 
 @torch.no_grad()
-def rollout(chain, x_T, generator=None, predict=(), keep=(), parts=None):
+def rollout(chain, x_T, generator=None, predict=(), keep=()):
     """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph but those of the steps to keep.
 
     Args:
@@ -95,34 +50,23 @@ def rollout(chain, x_T, generator=None, predict=(), keep=(), parts=None):
         predict: steps k whose predicted x_0 is returned too; the chain then also needs
             `predict(k, x) -> (mu_k(x), x0_hat(x))`.
         keep: steps k whose graphs are kept, which the sweep then need not compute again: memory for time.
-        parts: see `draw_parts`; the steps for which only some of the pictures will be swept, and keep a graph. The chain
-            then also needs `part(pictures)`, itself for these pictures alone.
     """
     num_steps = chain.num_steps
     latents, noises = [None] * num_steps + [x_T], [None] * (num_steps + 1)
-    trajectory = Trajectory(latents, noises, parts={} if parts is None else parts)
+    trajectory = Trajectory(latents, noises)
     # All of them first: noise of a generator on the CPU has to be carried over, for which a GPU would be waited for.
     for k in range(num_steps, 0, -1):
         noises[k] = randn_tensor(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
 
     for k in range(num_steps, 0, -1):
-        part = trajectory.part(k) if k in keep else WHOLE
-        groups = [(part.pictures, k in keep)] + ([] if part is WHOLE else [(part.others, False)])
-        results = [torch.empty_like(x_T) for _ in range(1 + (k in predict))]
-        for pictures, with_graph in groups:
-            x = latents[k][pictures].detach().requires_grad_(with_graph)
-            if len(x) == 0:
-                continue
-            some = chain if part is WHOLE else chain.part(pictures)
-            with torch.set_grad_enabled(with_graph):
-                found = some.predict(k, x) if k in predict else (some.mean(k, x),)
-            if with_graph:
-                trajectory.kept[k] = x, found[0]
-            for result, of_these in zip(results, found):
-                result[pictures] = of_these.detach()
+        x = latents[k].detach().requires_grad_(k in keep)
+        with torch.set_grad_enabled(k in keep):
+            mean, *prediction = chain.predict(k, x) if k in predict else (chain.mean(k, x),)
+        if k in keep:
+            trajectory.kept[k] = x, mean
         if k in predict:
-            trajectory.predictions[k] = results[1]
-        latents[k - 1] = results[0] + chain.sigma(k) * noises[k]
+            trajectory.predictions[k] = prediction[0].detach()
+        latents[k - 1] = mean.detach() + chain.sigma(k) * noises[k]
     return trajectory
 
 

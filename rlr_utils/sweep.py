@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import torch
 
-from .rollout import WHOLE
-
 
 class SweepStatistics(NamedTuple):
     """What a sweep saw at each step, (T + 1,) each; NaN where there was nothing to see.
@@ -63,6 +61,7 @@ def backward_sweep(
     stop_after=None,
     cotangent=None,
     penalty=None,
+    weights=None,
     transport=None,
     parameters=None,
 ):
@@ -81,14 +80,14 @@ def backward_sweep(
     One graph of one step is alive at a time, whatever T is, but for those that the rollout was asked to keep, and nothing
     waits for the device.
 
-    Where the trajectory has a `Part`, only its pictures are swept at that step. With w_i = 1 / p for those drawn with
-    probability p, and 0 for the others,
+    With weights, 1 / p_k of a step that has been drawn with probability p_k and 0 of one that has not, the latter is not
+    computed:
 
-        grad     -= w J_theta(mu_k)^T c_{k-1} / B
-        c^P_k     = lambda_k c_{k-1} + w ((d mu_k / d x_k)^T c_{k-1} - lambda_k c_{k-1})
+        grad     -= w_k J_theta(mu_k)^T c_{k-1} / B
+        c^P_k     = lambda_k c_{k-1} + w_k ((d mu_k / d x_k)^T c_{k-1} - lambda_k c_{k-1})
 
-    Since E[w] = 1, fresh at every step, that has the same mean whatever the number lambda_k is, and the less noise the
-    more nearly a step hands a cotangent on as it is.
+    Since E[w_k] = 1, whatever has been drawn at the other steps, that has the same mean with any number lambda_k, and the
+    less noise the more nearly a step hands a cotangent on as it is.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -103,6 +102,7 @@ def backward_sweep(
         penalty: `penalty(k, mean) -> (B, ...)`, likewise, a cotangent of mu_k that reaches the parameters at this step
             and nothing else: the states are held fixed, so no earlier step hears of it. Where a pathwise cotangent
             passes, that takes a second product with the same graph.
+        weights: w_k for k = 1..T, a sequence of T + 1, drawn apart from all else; 1 by default.
         transport: lambda_k for k = 1..T, a sequence of T + 1; 1 by default.
         parameters: tensors whose gradient is to be measured step by step, for `SweepStatistics.gradient_norm`.
 
@@ -111,11 +111,12 @@ def backward_sweep(
 
     Raises:
         ValueError: if a schedule asks for a cotangent that is not there, or for the likelihood ratio of a step
-            without noise; if `cotangent`, which looks at means, is to be handed on where only some are computed.
+            without noise; if `cotangent`, which looks at means, is to be handed on where a step is not computed.
     """
     num_steps = chain.num_steps
     stop_after = num_steps if stop_after is None else stop_after
-    _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent)
+    weights = [1.0] * (num_steps + 1) if weights is None else weights
+    _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent, weights)
     latents, batch = trajectory.latents, len(trajectory.latents[0])
     transport = [1.0] * (num_steps + 1) if transport is None else transport
     # x_k is given a gradient at every step or at none, though not every step hands one on: a compiled U-Net then has one
@@ -136,26 +137,23 @@ def backward_sweep(
                 seen[row, k] = (term - centre).square().sum() / max(batch - 1, 1)
 
         hands_on = k < stop_after and bool(mixing[k + 1])
-        pictures, _, weight = part = trajectory.part(k)
-        is_swept = part is WHOLE or len(pictures) > 0
-        if k in trajectory.kept:
-            x, mean = trajectory.kept.pop(k)  # its graph is gone after this
-        elif is_swept:
-            x = latents[k][pictures].detach().requires_grad_(with_input_grad)
-            with torch.enable_grad():
-                mean = (chain if part is WHOLE else chain.part(pictures)).mean(k, x)
         mixed = torch.zeros_like(latents[k])
         if mixing[k] > 0:
             mixed += mixing[k] * pathwise
         if mixing[k] < 1 and score is not None:
             mixed += (1 - mixing[k]) * score
-        pathwise = transport[k] * mixed if hands_on else None
-        if not is_swept:
+        if weights[k] == 0:
+            pathwise = transport[k] * mixed if hands_on else None
             continue
-        mixed = mixed[pictures]
+        if k in trajectory.kept:
+            x, mean = trajectory.kept.pop(k)  # its graph is gone after this
+        else:
+            x = latents[k].detach().requires_grad_(with_input_grad)
+            with torch.enable_grad():
+                mean = chain.mean(k, x)
         if cotangent is not None:
             mixed += (1 - mixing[k]) * cotangent(k, mean.detach())
-        before, scale = _gradient_of(parameters), -weight / batch
+        before, scale = _gradient_of(parameters), -weights[k] / batch
         if penalty is not None and hands_on:
             torch.autograd.backward(mean, scale * penalty(k, mean.detach()), retain_graph=True)
             x.grad = None
@@ -164,13 +162,11 @@ def backward_sweep(
         torch.autograd.backward(mean, scale * mixed)
         if parameters is not None:
             seen[2, k] = (_gradient_of(parameters) - before).norm()
+        pathwise = None
         if hands_on:
             found = torch.zeros_like(mixed) if x.grad is None else x.grad / scale
             seen[3, k] = (mixed * found).sum() / mixed.square().sum()
-            if part is WHOLE:
-                pathwise = found
-            else:
-                pathwise[pictures] += weight * (found - transport[k] * mixed)
+            pathwise = weights[k] * found + (1 - weights[k]) * transport[k] * mixed
     return SweepStatistics(*seen)
 
 
@@ -180,7 +176,7 @@ def _gradient_of(parameters):
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
 
 
-def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent):
+def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent, weights):
     num_steps = chain.num_steps
     if len(mixing) != num_steps + 1:
         raise ValueError(f"mixing has {len(mixing)} entries, a chain of {num_steps} steps needs {num_steps + 1}")
@@ -194,8 +190,8 @@ def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotan
         )
     if advantages is not None and cotangent is not None:
         raise ValueError("advantages and cotangent both stand for the likelihood ratio: give one of them")
-    if cotangent is not None and trajectory.parts and any(mixing[k] for k in range(2, stop_after + 1)):
-        raise ValueError("a cotangent that looks at the means cannot be handed on where a part of the batch is swept")
+    if cotangent is not None and 0 in weights and any(mixing[k] for k in range(2, stop_after + 1)):
+        raise ValueError("a cotangent that looks at the means cannot be handed on where a step is not computed")
     if not 1 <= stop_after <= num_steps:
         raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     for k in range(1, stop_after + 1):

@@ -77,9 +77,6 @@ class PerturbedChain:
         self.num_steps = chain.num_steps
         self.sigma = chain.sigma
 
-    def part(self, pictures):
-        return PerturbedChain(self.chain.part(pictures), self.perturbation)
-
     def mean(self, k, x):
         with self.perturbation.applied(k):
             return self.chain.mean(k, x)

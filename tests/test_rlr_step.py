@@ -164,23 +164,21 @@ def with_weights_perturbed(call):
     return loss
 
 
-def of_some_pictures(call):
-    """Backpropagation in which a step that leaves a picture out hands its cotangent on as such steps did in the mean."""
+def of_some_steps(call):
+    """Backpropagation in which a step that is left out hands its cotangent on as such steps did in the mean."""
     chain, trajectory, gains = call.batch.chain, call.batch.trajectory, call.schedule.transport
-    assert (set(gains) != {1.0}) == (len(call.calls) > 0) and trajectory.parts
+    assert (set(gains) != {1.0}) == (len(call.calls) > 0)
+    assert set(call.batch.weights[4:]) <= {0.0, 2.0} and set(call.batch.weights[:4]) == {1.0}
     x_0 = trajectory.latents[0].detach().requires_grad_()
     (cotangent,) = torch.autograd.grad(picture_reward(call, x_0).sum(), x_0)
     loss = 0.0
     for k in range(1, chain.num_steps + 1):
-        weights = torch.ones(len(x_0), 1, 1, 1)
-        if k in trajectory.parts:
-            weights[:] = 0.0
-            weights[trajectory.parts[k].pictures] = trajectory.parts[k].weight
+        weight = call.batch.weights[k]
         x_k = trajectory.latents[k].detach().requires_grad_()
         mean = chain.mean(k, x_k)
-        loss = loss - (weights * cotangent * mean).sum() / len(x_0)
+        loss = loss - weight * (cotangent * mean).sum() / len(x_0)
         (passed,) = torch.autograd.grad(mean, x_k, cotangent, retain_graph=True)
-        cotangent = gains[k] * cotangent + weights * (passed - gains[k] * cotangent)
+        cotangent = gains[k] * cotangent + weight * (passed - gains[k] * cotangent)
     return loss
 
 
@@ -300,7 +298,7 @@ def compared(monkeypatch, tmp_path, loss_of, *flags):
             ["--mixing", "0", "--baseline", "per_prompt", "--reward", BRIGHT, "--images_per_prompt", "2"],
         ),
         (
-            of_some_pictures,
+            of_some_steps,
             ["--mixing", "1", "--sweep_fraction", "0.5", "--reward", RED, "--num_inference_steps", "6"],
         ),
         (

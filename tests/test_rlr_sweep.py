@@ -23,6 +23,7 @@ from rlr_utils import (
     PerturbedChain,
     PredictedReward,
     RunningReward,
+    Schedule,
     SubchainSampler,
     Trajectory,
     WeightPerturbation,
@@ -30,7 +31,6 @@ from rlr_utils import (
     backward_sweep,
     branch,
     ddpo,
-    draw_parts,
     full_bp,
     leave_one_out,
     likelihood_ratio,
@@ -40,7 +40,6 @@ from rlr_utils import (
     rollout,
     truncated_bp,
 )
-from rlr_utils.rollout import Part
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -234,52 +233,44 @@ def test_steps_that_are_left_out_add_nothing_and_let_nothing_pass():
     assert rows.gradient_norm.isnan().tolist() == [True, False, False, False, True, True]
 
 
-def parts_of(shares, batch, seed):
-    random.seed(seed)
-    return draw_parts(shares, batch)
+def test_the_weights_of_a_draw_have_a_mean_of_one():
+    random.seed(0)
+    schedule = rlr(6, 0.5, differentiable=True)._replace(fraction=0.3, stop_after=5)
+    assert schedule.probabilities == {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.3, 5: 0.3}
+    draws = torch.tensor([schedule.draw_weights() for _ in range(4000)])
+    assert (draws[:, [0, 1, 2, 3, 6]] == 1).all()
+    assert draws[:, 4:6].unique().tolist() == [0.0, pytest.approx(1 / 0.3)]
+    # Each step on its own: with a product whose mean is one, too.
+    for found in (draws[:, 4], draws[:, 5], draws[:, 4] * draws[:, 5]):
+        assert (found.mean() - 1).abs() < 4 * found.std() / 4000**0.5
+    assert schedule._replace(fraction=1.0).draw_weights() == [1.0] * 7
 
 
-def test_a_part_of_the_pictures_is_drawn_anew_for_every_step():
-    shares = {1: 1.0, 2: 0.5, 3: 0.5, 4: 0.3}
-    met, counts = {k: torch.zeros(5) for k in shares}, {k: set() for k in shares}
-    for seed in range(2000):
-        parts = parts_of(shares, 5, seed)
-        assert parts.keys() == {2, 3, 4} and parts[3].weight == 2.0
-        for k, (pictures, others, _) in parts.items():
-            assert sorted(pictures.tolist() + others.tolist()) == [0, 1, 2, 3, 4]
-            met[k][pictures] += 1
-            counts[k].add(len(pictures))
-    assert counts == {1: set(), 2: {2, 3}, 3: {2, 3}, 4: {1, 2}}
-    for k in (2, 3, 4):
-        assert (met[k] / 2000 - shares[k]).abs().max() < 0.05
-    assert {len(parts_of({1: 0.25}, 1, seed)[1].pictures) for seed in range(50)} == {0, 1}
-
-
-@pytest.mark.parametrize("keep", [[], [2, 3, 4], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("keep", [[], [2, 3], [1, 2, 3, 5]])
 @pytest.mark.parametrize("gamma", [1.0, 0.6])
-def test_a_sweep_of_parts_is_a_surrogate_that_autograd_can_follow(gamma, keep):
-    """Of a chain whose step has for every picture the same value, but w times the derivatives of the mean and 1 - w times
-    that of lambda x. At step 4 there is no picture at all."""
-    chain, lambdas = NonlinearChain(), [None, 0.9, 0.8, 0.7, 1.1, 0.6]
-    parts = {**parts_of({2: 0.5, 3: 0.3, 5: 0.7}, 6, 0), **parts_of({4: 0.01}, 6, 1)}
-    assert [len(parts[k].pictures) for k in (4, 2)] == [0, 3]
-    trajectory = rollout(chain, torch.randn(6, 3, dtype=torch.float64), keep=keep, parts=parts)
+def test_a_sweep_that_leaves_steps_out_is_a_surrogate_that_autograd_can_follow(gamma, keep):
+    """Of a chain whose step has the same value, but w times the derivatives of the mean and 1 - w times that of lambda x."""
+    chain, lambdas, weights = NonlinearChain(), [None, 0.9, 0.8, 0.7, 1.1, 0.6], [None, 1.0, 2.0, 1 / 0.3, 0.0, 1.4]
+    trajectory = rollout(chain, torch.randn(6, 3, dtype=torch.float64), keep=keep)
     x_0 = trajectory.latents[0].clone().requires_grad_()
     rewards = reward_of(x_0)
     (reward_grad,) = torch.autograd.grad(rewards.sum(), x_0)
     advantages = rewards.detach() - rewards.mean().item()
     mixing = [None, 1.0] + [gamma] * 4
     statistics = backward_sweep(
-        chain, trajectory, mixing, reward_grad=reward_grad, advantages=advantages, transport=lambdas
+        chain,
+        trajectory,
+        mixing,
+        reward_grad=reward_grad,
+        advantages=advantages,
+        weights=weights,
+        transport=lambdas,
     )
     swept = gradients(chain)
     x = trajectory.latents[chain.num_steps]
     for k in range(chain.num_steps, 0, -1):
-        weight = torch.ones(6, 1, dtype=torch.float64)
-        if k in parts:
-            weight = torch.zeros_like(weight).index_fill(0, parts[k].pictures, parts[k].weight)
-        mean = chain.mean(k, x)
-        mean = mean.detach() + weight * (mean - mean.detach()) + (1 - weight) * lambdas[k] * (x - x.detach())
+        mean, w = chain.mean(k, x), weights[k]
+        mean = mean.detach() + w * (mean - mean.detach()) + (1 - w) * lambdas[k] * (x - x.detach())
         score = -likelihood_ratio(chain, trajectory, k, advantages) / 6
         x = Mix.apply(mean, mixing[k], score) + chain.sigma(k) * trajectory.noises[k]
     (-reward_of(x).mean()).backward()
@@ -292,32 +283,30 @@ def test_a_sweep_of_parts_is_a_surrogate_that_autograd_can_follow(gamma, keep):
 
 
 @pytest.mark.parametrize("hands_on", [False, True])
-def test_both_halves_of_a_batch_are_in_the_mean_the_whole(hands_on):
-    """With PPO's cotangent, or the likelihood ratio where one is handed on, and with the divergence from a base model."""
+def test_a_step_taken_twice_and_left_out_is_in_the_mean_the_whole(hands_on):
+    """With PPO's cotangent, or backpropagation where one is handed on, and with the divergence from a base model."""
     chain, trajectory, rewards, reward_grad = setup()
     base = NonlinearChain(num_steps=chain.num_steps, seed=7)
     mixing = [1.0] * (chain.num_steps + 1) if hands_on else ddpo(chain.num_steps).mixing
 
-    def sweep(parts):
-        run = Trajectory(trajectory.latents, trajectory.noises, parts=parts)
-        penalty = GaussianKL(chain, lambda k, x, pictures: base.mean(k, x).detach(), run, weight=0.3)
-        worth = {"reward_grad": reward_grad} if hands_on else {"cotangent": ClippedRatio(chain, run, rewards)}
-        backward_sweep(chain, run, mixing, penalty=penalty, **worth)
-        return gradients(chain), torch.stack(list(penalty.divergences.values()))
+    def sweep(weight):
+        weights = [1.0, 1.0, 1.0, weight, 1.0, 1.0]
+        penalty = GaussianKL(chain, lambda k, x: base.mean(k, x).detach(), trajectory, weight=0.3)
+        worth = {"reward_grad": reward_grad} if hands_on else {"cotangent": ClippedRatio(chain, trajectory, rewards)}
+        backward_sweep(chain, trajectory, mixing, penalty=penalty, weights=weights, **worth)
+        assert set(penalty.divergences) == {k for k in range(1, 6) if weights[k] > 0}
+        return gradients(chain)
 
-    halves = torch.tensor([0, 2, 5]), torch.tensor([1, 3, 4])
-    found = [sweep({3: Part(*order, 2.0)}) for order in (halves, halves[::-1])]
-    for whole, *of_halves in zip(sweep({}), *found):
-        torch.testing.assert_close(sum(of_halves) / 2, whole, **EXACT)
-        assert not torch.allclose(of_halves[0], whole)
+    whole, twice, left_out = (sweep(weight) for weight in (1.0, 2.0, 0.0))
+    torch.testing.assert_close((twice + left_out) / 2, whole, **EXACT)
+    assert not torch.allclose(twice, whole)
 
 
-def test_a_cotangent_that_looks_at_means_is_not_handed_on_past_a_part():
+def test_a_cotangent_that_looks_at_means_is_not_handed_on_past_a_step_left_out():
     chain, trajectory, rewards, reward_grad = setup()
-    run = Trajectory(trajectory.latents, trajectory.noises, parts=parts_of({3: 0.5}, 6, 0))
+    ratio, weights = ClippedRatio(chain, trajectory, rewards), [1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="looks at the means"):
-        ratio = ClippedRatio(chain, run, rewards)
-        backward_sweep(chain, run, [0.5] * 6, reward_grad=reward_grad, cotangent=ratio)
+        backward_sweep(chain, trajectory, [0.5] * 6, reward_grad=reward_grad, cotangent=ratio, weights=weights)
 
 
 class Counting(NonlinearChain):
@@ -472,10 +461,7 @@ def z_scores(estimate, batches=128, batch_size=256, seed=0):
 
 def sweep_with(schedule_of, fraction=1.0):
     def estimate(chain, trajectory):
-        schedule = schedule_of(chain.num_steps)
-        parts = draw_parts(dict.fromkeys(schedule.swept, fraction), len(trajectory.latents[0]))
-        # Of the same pictures: what is drawn is nobody's business but the sweep's.
-        trajectory = Trajectory(trajectory.latents, trajectory.noises, parts=parts)
+        schedule = schedule_of(chain.num_steps)._replace(fraction=fraction)
         x_0 = trajectory.latents[0]
         return backward_sweep(
             chain,
@@ -484,6 +470,7 @@ def sweep_with(schedule_of, fraction=1.0):
             reward_grad=chain.reward_grad(x_0),
             advantages=leave_one_out(chain.reward(x_0)),
             stop_after=schedule.stop_after,
+            weights=schedule.draw_weights(),
             transport=[0.7] * (chain.num_steps + 1),
         )
 
@@ -571,9 +558,9 @@ UNBIASED = {
     "likelihood_ratio_predicted_x0": predicted_x0(ddpo),
     "rlr_predicted_x0": predicted_x0(lambda num_steps: rlr(num_steps, 0.5, differentiable=True)),
     "branching": branching(pairs=3),
-    "full_bp_of_a_part": sweep_with(full_bp, fraction=0.5),
-    "likelihood_ratio_of_a_part": sweep_with(ddpo, fraction=0.3),
-    "rlr_of_a_part": sweep_with(lambda num_steps: rlr(num_steps, 0.5, differentiable=True), fraction=0.4),
+    "full_bp_of_some_steps": sweep_with(full_bp, fraction=0.5),
+    "likelihood_ratio_of_some_steps": sweep_with(ddpo, fraction=0.3),
+    "rlr_of_some_steps": sweep_with(lambda num_steps: rlr(num_steps, 0.5, differentiable=True), fraction=0.4),
 }
 
 
@@ -589,13 +576,9 @@ def test_truncation_fails_the_same_test(schedule_of):
     assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
 
 
-def test_a_part_without_its_weight_fails_it_too(monkeypatch):
-    plain = draw_parts
-
-    def unweighted(share, batch):
-        return {k: part._replace(weight=1.0) for k, part in plain(share, batch).items()}
-
-    monkeypatch.setitem(globals(), "draw_parts", unweighted)
+def test_some_steps_without_their_weight_fail_it_too(monkeypatch):
+    plain = Schedule.draw_weights
+    monkeypatch.setattr(Schedule, "draw_weights", lambda schedule: [min(w, 1.0) for w in plain(schedule)])
     assert z_scores(sweep_with(full_bp, fraction=0.5), batches=512, batch_size=64) > 20
 
 

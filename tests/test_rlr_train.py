@@ -38,7 +38,7 @@ from rlr_testing import (
     tiny_pipeline,
     train,
 )
-from rlr_utils import StableDiffusionChain, load_levels
+from rlr_utils import Schedule, StableDiffusionChain, load_levels
 from safetensors import safe_open
 from safetensors.torch import load_file
 from train_rlr_sd import (
@@ -132,7 +132,7 @@ def test_the_adapter_is_a_diffusers_lora_that_changes_the_picture(tmp_path):
     torch.testing.assert_close(picture(pipeline), before)
 
 
-# As many steps that some may be swept for a part of the pictures.
+# As many steps that some may be left out of the sweep.
 PARTS = ["--sweep_fraction", "0.4", "--num_inference_steps", "6"]
 
 
@@ -977,44 +977,51 @@ def test_the_plan_tells_how_many_pictures_are_scored(tmp_path, capsys, flags, sc
 @pytest.mark.parametrize(
     ("flags", "calls"),
     [
-        ([], "48 forward + 36 with backward"),
-        (["--keep_graphs", "4"], "20 forward + 36 with backward"),
-        (["--sweep_fraction", "0.25"], "48 forward + 30 with backward"),
-        (["--sweep_fraction", "1"], "48 forward + 48 with backward"),
-        (["--mixing", "0.5"], "48 forward + 48 with backward"),
-        (["--gradient_estimator", "full_bp"], "48 forward + 48 with backward"),
-        (["--reward", "jpeg_compressibility"], "48 forward + 48 with backward"),
+        ([], "48 forward + 36 with backward (on average), at first\n"),
+        (["--keep_graphs", "4"], "20 forward + 36 with backward (on average), at first\n"),
+        (["--sweep_fraction", "0.25"], "48 forward + 30 with backward (on average)\n"),
+        (["--sweep_fraction", "1"], "48 forward + 48 with backward\n"),
+        (["--mixing", "0.5"], "48 forward + 48 with backward\n"),
+        (["--gradient_estimator", "full_bp"], "48 forward + 48 with backward\n"),
+        (["--reward", "jpeg_compressibility"], "48 forward + 48 with backward\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_the_plan_tells_what_part_of_the_pictures_is_swept_for(tmp_path, capsys, flags, calls):
-    """Of 6 steps the last 3 for all of 4 pictures, guided, and the others for a half, where a gradient can be leaned on."""
+def test_the_plan_tells_how_many_steps_are_swept(tmp_path, capsys, flags, calls):
+    """Of 6 steps, guided, of 4 pictures, the last 3 and a half of the others, where a gradient can be leaned on."""
     train(tmp_path, "--num_inference_steps", "6", "--train_batch_size", "4", "--max_train_steps", "1", *flags)
     assert calls in capsys.readouterr().out
 
 
-def test_the_sweep_does_what_the_plan_tells(tmp_path, monkeypatch):
-    """Pictures that the U-Net is called for with a graph and without, in an optimizer step with some graphs kept."""
-    counts, plain = {True: 0, False: 0}, StableDiffusionChain.mean
+def test_the_sweep_computes_the_steps_that_were_drawn(tmp_path, monkeypatch):
+    """Whether the U-Net is called with a graph or without, in three optimizer steps with some graphs kept."""
+    drawn, calls, plain, plain_draw = [], {True: 0, False: 0}, StableDiffusionChain.mean, Schedule.draw_weights
 
     def counting(chain, k, x):
-        counts[torch.is_grad_enabled()] += len(x)
+        calls[torch.is_grad_enabled()] += 1
         return plain(chain, k, x)
 
+    def drawing(schedule):
+        drawn.append(plain_draw(schedule)[1:])
+        return [1.0, *drawn[-1]]
+
     monkeypatch.setattr(StableDiffusionChain, "mean", counting)
-    flags = ["--num_inference_steps", "6", "--train_batch_size", "4", "--max_train_steps", "1"]
+    monkeypatch.setattr(Schedule, "draw_weights", drawing)
+    flags = ["--num_inference_steps", "6", "--train_batch_size", "4", "--max_train_steps", "3"]
     metrics = train(tmp_path, *flags, "--keep_graphs", "4")
-    assert counts == {True: 18, False: 10}
+    kept, swept = (sum(w > 0 for weights in drawn for w in weights[:end]) for end in (4, 6))
+    assert len(drawn) == 3 and 9 <= kept < swept < 18
+    assert calls == {True: swept, False: 18 - kept}
     assert metrics[0]["swept_steps"] == 4.5
 
 
-def test_a_swept_part_of_the_pictures_costs_no_more_than_noise(tmp_path):
-    """With all graphs kept it is the same step, but for the rounding of smaller batches."""
+def test_steps_that_are_left_out_of_the_sweep_cost_no_more_than_noise(tmp_path):
+    """With all graphs kept it is the same step."""
     flags = ["--num_inference_steps", "6", "--train_batch_size", "4", "--max_train_steps", "1"]
     kept = train(tmp_path / "kept", *flags, "--keep_graphs", "6")
     again = train(tmp_path / "again", *flags)
     whole = train(tmp_path / "whole", *flags, "--sweep_fraction", "1")
-    assert kept[0]["grad_norm"] == pytest.approx(again[0]["grad_norm"], rel=1e-3)
+    assert kept[0]["grad_norm"] == pytest.approx(again[0]["grad_norm"], rel=1e-5)
     assert kept[0]["grad_norm"] != pytest.approx(whole[0]["grad_norm"], rel=1e-3)
     assert kept[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=0.5)
 
@@ -1048,7 +1055,7 @@ def test_the_launcher(tmp_path, processes):
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-m", *launcher, os.path.join(ROOT, "train_rlr_sd.py"), *BASE]
-    command += ["--num_inference_steps", "5"]  # of which the first two are swept for a part of the pictures
+    command += ["--num_inference_steps", "5"]  # of which the first two may be left out of the sweep
     command += ["--output_dir", str(tmp_path / "out"), "--checkpointing_steps", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)

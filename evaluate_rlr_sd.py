@@ -26,6 +26,7 @@ import base64
 import csv
 import html
 import json
+import math
 import os
 
 import torch
@@ -119,9 +120,12 @@ def parse_args(input_args=None):
     except ValueError as error:
         parser.error(f"--dcot_boundaries: {error}")
     try:
-        args.lora_scales = [float(scale) for scale in args.lora_scales.split(",")] if args.lora_scales else []
+        scales = [float(scale) for scale in args.lora_scales.split(",")] if args.lora_scales else []
     except ValueError:
+        scales = [math.nan]
+    if not all(map(math.isfinite, scales)):
         parser.error(f"--lora_scales {args.lora_scales!r} are not numbers with commas between")
+    args.lora_scales = scales
     return args
 
 
@@ -161,7 +165,8 @@ def load_adapters(pipeline, sources, cache_dir):
     names = []
     for source in sources:
         name = os.path.basename(os.path.normpath(source)).removesuffix(".safetensors").replace(".", "-")
-        while name in (*names, "base"):
+        # Nor may it be a member of the module in which peft keeps adapters by their names, such as "train".
+        while name in (*names, "base") or hasattr(torch.nn.ModuleDict(), name):
             name += "-again"
         try:
             file = adapter_file(source, cache_dir)
@@ -362,6 +367,8 @@ def main(args):
     device = PartialState().device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
     with refusing_bad_input():
+        if os.path.exists(os.path.join(args.output_dir, "results.json")):
+            raise ValueError(f"--output_dir {args.output_dir!r} holds another evaluation: remove it or name another")
         prompts = load_prompts(args.prompts)[: args.num_prompts or None]
         prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
         rewards = load_rewards(

@@ -151,6 +151,7 @@ def test_a_browser_shows_the_report(tmp_path, adapters):
     [
         (["--adapters", "/nowhere"], "--adapters '/nowhere' cannot be loaded"),
         (["--adapters", "x", "--lora_scales", "0,much"], "--lora_scales '0,much'"),
+        (["--adapters", "x", "--lora_scales", "0,nan"], "--lora_scales '0,nan'"),
         (["--adapters", "x", "--images_per_prompt", "1"], "--images_per_prompt 1 must be at least 2"),
         (["--adapters", "x", "--real_images", "/nowhere"], "--real_images '/nowhere' holds fewer than two pictures"),
         (["--adapters", "x", "--reward", "beauty"], "unknown reward 'beauty'"),
@@ -164,6 +165,17 @@ def test_bad_input_is_named(tmp_path, capsys, flags, message):
     said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert message in said and said.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_may_have_any_name_and_an_evaluation_is_not_written_over(tmp_path, adapters):
+    """As of a member of the module in which peft keeps adapters by their names."""
+    shutil.copytree(adapters[1], tmp_path / "train")
+    flags = [*FLAGS, "--adapters", str(tmp_path / "train"), "--output_dir", str(tmp_path / "out")]
+    assert list(main(parse_args(flags))["models"]) == ["base", "train-again"]
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    with pytest.raises(SystemExit, match="out' holds another evaluation: remove it or name another$"):
+        main(parse_args(flags))
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
 
 
 def test_out_of_memory_is_said_in_one_line(tmp_path, adapters):

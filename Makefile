@@ -26,8 +26,9 @@ demo: $(VENV)/installed
 		--max_train_steps 40 --num_eval_images 120 --seed 0 \
 		--output_dir demo-output
 
+# Of one thread each, see tests/conftest.py.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(VENV)/installed-dev
 	RUN_SLOW=1 $(BIN)/python -m pytest -k "killed_at_any_moment and 20"

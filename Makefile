@@ -44,7 +44,7 @@ style: $(VENV)/installed-dev
 assets: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python tools/make_tiny_assets.py
 
-gradient-quality: $(VENV)/installed
+gradient-quality: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient_quality.py
 
 clean:

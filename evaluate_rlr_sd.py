@@ -107,6 +107,9 @@ def parse_args(input_args=None):
     parser.add_argument("--decode_batch_size", type=int, default=1, help="Pictures decoded and scored at a time.")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="Of the pipeline.")
     parser.add_argument("--output_dir", default="evaluation", help="Where everything is written.")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="Write over an evaluation that is already there."
+    )
     args = parser.parse_args(input_args)
     least_of = {"images_per_prompt": 2, "num_prompts": 0, "num_inference_steps": 1, "guidance_scale": 0}
     for name, least in {**least_of, "batch_size": 1, "decode_batch_size": 1}.items():
@@ -345,8 +348,6 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)))
-    with open(os.path.join(args.output_dir, "results.json"), "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
     write_table(results, os.path.join(args.output_dir, "results.csv"))
     pictures = {"Pictures of the same seeds": "grid.png", "Gains": "gains.png"}
     plot_grid(grid, [prompts[i] for i in in_grid], os.path.join(args.output_dir, "grid.png"))
@@ -356,6 +357,8 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
         plot_scales(results, os.path.join(args.output_dir, "scales.png"))
     pictures = {title: os.path.join(args.output_dir, file) for title, file in pictures.items()}
     write_report(results, pictures, os.path.join(args.output_dir, "report.html"))
+    with open(os.path.join(args.output_dir, "results.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
     return results
 
 
@@ -367,8 +370,10 @@ def main(args):
     device = PartialState().device
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
     with refusing_bad_input():
-        if os.path.exists(os.path.join(args.output_dir, "results.json")):
-            raise ValueError(f"--output_dir {args.output_dir!r} holds another evaluation: remove it or name another")
+        if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite_output_dir:
+            raise ValueError(
+                f"--output_dir {args.output_dir!r} holds another evaluation: name another, or use --overwrite_output_dir"
+            )
         prompts = load_prompts(args.prompts)[: args.num_prompts or None]
         prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
         rewards = load_rewards(

@@ -939,7 +939,7 @@ def check_args(args):
         if args.gradient_estimator == "draft_lv" or args.branches:
             raise ValueError(f"{flag} needs an estimator that sweeps the chain of the rollout")
         if args.num_inner_epochs > 1:
-            # The parameters of a later epoch have learned from the very pictures that it would be swept for.
+            # In a later epoch the parameters have learned from the very steps that were drawn.
             raise ValueError(f"{flag} is biased with --num_inner_epochs {args.num_inner_epochs}: use 1")
     if args.kl_weight > 0 and (args.gradient_estimator == "draft_lv" or args.branches):
         raise ValueError(f"--kl_weight {args.kl_weight} needs an estimator that sweeps the chain of the rollout")
@@ -1524,7 +1524,7 @@ def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, traina
         "other last steps": args.lv_samples if args.gradient_estimator == "draft_lv" else 0,
     }
     if args.gradient_estimator == "alignprop":
-        schedule = schedule._replace(stop_after=num_steps)
+        schedule = schedule._replace(stop_after=num_steps, fraction=1.0)
     forwards, swept = num_steps, swept_steps(args, schedule)
     probabilities = schedule.probabilities
     kept = sum(p for k, p in probabilities.items() if k <= args.keep_graphs)

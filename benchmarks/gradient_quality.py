@@ -88,9 +88,6 @@ class LinearGaussianChain(torch.nn.Module):
     def sigma(self, k):
         return 0.14 + 0.035 * k
 
-    def part(self, pictures):
-        return self  # a mean is of its own picture alone
-
     def mean(self, k, x):
         return self.a * x + self.b
 

@@ -217,9 +217,11 @@ class Step:
         # How often the sweep is taken, each time at a re-noised last step where it is more than once.
         self.samples = LV_SAMPLES if case.estimator == "draft_lv" else 1
         self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
-        # Drawn once, so that step and bare calls are of the same steps.
-        self.weights = self.schedule.draw_weights()
-        self.swept = [k for k in self.schedule.swept if self.weights[k] > 0]
+        # Once, so that step and bare calls are of the same steps, and as many as in the mean.
+        self.swept = []
+        while len(self.swept) != round(sum(self.schedule.probabilities.values())):
+            self.weights = self.schedule.draw_weights()
+            self.swept = [k for k in self.schedule.swept if self.weights[k] > 0]
         self.keep = self.swept if case.estimator.endswith("keep_graphs") else []
         model.scheduler.set_timesteps(case.num_steps)
         size = case.resolution // model.vae_scale_factor

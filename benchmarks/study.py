@@ -236,7 +236,7 @@ def step_price(reward, estimator, prices, settings, steps=None):
 
 def run_cell(cell, settings, steps):
     """Train and judge: the row of a run, with the steps of the chain at which the baseline predicted a picture and those
-    that a picture was swept for, in the mean, and its curve, rows of training rewards by optimizer step. No step is the
+    that were swept, in the mean, and its curve, rows of training rewards by optimizer step. No step is the
     base model."""
     torch.set_num_threads(1)
     trained, other = REWARDS[cell.reward]
@@ -508,15 +508,18 @@ def run(input_args=None):
     table_file, curve_file, price_file = (
         os.path.join(args.out, f"study_{name}.csv") for name in ("cells", "curves", "prices")
     )
+    headers = {}
     for path in (table_file, curve_file, price_file):
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                found = file.readline().strip("# \n")
-            if found != header and not (args.report and found.startswith(f"{study}, ")):
-                sys.exit(f"study.py: error: {path!r} is of another study than «{header}»: name another --out")
-            header = found  # a report may be made elsewhere
+                headers[path] = file.readline().strip("# \n")
         elif args.report:
             sys.exit(f"study.py: error: there is no {path!r} to report of")
+    if args.report and headers[table_file].startswith(f"{study}, "):
+        header = headers[table_file]  # a report may be made on another machine
+    for path, found in headers.items():
+        if found != header:
+            sys.exit(f"study.py: error: {path!r} is of another study than «{header}»: name another --out")
     if not os.path.isfile(price_file):
         measured = measure_prices(settings, rounds=1 if args.quick else 15)
         rows = [{"call": name, "seconds": value} for name, value in measured.items()]

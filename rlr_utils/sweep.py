@@ -24,7 +24,7 @@ class SweepStatistics(NamedTuple):
     Attributes:
         pathwise, likelihood_ratio: variance of the two cotangents, ||c - mean of c||^2 summed over the batch and divided
             by B - 1: what all pictures share is signal, not noise. Of a single picture ||c||^2.
-        gradient_norm: norm of what the step added to the gradients of `parameters`, if they were given.
+        gradient_norm: norm of what the step added to the gradients of `parameters`, if they were given; without its weight.
         gain: <c_{k-1}, c^P_k> / <c_{k-1}, c_{k-1}>, the share of a cotangent that the step hands on as it is.
     """
 
@@ -111,14 +111,14 @@ def backward_sweep(
 
     Raises:
         ValueError: if a schedule asks for a cotangent that is not there, or for the likelihood ratio of a step
-            without noise; if `cotangent`, which looks at means, is to be handed on where a step is not computed.
+            without noise; if `cotangent`, which looks at means, is to be handed on where steps are drawn.
     """
     num_steps = chain.num_steps
     stop_after = num_steps if stop_after is None else stop_after
     weights = [1.0] * (num_steps + 1) if weights is None else weights
-    _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent, weights)
-    latents, batch = trajectory.latents, len(trajectory.latents[0])
     transport = [1.0] * (num_steps + 1) if transport is None else transport
+    _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent, weights, transport)
+    latents, batch = trajectory.latents, len(trajectory.latents[0])
     # x_k is given a gradient at every step or at none, though not every step hands one on: a compiled U-Net then has one
     # graph for the sweep. Of SD 1.4's U-Net the part before its first trained layer takes 2 % of a step's memory.
     with_input_grad = bool(trajectory.kept) or any(mixing[k] for k in range(2, stop_after + 1))
@@ -143,6 +143,7 @@ def backward_sweep(
         if mixing[k] < 1 and score is not None:
             mixed += (1 - mixing[k]) * score
         if weights[k] == 0:
+            trajectory.kept.pop(k, None)
             pathwise = transport[k] * mixed if hands_on else None
             continue
         if k in trajectory.kept:
@@ -161,7 +162,7 @@ def backward_sweep(
             mixed += penalty(k, mean.detach())
         torch.autograd.backward(mean, scale * mixed)
         if parameters is not None:
-            seen[2, k] = (_gradient_of(parameters) - before).norm()
+            seen[2, k] = (_gradient_of(parameters) - before).norm() / weights[k]
         pathwise = None
         if hands_on:
             found = torch.zeros_like(mixed) if x.grad is None else x.grad / scale
@@ -176,10 +177,13 @@ def _gradient_of(parameters):
     return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
 
 
-def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent, weights):
+def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotangent, weights, transport):
     num_steps = chain.num_steps
-    if len(mixing) != num_steps + 1:
-        raise ValueError(f"mixing has {len(mixing)} entries, a chain of {num_steps} steps needs {num_steps + 1}")
+    for name, values in (("mixing", mixing), ("weights", weights), ("transport", transport)):
+        if len(values) != num_steps + 1:
+            raise ValueError(f"{name} has {len(values)} entries, a chain of {num_steps} steps needs {num_steps + 1}")
+    if not 1 <= stop_after <= num_steps:
+        raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
     shape = tuple(trajectory.latents[0].shape)
     if reward_grad is not None and reward_grad.shape != shape:
         raise ValueError(f"reward_grad has shape {tuple(reward_grad.shape)}, the latents {shape}")
@@ -190,10 +194,9 @@ def _check(chain, trajectory, mixing, reward_grad, advantages, stop_after, cotan
         )
     if advantages is not None and cotangent is not None:
         raise ValueError("advantages and cotangent both stand for the likelihood ratio: give one of them")
-    if cotangent is not None and 0 in weights and any(mixing[k] for k in range(2, stop_after + 1)):
-        raise ValueError("a cotangent that looks at the means cannot be handed on where a step is not computed")
-    if not 1 <= stop_after <= num_steps:
-        raise ValueError(f"stop_after={stop_after} is not one of the steps 1..{num_steps}")
+    drawn = any(weights[k] != 1 for k in range(1, stop_after + 1))
+    if cotangent is not None and drawn and any(mixing[k] for k in range(2, stop_after + 1)):
+        raise ValueError("a cotangent that looks at the means cannot be handed on where steps are drawn")
     for k in range(1, stop_after + 1):
         if mixing[k] is None:
             continue

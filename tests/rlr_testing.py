@@ -53,9 +53,6 @@ class NonlinearChain(torch.nn.Module):
     def sigma(self, k):
         return 0.1 + 0.05 * k
 
-    def part(self, pictures):
-        return self  # a mean is of its own picture alone
-
     def mean(self, k, x):
         step = torch.full_like(x[:, :1], k / self.num_steps)
         return 0.8 * x + self.net(torch.cat([x, step], dim=1))

@@ -173,9 +173,10 @@ def test_an_adapter_may_have_any_name_and_an_evaluation_is_not_written_over(tmp_
     flags = [*FLAGS, "--adapters", str(tmp_path / "train"), "--output_dir", str(tmp_path / "out")]
     assert list(main(parse_args(flags))["models"]) == ["base", "train-again"]
     before = (tmp_path / "out" / "results.json").read_bytes()
-    with pytest.raises(SystemExit, match="out' holds another evaluation: remove it or name another$"):
+    with pytest.raises(SystemExit, match="out' holds another evaluation: name another, or use --over"):
         main(parse_args(flags))
     assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert list(main(parse_args([*flags, "--overwrite_output_dir"]))["models"]) == ["base", "train-again"]
 
 
 def test_out_of_memory_is_said_in_one_line(tmp_path, adapters):

@@ -65,7 +65,7 @@ def test_step_and_bare_calls_are_of_the_same_steps_of_the_chain():
     step.bare()
     hook.remove()
     assert sorted(own) == sorted(seen[12:])
-    assert step.vjps == len(own) and 3 <= len(own) < 12
+    assert step.vjps == len(own) == 8  # 3, and of 9 in the mean 4.5
 
 
 def test_bytes_are_counted_from_making_to_freeing():

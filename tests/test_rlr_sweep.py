@@ -182,7 +182,7 @@ def test_the_divergence_from_the_base_model_reaches_the_parameters_alone(gamma):
     backward_sweep(chain, trajectory, mixing, reward_grad=reward_grad, advantages=rewards)
     plain = gradients(chain)
 
-    def base_mean(k, x, pictures=None):
+    def base_mean(k, x):
         with torch.no_grad():
             return base.mean(k, x)
 
@@ -293,11 +293,17 @@ def test_a_step_taken_twice_and_left_out_is_in_the_mean_the_whole(hands_on):
         weights = [1.0, 1.0, 1.0, weight, 1.0, 1.0]
         penalty = GaussianKL(chain, lambda k, x: base.mean(k, x).detach(), trajectory, weight=0.3)
         worth = {"reward_grad": reward_grad} if hands_on else {"cotangent": ClippedRatio(chain, trajectory, rewards)}
-        backward_sweep(chain, trajectory, mixing, penalty=penalty, weights=weights, **worth)
+        parameters = list(chain.parameters())
+        rows = backward_sweep(
+            chain, trajectory, mixing, penalty=penalty, weights=weights, parameters=parameters, **worth
+        )
+        norms.append(rows.gradient_norm[3])
         assert set(penalty.divergences) == {k for k in range(1, 6) if weights[k] > 0}
         return gradients(chain)
 
+    norms = []
     whole, twice, left_out = (sweep(weight) for weight in (1.0, 2.0, 0.0))
+    torch.testing.assert_close(norms[0], norms[1], **EXACT)  # the step's own, whatever its weight
     torch.testing.assert_close((twice + left_out) / 2, whole, **EXACT)
     assert not torch.allclose(twice, whole)
 
@@ -572,12 +578,14 @@ def test_unbiased_on_the_linear_gaussian_chain(name):
 
 @pytest.mark.parametrize("schedule_of", [lambda num_steps: truncated_bp(num_steps, 1), alignprop])
 def test_truncation_fails_the_same_test(schedule_of):
+    random.seed(0)
     # Many small batches, since alignprop draws one K a batch.
     assert z_scores(sweep_with(schedule_of), batches=512, batch_size=64) > 20
 
 
 def test_some_steps_without_their_weight_fail_it_too(monkeypatch):
     plain = Schedule.draw_weights
+    random.seed(0)
     monkeypatch.setattr(Schedule, "draw_weights", lambda schedule: [min(w, 1.0) for w in plain(schedule)])
     assert z_scores(sweep_with(full_bp, fraction=0.5), batches=512, batch_size=64) > 20
 

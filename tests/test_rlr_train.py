@@ -1026,6 +1026,18 @@ def test_steps_that_are_left_out_of_the_sweep_cost_no_more_than_noise(tmp_path):
     assert kept[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=0.5)
 
 
+def test_a_divergence_counts_by_the_weight_of_its_step(tmp_path, monkeypatch):
+    train(tmp_path / "first", "--learning_rate", "1e-2")
+    flags = ["--adapter_path", str(tmp_path / "first"), "--kl_weight", "0.1", "--max_train_steps", "1"]
+    found = {}
+    for weight in (0.0, 1.0, 2.0):
+        monkeypatch.setattr(Schedule, "draw_weights", lambda schedule, w=weight: [*[1.0] * 6, w])
+        metrics = train(tmp_path / str(weight), *flags, "--num_inference_steps", "6")
+        found[weight] = metrics[0]["kl"]
+    assert 0 < found[0.0] < found[1.0]
+    assert (found[0.0] + found[2.0]) / 2 == pytest.approx(found[1.0], rel=1e-5)
+
+
 def test_a_compiler_that_fails_is_warned_of_and_done_without(tmp_path, caplog):
     train(tmp_path / "plain")
     AcceleratorState._reset_state()

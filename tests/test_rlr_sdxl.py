@@ -431,4 +431,5 @@ def test_adapters_are_evaluated_and_gone_on_from(tmp_path, model):
     models = evaluate_rlr_sd.main(evaluate_rlr_sd.parse_args(flags))["models"]
     assert models["first"]["drift"] > models["base"]["drift"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(SystemExit, match="--pretrained_model_name_or_path '/nowhere' cannot be loaded"):
-        evaluate_rlr_sd.main(evaluate_rlr_sd.parse_args([*flags, "--pretrained_model_name_or_path", "/nowhere"]))
+        flags += ["--pretrained_model_name_or_path", "/nowhere", "--overwrite_output_dir"]
+        evaluate_rlr_sd.main(evaluate_rlr_sd.parse_args(flags))

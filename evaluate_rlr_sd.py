@@ -357,6 +357,7 @@ def compare(args, pipeline, names, prompts, rewards, features, real, device):
         plot_scales(results, os.path.join(args.output_dir, "scales.png"))
     pictures = {title: os.path.join(args.output_dir, file) for title, file in pictures.items()}
     write_report(results, pictures, os.path.join(args.output_dir, "report.html"))
+    # The last of all: where it is, there is a whole evaluation, which `main` does not write over.
     with open(os.path.join(args.output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
     return results

@@ -1510,7 +1510,7 @@ def swept_steps(args, schedule):
     """How many steps of the chain are swept, in the mean."""
     if args.branches:
         return 1
-    return args.lv_samples if args.gradient_estimator == "draft_lv" else sum(schedule.probabilities.values())
+    return args.lv_samples if args.gradient_estimator == "draft_lv" else schedule.expected_steps
 
 
 def print_plan(accelerator, args, schedule, predicted_steps, num_prompts, trainable):

@@ -257,7 +257,7 @@ def estimators(T, decode, kind):
         "alignprop": (swept(T, alignprop), T + 3 * (T + 1) / 2),
     }
     for fraction in (0.5, 0.25):
-        calls = sum(full_bp(T)._replace(fraction=fraction).probabilities.values())
+        calls = full_bp(T)._replace(fraction=fraction).expected_steps
         estimate = adaptive(T, "leave-one-out", fraction=fraction)
         chosen[f"rlr, sweep_fraction {fraction}"] = estimate, T + 3 * calls
     if kind == "smooth":

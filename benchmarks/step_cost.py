@@ -219,7 +219,7 @@ class Step:
         self.schedule = ESTIMATORS[case.estimator](case.num_steps, case.length)
         # Once, so that step and bare calls are of the same steps, and as many as in the mean.
         self.swept = []
-        while len(self.swept) != round(sum(self.schedule.probabilities.values())):
+        while len(self.swept) != round(self.schedule.expected_steps):
             self.weights = self.schedule.draw_weights()
             self.swept = [k for k in self.schedule.swept if self.weights[k] > 0]
         self.keep = self.swept if case.estimator.endswith("keep_graphs") else []

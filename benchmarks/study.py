@@ -211,7 +211,7 @@ def planned_steps(reward, estimator, num_steps):
     }.get(estimator, num_steps)
     if reward not in PREDICTED and "--gradient_estimator" not in ESTIMATORS[estimator]:
         # What --sweep_fraction auto is for rlr where a gradient can be leaned on.
-        swept = sum(full_bp(num_steps)._replace(fraction=0.5).probabilities.values())
+        swept = full_bp(num_steps)._replace(fraction=0.5).expected_steps
     share = {"rlr": PREDICTED.get(reward, 0.0), "rlr, predicted_x0": 1.0}.get(estimator, 0.0)
     return swept, share * num_steps
 

@@ -54,6 +54,11 @@ class Schedule(NamedTuple):
         """{k: p_k, with which the step is swept}, in the sweep's order."""
         return {k: 1.0 if k <= ALWAYS_SWEPT else self.fraction for k in self.swept}
 
+    @property
+    def expected_steps(self):
+        """How many steps are swept, in the mean of the draws."""
+        return sum(self.probabilities.values())
+
     def draw_weights(self):
         """[w_k] for `backward_sweep`, each step on its own: 1 / p_k with probability p_k, else 0, from Python's global
         generator; 1 where nothing is drawn, as at index 0."""

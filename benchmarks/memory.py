@@ -11,43 +11,38 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a training step of SD 1.4 at 512 x 512 keeps in memory at the most, by batch and precision, and what a card holds.
+"""Peak memory of a training step of SD 1.4 at 512 x 512, by batch size and precision, and what fits on a card.
 
-    python benchmarks/memory.py              or, at small sizes to see that it runs, with --quick
-    python benchmarks/memory.py --measure    a step of full_bp for real beside it, of 50 denoising steps, which takes
-                                             half an hour on one core of a CPU
+    python benchmarks/memory.py              or, for a short test at small sizes, with --quick
+    python benchmarks/memory.py --measure    also runs one step of full_bp through 50 denoising steps, which takes half an
+                                             hour on one core of a CPU
 
-The real networks at full size run on tensors without values: every tensor's bytes are counted from its making to its
-freeing, and nothing is computed. Normalisations are widened to float32, as autocast does on a GPU and not on a CPU. The
-sum is what a GPU's allocator is asked for; its rounding and fragmentation, the workspaces of convolutions and the GPU's
-context come on top, for which the recipes leave 1.5 GiB and a tenth of the card. Rollout, decoding and sweep follow each
-other, so the peak is that of the largest. The text encoder is not on the device but for new prompts. Prints tables and
-writes memory.csv and memory.png.
+The real networks run at full size on tensors without values: the bytes of every tensor are counted from its creation to its
+release, and nothing is computed. Normalisations are widened to float32, as autocast does on a GPU but not on a CPU. The sum
+is what a GPU's allocator is asked for. Its rounding and fragmentation, the workspaces of convolutions and the context of the
+GPU come on top; the recipes leave 1.5 GiB and a tenth of the card for them. Rollout, decoding and sweep follow one another,
+so the peak is that of the largest. The text encoder is on the device only for new prompts. Prints tables and writes
+memory.csv and memory.png.
 """
 
-import argparse
-import multiprocessing
 import os
 import platform
 import weakref
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from gradient_quality import parse_benchmark, write_csv
+from bench_common import VERSIONS, in_own_process, make_parser, parse_benchmark, write_csv
+from bench_networks import load
 from matplotlib.figure import Figure
 from reward_models.clip import image_embeds
-from rlr_utils import decode_latents
-from step_cost import Case, load, memory
+from step_cost import Case, memory
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
-
-import diffusers
 
 
 GIB = 2**30
@@ -55,7 +50,11 @@ CARDS = (8, 12, 16, 24, 80)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, until they are freed: `now`, and `peak` at the most."""
+    """Counts the bytes of the tensors that operations create, until they are released.
+
+    Attributes:
+        now, peak: bytes at the moment, and at most so far.
+    """
 
     def __init__(self):
         super().__init__()
@@ -74,22 +73,22 @@ class LiveBytes(TorchDispatchMode):
                     self.storages.add(storage._cdata)
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
         return out
 
-    def free(self, key, size):
+    def release(self, key, size):
         self.storages.remove(key)
         self.now -= size
 
 
 @contextmanager
 def widened_norms():
-    """What autocast does to normalisations on a GPU, and leaves undone on a CPU: in half precision they are float32."""
+    """Within it, normalisations under autocast are in float32, as on a GPU; on a CPU autocast leaves them alone."""
 
     def widened(norm):
         def wide(*args, **kwargs):
-            narrow = torch.is_autocast_enabled("cpu")
-            return norm(*(a.float() if narrow and isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+            is_autocast = torch.is_autocast_enabled("cpu")
+            return norm(*(a.float() if is_autocast and isinstance(a, torch.Tensor) else a for a in args), **kwargs)
 
         return wide
 
@@ -98,15 +97,16 @@ def widened_norms():
 
 
 def peak_of(run):
+    """GiB at most that `run()` creates."""
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         run()
     return live.peak / GIB
 
 
-def phases(model, batch_size, latents_size, num_steps):
-    """GiB that each phase of a step adds to the weights; those of the decoder are of one picture at a time."""
-    unet, shape = model.unet, (batch_size, 4, latents_size, latents_size)
-    embeds = model.embeds.expand(2 * batch_size, -1, -1)
+def phases(networks, batch_size, latents_size, num_steps):
+    """GiB that each phase of a step adds to the weights; for the decoder, with one image at a time."""
+    unet, shape = networks.unet, (batch_size, 4, latents_size, latents_size)
+    embeds = networks.embeds.expand(2 * batch_size, -1, -1)
 
     def predict(x):
         return unet(torch.cat([x, x]).to(embeds.dtype), torch.ones((), dtype=torch.long), encoder_hidden_states=embeds)
@@ -119,10 +119,10 @@ def phases(model, batch_size, latents_size, num_steps):
 
     def decode():
         x_0 = torch.zeros(1, *shape[1:]).requires_grad_()
-        images = decode_latents(model.vae, x_0)
+        images = networks.model.decode(x_0)
         pixels = images.detach().requires_grad_()
-        embeds = image_embeds(model.reward.clip, pixels)
-        (gradient,) = torch.autograd.grad(model.reward.head(embeds).sum(), pixels)
+        embeds = image_embeds(networks.reward.clip, pixels)
+        (gradient,) = torch.autograd.grad(networks.reward.head(embeds).sum(), pixels)
         torch.autograd.grad(images, x_0, gradient)
 
     with torch.no_grad():
@@ -137,45 +137,44 @@ def phases(model, batch_size, latents_size, num_steps):
 
 
 def settings_of(preset, device, precision, checkpointing):
+    """The arguments of `bench_networks.load`."""
     return SimpleNamespace(
         preset=preset, device=device, mixed_precision=precision, gradient_checkpointing=checkpointing
     )
 
 
 def count(precision, checkpointing, batch_sizes, preset, num_steps, on_gpu=True):
-    """A row for each batch size; in a process of its own, since accelerate knows one precision a process."""
-    args = settings_of(preset, "cpu", precision, checkpointing)
-    model, rows = load(args), []
+    """A row for each batch size. It needs a process of its own, since accelerate allows one precision per process."""
+    networks, rows = load(settings_of(preset, "cpu", precision, checkpointing)), []
     weights = {
-        name: sum(p.nbytes for p in getattr(model, name).parameters()) / GIB for name in ("unet", "vae", "reward")
+        name: sum(p.nbytes for p in getattr(networks, name).parameters()) / GIB for name in ("unet", "vae", "reward")
     }
-    size = model.unet.config.sample_size
+    size = networks.model.network.config.sample_size
     for batch_size in batch_sizes:
         with widened_norms() if on_gpu else nullcontext():
-            found = phases(model, batch_size, size, num_steps)
-        always = weights["unet"] + weights["vae"] + found["stored_gib"]
-        rolled = max(found["rollout_gib"], found["sweep_gib"])
+            added = phases(networks, batch_size, size, num_steps)
+        always = weights["unet"] + weights["vae"] + added["stored_gib"]
+        unet_peak = max(added["rollout_gib"], added["sweep_gib"])
         rows.append(
             {
                 "precision": precision,
                 "gradient_checkpointing": checkpointing,
                 "batch_size": batch_size,
                 "weights_gib": sum(weights.values()),
-                **found,
-                "peak_gib": always + weights["reward"] + max(rolled, found["decode_gib"]),
-                "peak_offload_gib": always + max(rolled, weights["reward"] + found["decode_gib"]),
+                **added,
+                "peak_gib": always + weights["reward"] + max(unet_peak, added["decode_gib"]),
+                "peak_offload_gib": always + max(unet_peak, weights["reward"] + added["decode_gib"]),
             }
         )
     return rows
 
 
 def compare(preset, batch_sizes, num_steps, precision, checkpointing):
-    """A step of full_bp for real beside the count for the device that it ran on; a line of both."""
+    """Measure a step of full_bp; returns a line with that and the count for the device that it ran on."""
     on_gpu = torch.accelerator.is_available()
     case = Case("full_bp", num_steps, batch_sizes[0], 2, 32 if preset == "bundle" else 512)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as other:
-        counted = other.submit(count, precision, checkpointing, batch_sizes, preset, num_steps, on_gpu).result()[0]
-        measured = other.submit(memory, settings_of(preset, None, precision, checkpointing), [case]).result()[0]
+    counted = in_own_process(count, precision, checkpointing, batch_sizes, preset, num_steps, on_gpu)[0]
+    measured = in_own_process(memory, settings_of(preset, None, precision, checkpointing), [case])[0]
     return (
         f"full_bp, {num_steps} steps, batch {batch_sizes[0]}, {precision}, {'GPU' if on_gpu else 'CPU'}:"
         f" {measured['peak_mib'] / 1024:.2f} GiB measured, {counted['peak_gib']:.2f} counted"
@@ -183,17 +182,18 @@ def compare(preset, batch_sizes, num_steps, precision, checkpointing):
 
 
 def recipes(rows):
-    """For each card, the largest batch that fits: without checkpointing and with, at the same precision."""
+    """Lines with the largest batch that fits on each card, by precision, without and with checkpointing."""
     lines = []
     for card in CARDS:
         room = 0.9 * card - 1.5
-        for way in dict.fromkeys((row["precision"], row["gradient_checkpointing"]) for row in rows):
-            chosen = [row for row in rows if (row["precision"], row["gradient_checkpointing"]) == way]
-            fitting = [row for row in chosen if row["peak_gib"] <= room]
-            told = (
-                f"batch {fitting[-1]['batch_size']}, {fitting[-1]['peak_gib']:.1f} GiB" if fitting else "nothing fits"
-            )
-            lines.append(f"{card:>3} GB  {way[0]:<5} {'checkpointed' if way[1] else 'plain':<13} {told}")
+        for variant in dict.fromkeys((row["precision"], row["gradient_checkpointing"]) for row in rows):
+            own = [row for row in rows if (row["precision"], row["gradient_checkpointing"]) == variant]
+            fitting = [row for row in own if row["peak_gib"] <= room]
+            recipe = "nothing fits"
+            if fitting:
+                recipe = f"batch {fitting[-1]['batch_size']}, {fitting[-1]['peak_gib']:.1f} GiB"
+            precision, checkpointing = variant
+            lines.append(f"{card:>3} GB  {precision:<5} {'checkpointed' if checkpointing else 'plain':<13} {recipe}")
     return lines
 
 
@@ -210,14 +210,14 @@ def print_table(rows):
 
 
 def plot(rows, path):
-    """Peak by batch, a line for each precision with and without checkpointing, and the cards."""
+    """Peak by batch size, a line for each precision without and with checkpointing, and the cards."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for precision in dict.fromkeys(row["precision"] for row in rows):
         for checkpointing, style in ((False, "o-"), (True, "o--")):
-            chosen = [r for r in rows if (r["precision"], r["gradient_checkpointing"]) == (precision, checkpointing)]
+            own = [r for r in rows if (r["precision"], r["gradient_checkpointing"]) == (precision, checkpointing)]
             name = {"bf16": "bf16", "no": "float32"}[precision] + (", checkpointed" if checkpointing else "")
-            axes.plot([r["batch_size"] for r in chosen], [r["peak_gib"] for r in chosen], style, label=name)
+            axes.plot([r["batch_size"] for r in own], [r["peak_gib"] for r in own], style, label=name)
     for card in CARDS:
         axes.axhline(card, color="black", lw=0.6, ls=":")
         axes.text(rows[0]["batch_size"], card, f"{card} GB card", fontsize=8, va="bottom")
@@ -226,33 +226,33 @@ def plot(rows, path):
     axes.set_xticks(ticks, ticks)
     axes.set_xticks([], minor=True)
     axes.set_yticks([4, 8, *CARDS], ["4", "8", *map(str, CARDS)])
-    axes.set_title("A training step of SD 1.4, whatever the number of denoising steps")
+    axes.set_title("A training step of SD 1.4, for any number of denoising steps")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def main(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="Take a step of full_bp, too, one picture in bf16.")
+    parser = make_parser(__doc__)
+    parser.add_argument("--measure", action="store_true", help="Also run a step of full_bp, of one image in bf16.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="T, for the stored latents.")
     args = parse_benchmark(parser, input_args)
     preset, batch_sizes = ("bundle", [1, 2]) if args.quick else ("sd14", [1, 2, 4, 8, 16, 32])
-    ways = [(precision, checkpointing) for precision in ("bf16", "no") for checkpointing in (False, True)]
+    variants = [(precision, checkpointing) for precision in ("bf16", "no") for checkpointing in (False, True)]
     if args.quick:
-        ways = [("no", False)]
+        variants = [("no", False)]
     rows = []
-    for way in tqdm(ways, desc="Precisions"):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            rows += other.submit(count, *way, batch_sizes, preset, args.num_inference_steps).result()
+    for variant in tqdm(variants, desc="Precisions"):
+        rows += in_own_process(count, *variant, batch_sizes, preset, args.num_inference_steps)
+    flags = (" --quick" if args.quick else "") + (" --measure" if args.measure else "")
     header = (
-        f"python benchmarks/memory.py{' --quick' if args.quick else ''}{' --measure' if args.measure else ''}, {platform.machine()}, torch"
-        f" {torch.__version__}, diffusers {diffusers.__version__}, T = {args.num_inference_steps}, counted, not computed"
+        f"python benchmarks/memory.py{flags}, {platform.machine()}, {VERSIONS}, T = {args.num_inference_steps}, counted, not"
+        " computed"
     )
     print(header)
     print_table(rows)
     print("\n".join(recipes(rows)))
     if args.measure:
-        print(compare(preset, batch_sizes[:1], args.num_inference_steps, *ways[0]))
+        print(compare(preset, batch_sizes[:1], args.num_inference_steps, *variants[0]))
     write_csv(rows, os.path.join(args.out, "memory.csv"), header)
     plot(rows, os.path.join(args.out, "memory.png"))
     return rows

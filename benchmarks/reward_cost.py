@@ -13,31 +13,43 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a reward costs beyond its own network: seconds and memory per picture beside a bare call of that network.
+"""What a reward costs beyond its own network: time and memory for an image, beside a bare call of that network.
 
-    python benchmarks/reward_cost.py        or, on small networks to see that it runs, with --quick
+    python benchmarks/reward_cost.py        or, for a short test on small networks, with --quick
 
-The networks have their full size and random weights, which do not change speed, and the pictures 512 x 512 pixels. The
-reward and the bare network take turns in one process, so that the load of the machine falls on both; the ratio is the
-median of the rounds' ratios, with the smallest and the largest. The bare network sees pixels of its own size and, where
-it reads prompts, embeddings that are there already. Prints a table and writes reward_cost.csv and reward_cost.png.
+The networks have their full size and random weights, which do not change their speed. The images have 512 x 512 pixels.
+Reward and bare network take turns in one process, so the load of the machine affects both. The ratio is the median of the
+rounds' ratios, with the smallest and the largest. The bare network gets pixels of its own size and, where it reads prompts,
+embeddings that are already computed. Prints a table and writes reward_cost.csv and reward_cost.png.
 """
 
-import argparse
-import ctypes
-import gc
 import os
-import platform
 import statistics
 import string
-import sys
 import tempfile
-import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
+from bench_common import (
+    TINY_CLIP,
+    fast_garbage_collection,
+    machine_name,
+    make_parser,
+    parse_benchmark,
+    peak_memory,
+    ratio_errors,
+    ratios_of,
+    seconds_in_turns,
+    write_csv,
+)
 from matplotlib.figure import Figure
+from reward_models.aesthetic import AestheticReward
+from reward_models.base import ScoreHead
+from reward_models.clip import ClipAgreement, preprocess_letterbox
+from reward_models.hpsv2 import VIT_H_14, clip_config
+from reward_models.imagereward import VIT_L_16, ImageReward
 from tqdm import tqdm
 from transformers import (
     BertTokenizer,
@@ -51,22 +63,11 @@ from transformers import (
 )
 
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-
-from gradient_quality import parse_benchmark, write_csv  # noqa: E402
-from reward_models.aesthetic import AestheticReward  # noqa: E402
-from reward_models.base import ScoreHead  # noqa: E402
-from reward_models.clip import ClipAgreement, preprocess_letterbox  # noqa: E402
-from reward_models.hpsv2 import VIT_H_14, clip_config  # noqa: E402
-from reward_models.imagereward import VIT_L_16, ImageReward  # noqa: E402
-
-
 PROMPT = "a photo of a red squirrel riding a bicycle"
 
 
 class Case(NamedTuple):
-    """A reward and its own network, as a function of pixels (B, 3, size, size) that are prepared already."""
+    """A reward, and its own network as a function of preprocessed pixels (B, 3, size, size)."""
 
     reward: torch.nn.Module
     network: object
@@ -103,8 +104,8 @@ def imagereward_case(vit, bert):
 
 
 def cases(quick):
-    """{name: a function that builds the Case}; one network at a time is in memory."""
-    tokenizer = CLIPTokenizer.from_pretrained(os.path.join(ROOT, "assets", "tiny-aesthetic", "clip"))
+    """{name: function that builds the `Case`}, so that one network at a time is in memory."""
+    tokenizer = CLIPTokenizer.from_pretrained(TINY_CLIP)
     tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     words = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     vit_h, vit, bert = clip_config(VIT_H_14), VIT_L_16, {**words, "vocab_size": 30524}
@@ -126,7 +127,7 @@ def cases(quick):
 
 
 def call(function, images, with_gradient):
-    """The function of the images, or that and the gradient of its sum."""
+    """Call a function of images, and with `with_gradient` compute the gradient of its sum."""
     images = images.detach().requires_grad_(with_gradient)
     with torch.set_grad_enabled(with_gradient):
         result = function(images)
@@ -134,62 +135,26 @@ def call(function, images, with_gradient):
             torch.autograd.grad(result.sum(), images)
 
 
-def seconds_of(run):
-    """How long `run()` takes, until the device is done with it."""
-    started = time.perf_counter()
-    run()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
-
-
-def resident(name):
-    """VmRSS, the bytes that this process has in memory, or VmHWM, the most it had since its peak was last reset."""
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
-
-
-def peak_memory(run, device):
-    """Bytes in use at the most during `run()`, beyond those before: the allocator's on a GPU, resident ones on a CPU."""
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-        before = torch.accelerator.memory_allocated()
-        run()
-        return torch.accelerator.max_memory_allocated() - before
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what earlier calls have freed is there to be used again unseen
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the peak starts anew
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
-
-
-def measure(name, build, device, batch_size, resolution, rounds, bar):
-    """A row for the score and one for the score with its gradient."""
+def measure(name, build, device, batch_size, resolution, rounds):
+    """A row for the score, and one for the score with its gradient."""
     torch.manual_seed(0)
     case = build()
     reward = case.reward.to(device).eval().requires_grad_(False)
     images = torch.rand(batch_size, 3, resolution, resolution, device=device)
     pixels = torch.randn(batch_size, 3, case.size, case.size, device=device)
-    sides = {
-        "reward": (lambda x: reward(x, [PROMPT] * len(x)), images),
-        "network": (case.network, pixels),
-    }
     rows = []
     for with_gradient in (False, True):
-        seconds = {side: [] for side in sides}
-        for i in range(rounds + 1):  # the first warms up, and has the prompt encoded
-            for side in sorted(sides, reverse=i % 2 == 0):
-                seconds[side].append(seconds_of(lambda: call(*sides[side], with_gradient)))
-            bar.update()
-        ratios = [a / b for a, b in zip(seconds["reward"][1:], seconds["network"][1:])]
+        calls = {
+            "reward": partial(call, lambda x: reward(x, [PROMPT] * len(x)), images, with_gradient),
+            "network": partial(call, case.network, pixels, with_gradient),
+        }
+        # The first round warms up, and encodes the prompt.
+        seconds = {side: values[1:] for side, values in seconds_in_turns(calls, rounds + 1).items()}
         row = {"reward": name, "what": "score + gradient" if with_gradient else "score"}
-        row["ratio"], row["ratio_min"], row["ratio_max"] = statistics.median(ratios), min(ratios), max(ratios)
-        for side in sides:
-            row[f"{side}_seconds"] = statistics.median(seconds[side][1:]) / batch_size
-            peak = peak_memory(lambda: call(*sides[side], with_gradient), images.device)
-            row[f"{side}_mib"] = peak / batch_size / 2**20
+        row.update(ratios_of(seconds["reward"], seconds["network"]))
+        for side, run in calls.items():
+            row[f"{side}_seconds"] = statistics.median(seconds[side]) / batch_size
+            row[f"{side}_mib"] = peak_memory(run, images.device) / batch_size / 2**20
         rows.append(row)
     return rows
 
@@ -212,13 +177,9 @@ def plot(rows, path):
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for shift, what in ((-0.2, "score"), (0.2, "score + gradient")):
-        chosen = [row for row in rows if row["what"] == what]
-        ratios = [row["ratio"] for row in chosen]
-        spread = [
-            [row["ratio"] - row["ratio_min"] for row in chosen],
-            [row["ratio_max"] - row["ratio"] for row in chosen],
-        ]
-        axes.bar([i + shift for i in range(len(names))], ratios, 0.36, yerr=spread, capsize=3, label=what)
+        own = [row for row in rows if row["what"] == what]
+        places, ratios = [i + shift for i in range(len(names))], [row["ratio"] for row in own]
+        axes.bar(places, ratios, 0.36, yerr=ratio_errors(own), capsize=3, label=what)
     axes.axhline(1.0, color="black", lw=0.8)
     axes.axhline(1.1, color="black", lw=0.8, ls="--")
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="time, bare network = 1", ylim=(0.8, None))
@@ -228,22 +189,20 @@ def plot(rows, path):
 
 
 def main(input_args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="Turns of each reward and its network.")
-    parser.add_argument("--batch_size", type=int, default=2, help="Pictures at a time.")
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="How often each reward and its network take turns.")
+    parser.add_argument("--batch_size", type=int, default=2, help="Images at a time.")
     args = parse_benchmark(parser, input_args)
     device = PartialState().device
     rounds, resolution = (1, 64) if args.quick else (args.rounds, 512)
-
-    built, rows = cases(args.quick), []
-    with tqdm(total=2 * len(built) * (rounds + 1), desc="Rounds") as bar:
-        for name, build in built.items():
-            rows += measure(name, build, device, args.batch_size, resolution, rounds, bar)
-    machine = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name()
+    rows = []
+    with fast_garbage_collection():
+        for name, build in tqdm(cases(args.quick).items(), desc="Rewards"):
+            rows += measure(name, build, device, args.batch_size, resolution, rounds)
     header = (
-        f"python benchmarks/reward_cost.py {'--quick' if args.quick else f'--rounds {rounds}'}, {machine},"
-        f" {torch.get_num_threads()} threads, torch {torch.__version__}, {args.batch_size} pictures of {resolution}"
-        " pixels, float32, seed 0"
+        f"python benchmarks/reward_cost.py {'--quick' if args.quick else f'--rounds {rounds}'},"
+        f" {machine_name(device.type == 'cpu')}, {torch.get_num_threads()} threads, torch {torch.__version__},"
+        f" {args.batch_size} images of {resolution} pixels, float32, seed 0"
     )
     print(header)
     print_table(rows)

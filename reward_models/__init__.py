@@ -11,13 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pluggable rewards: `load_reward(name)` gives a callable `(images, prompts) -> (B,)`.
+"""Reward models. `load_reward(name)` returns a callable `reward(images, prompts) -> scores`:
 
     images     (B, 3, H, W), RGB in [0, 1]
     prompts    B strings; image i is scored with prompt i
-    result     (B,), higher is better; with a graph back to `images` if the reward's attribute `differentiable` is true
+    scores     (B,), higher is better; differentiable with respect to `images` if `reward.differentiable` is true
 
-`python -m reward_models --help` scores pictures without training.
+To add a reward, write a module with a function `load(path, revision, device, dtype)` and list it in `REWARDS`.
+`python -m reward_models --help` shows how to score images from the command line.
 """
 
 import math
@@ -36,13 +37,13 @@ __all__ = ["REWARDS", "Scores", "WeightedSum", "load_reward", "load_rewards", "p
 
 
 class KnownReward(NamedTuple):
-    """What is known of a reward before it is imported.
+    """Description of a reward, available without importing its module.
 
     Attributes:
-        source: "module:attribute", a loader `(path, revision, device, dtype) -> reward`, or the reward itself where it
-            has no files.
+        source: "module:attribute". The attribute is a loader `(path, revision, device, dtype) -> reward`, or the
+            reward itself if it has no files.
         reads_prompts: whether the score depends on the prompt.
-        meaning: what it measures, and the usual range of its scores.
+        meaning: what the reward measures, and the usual range of its scores.
     """
 
     source: str
@@ -55,11 +56,13 @@ REWARDS = {
         "aesthetic:load", False, "LAION's aesthetic predictor on CLIP ViT-L/14, about 1 to 10; SD 1.x scores 5 to 6"
     ),
     "clip_score": KnownReward(
-        "clip_score:load", True, "cosine of picture and prompt under CLIP ViT-L/14; SD 1.5 scores about .275"
+        "clip_score:load",
+        True,
+        "cosine similarity of image and prompt under CLIP ViT-L/14; SD 1.5 scores about .275",
     ),
     "hpsv2": KnownReward("hpsv2:load", True, "human preference, HPSv2 on CLIP ViT-H/14; SD 1.x scores .24 to .28"),
     "hpsv2.1": KnownReward(
-        "hpsv2:load_v2_1", True, "the same trained on more data, HPSv2.1; SD 1.x scores .24 to .28"
+        "hpsv2:load_v2_1", True, "human preference, HPSv2.1 (HPSv2 trained on more data); SD 1.x scores .24 to .28"
     ),
     "pickscore": KnownReward(
         "pickscore:load", True, "human preference, PickScore on CLIP ViT-H/14; SD 1.x scores 18 to 24"
@@ -67,19 +70,25 @@ REWARDS = {
     "imagereward": KnownReward(
         "imagereward:load",
         True,
-        "human preference, ImageReward on BLIP; SD 1.x scores .1 to .3, tuned models .7 to .8",
+        "human preference, ImageReward on BLIP; SD 1.x scores .1 to .3, fine-tuned models .7 to .8",
     ),
     "jpeg_compressibility": KnownReward(
-        "jpeg:jpeg_compressibility", False, "negated kB as a JPEG of quality 95; no gradient"
+        "jpeg:jpeg_compressibility", False, "negative size in kB as a JPEG of quality 95; no gradient"
     ),
     "jpeg_incompressibility": KnownReward(
-        "jpeg:jpeg_incompressibility", False, "kB as a JPEG of quality 95; no gradient"
+        "jpeg:jpeg_incompressibility", False, "size in kB as a JPEG of quality 95; no gradient"
     ),
 }
 
 
 class Term(NamedTuple):
-    """One reward of a weighted sum: its weight, the revision of its Hub repository, and the entry as it was written."""
+    """One reward of a weighted sum.
+
+    Attributes:
+        weight: its weight in the sum.
+        revision: branch, tag or commit of its Hub repository, or `None` for the main branch.
+        entry: the entry as the user wrote it.
+    """
 
     weight: float
     revision: Optional[str]
@@ -87,46 +96,48 @@ class Term(NamedTuple):
 
 
 def load_reward(name, *, path=None, revision=None, device="cpu", dtype=torch.float32):
-    """Load one reward, frozen and in eval mode.
+    """Load a reward, frozen and in eval mode.
 
     Args:
         name: a key of `REWARDS`.
-        path: a local folder in the layout of the original files instead of the Hub's; see each reward's file.
-        revision: branch, tag or commit of the reward's Hub repository; default: its main branch.
-        device, dtype: where and in what precision the networks run; heads and scores are float32 at least.
+        path: local folder with the original files of the reward. Each reward's module documents its layout. By default
+            the files are downloaded from the Hub.
+        revision: branch, tag or commit of the reward's Hub repository. Default: the main branch.
+        device: device of the networks.
+        dtype: precision of the networks. Score heads and scores are never narrower than float32.
 
     Raises:
-        ValueError: for an unknown name, for a path that is missing or does not hold what the reward needs, and for a
-            repository that is gated, absent or out of reach.
+        ValueError: if the name is unknown, the path does not exist or lacks files, or the Hub repository is gated,
+            missing or unreachable.
     """
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}, known are: {', '.join(REWARDS)}")
-    asked = name if revision is None else f"{name}@{revision}"
+    full_name = name if revision is None else f"{name}@{revision}"
     module, attribute = REWARDS[name].source.split(":")
-    found = getattr(import_module(f".{module}", __name__), attribute)
-    if hasattr(found, "differentiable"):
+    loader = getattr(import_module(f".{module}", __name__), attribute)
+    if hasattr(loader, "differentiable"):  # not a loader but the reward itself
         if path is not None or revision is not None:
-            raise ValueError(f"reward {asked if path is None else f'{name}={path}'!r}: this reward has no files")
-        return found
+            raise ValueError(f"reward {full_name if path is None else f'{name}={path}'!r}: this reward has no files")
+        return loader
     if path is not None and revision is not None:
-        raise ValueError(f"reward {asked!r}: the folder {path!r} has no revisions")
+        raise ValueError(f"reward {full_name!r}: the folder {path!r} has no revisions")
     if path is not None and not os.path.isdir(path):
         raise ValueError(f"reward path {f'{name}={path}'!r}: no such folder")
     try:
-        return found(path, revision, device, dtype).eval().requires_grad_(False)
+        return loader(path, revision, device, dtype).eval().requires_grad_(False)
     except ValueError as error:
-        raise ValueError(f"reward {asked!r} cannot be loaded: {error}") from error
+        raise ValueError(f"reward {full_name!r} cannot be loaded: {error}") from error
 
 
 def parse_reward(text):
-    """The terms of a sum such as "hpsv2:15,aesthetic@main,my_rewards.py:neon:0.5", as `{name: Term}`.
+    """Parse a weighted sum such as "hpsv2:15,aesthetic@main,my_rewards.py:neon:0.5" into `{name: Term}`.
 
-    An entry is a key of `REWARDS` with a revision and a weight of its own, `NAME[@REVISION][:WEIGHT]`, or a callable
-    to import, `package.module:callable[:WEIGHT]` or `path/to/file.py:callable[:WEIGHT]`. The weight is 1 where none
-    is given.
+    An entry is either `NAME[@REVISION][:WEIGHT]` with a key of `REWARDS`, or a callable to import:
+    `package.module:callable[:WEIGHT]` or `path/to/file.py:callable[:WEIGHT]`. The default weight is 1.
 
     Raises:
-        ValueError: quoting the entry that is of neither form, is repeated, or whose weight is no finite number.
+        ValueError: if an entry has neither form, is repeated, or its weight is not a finite number. The message quotes
+            the entry.
     """
     terms = {}
     for entry in map(str.strip, text.split(",")):
@@ -136,11 +147,11 @@ def parse_reward(text):
             revision = None
         if name is None:
             raise ValueError(
-                f"unknown reward {entry!r}, known are: {', '.join(REWARDS)}; one of your own is written"
+                f"unknown reward {entry!r}, known are: {', '.join(REWARDS)}; for your own reward write"
                 " package.module:callable or path/to/file.py:callable"
             )
         if revision == "":
-            raise ValueError(f"reward {entry!r} names no revision after the @")
+            raise ValueError(f"reward {entry!r} has no revision after the @")
         if name in terms:
             raise ValueError(f"reward {entry!r} repeats {name!r} in {text!r}")
         try:
@@ -148,15 +159,15 @@ def parse_reward(text):
         except ValueError:
             terms[name] = Term(math.nan, revision, entry)
         if not math.isfinite(terms[name].weight):
-            raise ValueError(f"reward {entry!r}: the weight {weight!r} is no finite number")
+            raise ValueError(f"reward {entry!r}: the weight {weight!r} is not a finite number")
     return terms
 
 
 def parse_reward_paths(entries):
-    """Folders by reward name of entries such as "aesthetic=DIR"; of a repeated name the later entry wins.
+    """Parse entries such as "aesthetic=DIR" into `{name: folder}`. The last entry for a name wins.
 
     Raises:
-        ValueError: quoting the entry that is not of this form or of no known reward.
+        ValueError: if an entry does not have this form or its reward is unknown. The message quotes the entry.
     """
     paths = {}
     for entry in entries:
@@ -172,17 +183,19 @@ def parse_reward_paths(entries):
 def load_rewards(
     terms, paths, *, device="cpu", dtype=torch.float32, size=(512, 512), prompts=("", ""), batch_size=None
 ):
-    """The `WeightedSum` of `parse_reward`'s terms.
+    """Load a weighted sum of rewards as a `WeightedSum`.
 
     Args:
-        terms: of `parse_reward`.
-        paths: of `parse_reward_paths`; folders of rewards that are not in the sum are ignored.
-        device, dtype: of the networks.
-        size, prompts: height and width in pixels and prompts of the two random images on which custom rewards are tried.
-        batch_size: images that a reward sees at a time; default: all.
+        terms: result of `parse_reward`.
+        paths: result of `parse_reward_paths`. Folders of rewards that are not in the sum are ignored.
+        device: device of the networks.
+        dtype: precision of the networks.
+        size: height and width in pixels of the two random images on which custom rewards are tested.
+        prompts: prompts of these two images.
+        batch_size: number of images that a reward scores at a time. Default: all.
 
     Raises:
-        ValueError: as `load_reward` and `load_custom` do.
+        ValueError: see `load_reward` and `load_custom`.
     """
     members = {}
     for name, term in terms.items():

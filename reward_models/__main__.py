@@ -11,18 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Score pictures: python -m reward_models --reward pickscore,hpsv2 IMAGES... --prompt "a fox in the snow" """
+"""Score images from the command line:
+
+python -m reward_models --reward pickscore,hpsv2 IMAGES... --prompt "a fox in the snow"
+"""
 
 import argparse
 import json
 import statistics
 import sys
-
-import numpy as np
-import torch
-from accelerate import PartialState
-from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from . import REWARDS, load_rewards, parse_reward, parse_reward_paths
 
@@ -31,37 +28,41 @@ def parse_args(input_args=None):
     width = max(map(len, REWARDS))
     parser = argparse.ArgumentParser(
         prog="python -m reward_models",
-        description="Score pictures with one or more rewards. They are scored one at a time, so they may be of any sizes.",
-        epilog="rewards, higher is better:\n"
+        description="Score images with one or more rewards. Images are scored one at a time and may differ in size.",
+        epilog="rewards (higher is better):\n"
         + "\n".join(f"  {name:<{width}}  {known.meaning}" for name, known in REWARDS.items())
-        + "\n  anything else is one of your own, package.module:callable or path/to/file.py:callable",
+        + "\n\nyour own reward: package.module:callable or path/to/file.py:callable",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="Picture files.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="Image files.")
     parser.add_argument(
         "--reward",
         required=True,
-        help="NAME[@REVISION][:WEIGHT], or several with commas between; their weighted sum is the total.",
+        help="NAME[@REVISION][:WEIGHT], or several separated by commas; the total is their weighted sum. The default"
+        " weight is 1, the default revision is the main branch of the reward's Hub repository.",
     )
     parser.add_argument(
         "--reward_path",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="Local folder of a reward's model instead of the Hub's; may be repeated.",
+        help="Local folder with the files of a reward; may be repeated (default: download them from the Hub).",
     )
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="The prompt of all pictures.")
-    prompts.add_argument("--prompts", metavar="FILE", help="A text file with the prompt of each picture, one a line.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    prompts.add_argument(
+        "--prompt", help="Prompt of all images (default: none; required by rewards that read the prompt)."
+    )
+    prompts.add_argument("--prompts", metavar="FILE", help="Text file with one prompt per line, one for each image.")
+    parser.add_argument("--json", action="store_true", help="Print JSON (default: print a table).")
     return parser.parse_args(input_args)
 
 
-def prompts_of(args, names):
-    """One prompt per image.
+def read_prompts(args, names):
+    """Return one prompt per image.
 
     Raises:
-        ValueError: if the file has another number of lines, or there is none and a reward reads it.
+        ValueError: if the number of lines in the file is not the number of images, or a reward needs prompts and none
+            are given.
     """
     if args.prompts is not None:
         with open(args.prompts, encoding="utf-8") as file:
@@ -75,37 +76,8 @@ def prompts_of(args, names):
     return [args.prompt or ""] * len(args.images)
 
 
-def open_image(path):
-    """The picture, whose pixels are read when they are asked for.
-
-    Raises:
-        ValueError: naming the file, if it is missing or no picture.
-    """
-    try:
-        picture = Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path!r} cannot be opened as a picture: {error}") from error
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(f"{path!r} has more than 8 bits a channel ({picture.mode}): convert it first")
-    return picture
-
-
-def read_image(path):
-    """The picture as (1, 3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: naming the file, if it is missing, damaged or no picture.
-    """
-    picture = open_image(path)
-    try:
-        pixels = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path!r} cannot be read: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
-
-
-def table(rows, names):
-    """The scores as lines of text, with mean and standard deviation below where there is more than one."""
+def format_table(rows, names):
+    """Format the scores as lines of text. Two or more images also get their mean and standard deviation."""
     columns = {name: [row["scores"][name] for row in rows] for name in names}
     if len(names) > 1:
         columns["total"] = [row["total"] for row in rows]
@@ -122,11 +94,17 @@ def table(rows, names):
 
 
 def main(args):
+    # Imported here so that --help and argument errors are fast.
+    from accelerate import PartialState
+    from tqdm.auto import tqdm
+
+    from .images import open_image, read_image
+
     try:
         terms = parse_reward(args.reward)
-        prompts = prompts_of(args, terms)
+        prompts = read_prompts(args, terms)
         for path in args.images:
-            open_image(path).close()  # all before the first is scored
+            open_image(path).close()  # report an unreadable file before any image is scored
         device = PartialState().device
         rewards = load_rewards(
             terms, parse_reward_paths(args.reward_path), device=device, prompts=(prompts[0], prompts[-1])
@@ -138,7 +116,7 @@ def main(args):
             rows.append({"image": path, "prompt": prompt, "scores": members, "total": scores.total.item()})
     except (ValueError, OSError) as error:
         sys.exit(f"python -m reward_models: error: {' '.join(str(error).split())}")
-    print(json.dumps(rows, indent=2) if args.json else table(rows, list(terms)))
+    print(json.dumps(rows, indent=2) if args.json else format_table(rows, list(terms)))
 
 
 if __name__ == "__main__":

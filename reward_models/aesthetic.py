@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The LAION aesthetic predictor: an affine map of the CLIP image embedding. SD 1.x scores 5 to 6 of about 10."""
+"""LAION's aesthetic predictor: an affine map of the CLIP image embedding. Scores range from about 1 to 10.
+
+SD 1.x scores 5 to 6.
+"""
 
 import os
 
@@ -24,12 +27,12 @@ from .loading import existing_file, hub_file, load_into, load_pretrained, load_s
 
 
 HEAD_ID, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
-# The same tensors under the names they are handed around by.
+# File names under which the same head is distributed.
 HEAD_FILES = ("aesthetic_head.safetensors", "aesthetic_head.pth", HEAD_FILE, "sac+logos+ava1-l14-linearMSE.pth")
 
 
 class AestheticReward(torch.nn.Module):
-    """R = head(e / ||e||) with e the projected CLIP image embedding; the prompt is not looked at."""
+    """R = head(e / ||e||), where e is the projected CLIP image embedding. The prompt is ignored."""
 
     differentiable = True
 
@@ -45,7 +48,10 @@ class AestheticReward(torch.nn.Module):
 
 
 def load(path, revision, device, dtype):
-    """From the Hub (`revision` is the head's), or from a folder with `clip/` and one of `HEAD_FILES`."""
+    """Load from the Hub, or from a folder with `clip/` (a transformers CLIPModel) and one of `HEAD_FILES`.
+
+    `revision` is that of the head's repository.
+    """
     if path is None:
         clip_path, head_file = CLIP_ID, hub_file(HEAD_ID, HEAD_FILE, revision)
     else:
@@ -54,5 +60,5 @@ def load(path, revision, device, dtype):
     head = ScoreHead(768)
     load_into(head, load_state_dict(head_file), head_file)
     clip = load_pretrained(CLIPModel, clip_path, dtype=dtype)
-    clip.text_model = clip.text_projection = None  # never looked at
+    clip.text_model = clip.text_projection = None  # not used
     return AestheticReward(clip, head.to(torch.promote_types(dtype, torch.float32))).to(device)

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What every reward is, and what the rewards share.
+"""The interface of a reward, and the code that several rewards share.
 
-A reward is a callable `reward(images, prompts) -> (B,) tensor` with an attribute `differentiable`:
+A reward is a callable `reward(images, prompts) -> scores` with a boolean attribute `differentiable`:
 
     images     (B, 3, H, W), RGB in [0, 1]
     prompts    B strings; image i is scored with prompt i
-    result     (B,), higher is better; with a graph back to `images` if `reward.differentiable`
+    scores     (B,), higher is better; differentiable with respect to `images` if `reward.differentiable` is true
 """
 
 from typing import NamedTuple, Optional
@@ -26,10 +26,10 @@ import torch
 
 
 def check_batch(images, prompts):
-    """Refuse what no reward can score.
+    """Check the input of a reward.
 
     Raises:
-        ValueError: for images of another shape or outside of [0, 1], and for another number of prompts than images.
+        ValueError: if the images are not (B, 3, H, W) in [0, 1], or there is not exactly one prompt per image.
     """
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W)")
@@ -37,13 +37,13 @@ def check_batch(images, prompts):
         raise ValueError(f"{len(images)} images with {len(prompts)} prompts: give one prompt per image")
     low, high = (value.item() for value in images.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"images must lie in [0, 1], these have values from {low:.4g} to {high:.4g}")
+        raise ValueError(f"images must lie in [0, 1], but their values range from {low:.4g} to {high:.4g}")
 
 
 class ScoreHead(torch.nn.Module):
-    """Embeddings (B, width) -> scores (B,): linear layers without activations, dropout only in training.
+    """The head of LAION's aesthetic predictor and of ImageReward: embeddings (B, width) -> scores (B,).
 
-    The head of LAION's aesthetic predictor, which ImageReward has taken over.
+    Its linear layers have no activations between them, so the head is an affine map. Dropout acts in training only.
     """
 
     def __init__(self, width):
@@ -59,13 +59,14 @@ class ScoreHead(torch.nn.Module):
 
 
 class Scores(NamedTuple):
-    """The scores of one batch under a weighted sum of rewards, all of them detached.
+    """Scores of a batch under a weighted sum of rewards. All tensors are detached.
 
     Attributes:
-        differentiable: (B,), the weighted sum of the members with a gradient, zero without such members.
-        black_box: (B,), the weighted sum of the members without.
-        members: each member's own unweighted score (B,), by name.
-        gradient: (B, 3, H, W), that of the sum of `differentiable` with respect to the images, or `None`.
+        differentiable: (B,), weighted sum of the differentiable members; zero if there are none.
+        black_box: (B,), weighted sum of the other members; zero if there are none.
+        members: unweighted score (B,) of each member, by name.
+        gradient: (B, 3, H, W), gradient of the sum of `differentiable` with respect to the images, or `None` if it was
+            not requested.
     """
 
     differentiable: torch.Tensor
@@ -75,16 +76,17 @@ class Scores(NamedTuple):
 
     @property
     def total(self):
-        """(B,), the whole sum."""
+        """(B,), the weighted sum of all members."""
         return self.differentiable + self.black_box
 
 
 class WeightedSum:
-    """sum_m w_m R_m, kept apart by whether the members have a gradient.
+    """The weighted sum R = sum_m w_m R_m of rewards. Differentiable and black-box members are summed separately.
 
     Args:
         members: `{name: (weight, reward)}`.
-        batch_size: images that a reward sees at a time, gradient included; default: all. A matter of memory only.
+        batch_size: number of images that a reward scores, and differentiates, at a time. Default: all. It changes the
+            memory use only.
     """
 
     def __init__(self, members, batch_size=None):
@@ -93,28 +95,35 @@ class WeightedSum:
 
     @property
     def differentiable(self):
-        """Whether every member has a gradient."""
+        """Whether all members are differentiable."""
         return all(reward.differentiable for _, reward in self.members.values())
 
     @property
     def has_gradient(self):
-        """Whether any member has one."""
+        """Whether at least one member is differentiable."""
         return any(reward.differentiable for _, reward in self.members.values())
 
     @property
     def modules(self):
-        """The members with parameters, which can be moved between devices."""
+        """The members with parameters, for example to move them between devices."""
         modules = [reward for _, reward in self.members.values() if isinstance(reward, torch.nn.Module)]
         return [module for module in modules if next(module.parameters(), None) is not None]
 
     def __call__(self, images, prompts, with_gradient=False, device=None):
-        """Images (B, 3, H, W) in [0, 1] and B prompts -> `Scores`, with their gradient on demand.
+        """Score images (B, 3, H, W) in [0, 1] with B prompts.
 
-        The graph of one reward on `batch_size` images is alive at a time, and with a `device` no more of the images are
-        there.
+        At any time there is the graph of only one reward on `batch_size` images.
+
+        Args:
+            with_gradient: also compute `Scores.gradient`.
+            device: move the images to this device, `batch_size` at a time.
+
+        Returns:
+            `Scores`.
 
         Raises:
-            ValueError: if a member returns anything but B finite numbers, naming the member and the prompt.
+            ValueError: if a member does not return B finite numbers. The message names the member, and the prompt of
+                a score that is not finite.
         """
         size = self.batch_size or len(images)
         parts = [
@@ -137,18 +146,18 @@ class WeightedSum:
             backward = with_gradient and reward.differentiable
             with torch.set_grad_enabled(backward):
                 result = reward(images if backward else images.detach(), prompts)
-            problem = problem_of(result, prompts)
+            problem = find_problem(result, prompts)
             if problem is not None:
                 raise ValueError(f"reward {name!r} {problem}")
-            if backward and result.requires_grad:  # a score that does not depend on the images is a constant
+            if backward and result.requires_grad:  # otherwise the score is a constant, with gradient zero
                 gradient += weight * torch.autograd.grad(result.sum(), images, materialize_grads=True)[0]
             scores[name] = result.detach().to(images.device).float()
             sums[reward.differentiable] = sums[reward.differentiable] + weight * scores[name]
         return Scores(sums[True], sums[False], scores, gradient)
 
 
-def problem_of(scores, prompts):
-    """What keeps `scores` from being a tensor of one finite number per prompt, or `None`."""
+def find_problem(scores, prompts):
+    """Describe why `scores` is not a tensor with one finite number per prompt. Returns `None` if it is one."""
     if not isinstance(scores, torch.Tensor):
         return f"returned a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},)"
     if scores.shape != (len(prompts),):

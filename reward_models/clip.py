@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the rewards on CLIP share: the preprocessing, and the agreement of picture and prompt."""
+"""Code shared by the rewards built on CLIP: preprocessing, embeddings, and the similarity of image and prompt."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ from transformers import CLIPTokenizer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .base import check_batch
-from .loading import existing_file, holds, loading
+from .loading import existing_file, has_file, one_line_errors
 
 
 CLIP_ID = "openai/clip-vit-large-patch14"
@@ -31,17 +31,17 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 def normalize(pixels):
-    """Pixels in [0, 1] -> less CLIP's mean, over its deviation."""
+    """Subtract CLIP's mean from pixels in [0, 1], (B, 3, H, W), and divide by its standard deviation."""
     mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (pixels - mean) / std
 
 
 def preprocess_clip(images, size):
-    """CLIP's preprocessing as one differentiable resize: short side to `size`, centre crop, CLIP mean and deviation.
+    """CLIP's preprocessing, differentiable: resize the short side to `size`, centre crop, normalise.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
-        size: the side of the square that the vision tower sees, in pixels.
+        size: side of the vision tower's square input, in pixels.
 
     Returns:
         (B, 3, size, size), normalised.
@@ -50,7 +50,7 @@ def preprocess_clip(images, size):
     if (height, width) != (size, size):
         short = min(height, width)
         shape = (height * size // short, width * size // short)
-        # Bicubic overshoots at edges, which an 8-bit picture cannot: hence the clamp.
+        # Bicubic resizing overshoots at edges. The original works on 8-bit images, which clip these values.
         images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
         images = images[..., top : top + size, left : left + size]
@@ -58,12 +58,13 @@ def preprocess_clip(images, size):
 
 
 def preprocess_letterbox(images, size):
-    """HPSv2's: long side to `size`, centred on black, CLIP mean and deviation. Its resize has always been one of
-    tensors, so nothing is clamped.
+    """HPSv2's preprocessing, differentiable: resize the long side to `size`, pad to a square with black, normalise.
+
+    The original also resizes tensors, so values are not clamped.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
-        size: the side of the square that the vision tower sees, in pixels.
+        size: side of the vision tower's square input, in pixels.
 
     Returns:
         (B, 3, size, size), normalised.
@@ -79,9 +80,9 @@ def preprocess_letterbox(images, size):
 
 
 def image_embeds(clip, images, preprocess=preprocess_clip):
-    """Projected embeddings (B, D) of images (B, 3, H, W) in [0, 1], in float32 at least.
+    """Projected embeddings (B, D) of images (B, 3, H, W) in [0, 1], in float32 or wider.
 
-    Pictures are resized before they are narrowed to the network's precision.
+    Images are resized before they are cast to the network's precision.
     """
     wide = torch.promote_types(clip.dtype, torch.float32)
     pixels = preprocess(images.to(wide), clip.config.vision_config.image_size)
@@ -89,7 +90,7 @@ def image_embeds(clip, images, preprocess=preprocess_clip):
 
 
 class ClipAgreement(torch.nn.Module):
-    """R = s cos(f(image), g(prompt)) with f and g the projected embeddings of a CLIPModel; image i with prompt i."""
+    """R = s cos(f(image), g(prompt)), where f and g are the projected embeddings of a CLIPModel and s is a scale."""
 
     differentiable = True
 
@@ -99,35 +100,38 @@ class ClipAgreement(torch.nn.Module):
         self.tokenizer = tokenizer
         self.preprocess = preprocess
         self.scale = scale
-        # A run sees the same prompts again and again. The device is part of the key, for models that are moved.
+        # Training repeats its prompts, so their embeddings are cached, by device because the model may be moved.
         self.text_embeds = functools.lru_cache(maxsize=4096)(self._text_embeds)
 
     @torch.no_grad()
     def _text_embeds(self, prompt, device):
-        """(D,) of one prompt, by itself: in a batch its last digits would depend on the other prompts."""
+        """Embedding (D,) of one prompt. In a batch its last digits would depend on the other prompts."""
         length = self.clip.config.text_config.max_position_embeddings
         text = self.tokenizer(prompt, max_length=length, truncation=True, return_tensors="pt").to(device)
         return self.clip.get_text_features(**text).pooler_output[0]
 
     def forward(self, images, prompts):
         check_batch(images, prompts)
-        pictures = image_embeds(self.clip, images, self.preprocess)
-        texts = torch.stack([self.text_embeds(prompt, images.device) for prompt in prompts])
-        return self.scale * F.cosine_similarity(pictures, texts.to(pictures.dtype))
+        embeds = image_embeds(self.clip, images, self.preprocess)
+        text_embeds = torch.stack([self.text_embeds(prompt, images.device) for prompt in prompts])
+        return self.scale * F.cosine_similarity(embeds, text_embeds.to(embeds.dtype))
 
 
 def load_tokenizer(source, revision=None):
-    """The CLIP tokenizer of a folder or Hub repository.
+    """Load the CLIP tokenizer of a folder or Hub repository.
 
     Raises:
-        ValueError: naming the source, if it has none.
+        ValueError: if it has no tokenizer. The message names the source.
     """
     if os.path.isdir(source):
-        existing_file(source, *TOKENIZER_FILES)  # or transformers makes up an empty one
-    with loading(source):
+        existing_file(source, *TOKENIZER_FILES)  # without these files transformers would create an empty tokenizer
+    with one_line_errors(source):
         return CLIPTokenizer.from_pretrained(source, revision=revision)
 
 
 def tokenizer_source(path):
-    """The folder, if it holds a tokenizer, else the Hub's of CLIP ViT-H/14, whose checkpoints come without."""
-    return path if any(holds(path, name) for name in TOKENIZER_FILES) else VIT_H_ID
+    """The folder `path` if it has a tokenizer, else the Hub repository of CLIP ViT-H/14.
+
+    The published checkpoints of HPSv2 and PickScore come without a tokenizer.
+    """
+    return path if any(has_file(path, name) for name in TOKENIZER_FILES) else VIT_H_ID

@@ -11,9 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How far sets of pictures are from each other, in the embeddings of a CLIP: diversity, drift, Frechet distance.
+"""Diversity, drift and Frechet distance of sets of images, measured on CLIP embeddings.
 
-No reward: nothing here is to be raised. All distances of pictures are 1 - cosine, from 0 (the same) to 2.
+These are metrics for evaluation, not rewards. The distance of two images is 1 - cosine similarity, from 0 to 2.
 """
 
 import os
@@ -27,7 +27,7 @@ from .loading import existing_file, load_pretrained
 
 
 class ClipFeatures(torch.nn.Module):
-    """The embedding of pictures under a CLIPModel."""
+    """Normalised image embeddings of a CLIPModel."""
 
     def __init__(self, clip):
         super().__init__()
@@ -35,51 +35,62 @@ class ClipFeatures(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images, batch_size=8):
-        """Images (N, 3, H, W) in [0, 1] -> (N, D) of unit norm, on the CPU."""
+        """Embed images (N, 3, H, W) in [0, 1], `batch_size` at a time. Returns (N, D) of unit norm, on the CPU."""
         device = self.clip.device
         parts = [image_embeds(self.clip, part.to(device)).cpu() for part in images.split(batch_size)]
         return F.normalize(torch.cat(parts), dim=1)
 
 
 def load_features(path=None, device="cpu"):
-    """`ClipFeatures` of CLIP ViT-L/14 from the Hub, or of the CLIPModel of a folder.
+    """Load `ClipFeatures`: CLIP ViT-L/14 from the Hub, or the transformers CLIPModel in the folder `path`.
 
     Raises:
-        ValueError: if it cannot be loaded.
+        ValueError: if the model cannot be loaded.
     """
     source = CLIP_ID if path is None else os.path.dirname(existing_file(path, "config.json"))
     clip = load_pretrained(CLIPModel, source, dtype=torch.float32)
-    clip.text_model = clip.text_projection = None  # never looked at
+    clip.text_model = clip.text_projection = None  # not used
     return ClipFeatures(clip).to(device).eval().requires_grad_(False)
 
 
 def diversity(features, prompts):
-    """Mean distance between two pictures of the same prompt, over the prompts that have at least two; NaN if none has.
+    """Mean distance between two images of the same prompt.
+
+    The mean over pairs is taken per prompt, then averaged over the prompts that have at least two images.
 
     Args:
         features: (N, D) of unit norm.
         prompts: N strings.
+
+    Returns:
+        A float; NaN if no prompt has two images.
     """
     means = []
     for prompt in dict.fromkeys(prompts):
-        own = features[[i for i, other in enumerate(prompts) if other == prompt]]
-        if len(own) > 1:
-            pairs = torch.triu_indices(len(own), len(own), offset=1)
-            means.append((1 - (own @ own.T)[pairs[0], pairs[1]]).mean())
+        same_prompt = features[[i for i, other in enumerate(prompts) if other == prompt]]
+        if len(same_prompt) > 1:
+            pairs = torch.triu_indices(len(same_prompt), len(same_prompt), offset=1)
+            means.append((1 - (same_prompt @ same_prompt.T)[pairs[0], pairs[1]]).mean())
     return torch.stack(means).mean().item() if means else float("nan")
 
 
 def drift(base, tuned):
-    """Distance of each picture from the base model's of the same prompt and seed, (N, D) and (N, D) -> (N,)."""
+    """Distance (N,) of each image from the base model's image with the same prompt and seed.
+
+    Args:
+        base, tuned: features (N, D) of unit norm.
+    """
     return (1 - (base * tuned).sum(1)).clamp(min=0)
 
 
 def frechet_distance(first, second):
-    r"""Distance of the Gaussians that fit two sets of features (N, D) and (M, D) (huggingface.co/papers/1706.08500).
+    r"""Frechet distance of two sets of features, (N, D) and (M, D) (huggingface.co/papers/1706.08500).
+
+    It is the distance of the Gaussians with the sets' means m and covariances S:
 
         ||m_1 - m_2||^2 + tr(S_1 + S_2 - 2 (S_1^(1/2) S_2 S_1^(1/2))^(1/2))
 
-    It shrinks as the sets grow: compare only sets of the same sizes.
+    The estimate is biased upwards for small sets, so compare only sets of equal sizes.
     """
     first, second = first.double(), second.double()
     values, vectors = torch.linalg.eigh(torch.cov(first.T))

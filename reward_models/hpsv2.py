@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""HPSv2 and v2.1 (huggingface.co/papers/2306.09341): human preference. SD 1.x scores .24 to .28."""
+"""HPSv2 and HPSv2.1 (huggingface.co/papers/2306.09341): human preference. SD 1.x scores .24 to .28."""
 
 import functools
 import os
@@ -19,17 +19,17 @@ import os
 from transformers import CLIPConfig, CLIPModel
 
 from .clip import ClipAgreement, load_tokenizer, preprocess_letterbox, tokenizer_source
-from .loading import existing_file, holds, hub_file, load_pretrained, load_state_dict, read_json, renamed
+from .loading import existing_file, has_file, hub_file, load_pretrained, load_state_dict, read_json, rename_keys
 
 
 MODEL_ID = "xswu/HPSv2"
-# The architecture, in open_clip's words, where the folder holds no open_clip_config.json.
+# open_clip's configuration of the published checkpoints, used if the folder has no open_clip_config.json.
 VIT_H_14 = {
     "embed_dim": 1024,
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
-# open_clip's names -> transformers', in this order.
+# open_clip's key names -> transformers', applied in this order.
 RENAMES = (
     (r"^visual\.", "vision_model."),
     (r"^(transformer|token_embedding|positional_embedding|ln_final)", r"text_model.\1"),
@@ -50,7 +50,7 @@ RENAMES = (
 
 
 def clip_config(model):
-    """transformers' configuration of an open_clip `model_cfg`."""
+    """Convert open_clip's `model_cfg` to a transformers CLIPConfig."""
     vision, text = model["vision_cfg"], model["text_cfg"]
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
 
@@ -74,7 +74,7 @@ def clip_config(model):
             **tower(text, text["heads"]),
             "vocab_size": text["vocab_size"],
             "max_position_embeddings": text["context_length"],
-            # CLIP's vocabulary ends with the start and the end of a text.
+            # The last two tokens of CLIP's vocabulary are start and end of text.
             "bos_token_id": text["vocab_size"] - 2,
             "eos_token_id": text["vocab_size"] - 1,
         },
@@ -83,9 +83,9 @@ def clip_config(model):
 
 
 def clip_state(state):
-    """An open_clip state dict under transformers' names."""
+    """Convert an open_clip state dict to the keys of a transformers CLIPModel."""
     result = {}
-    for key, value in renamed(state, RENAMES).items():
+    for key, value in rename_keys(state, RENAMES).items():
         if key in ("visual_projection.weight", "text_projection.weight"):
             value = value.T
         if ".in_proj_" in key:
@@ -97,14 +97,14 @@ def clip_state(state):
 
 
 def load(path, revision, device, dtype, file_name="HPS_v2_compressed.pt"):
-    """From the Hub, or from a folder with the checkpoint as published and, for another size or an offline machine,
-    `open_clip_config.json` and the tokenizer's files.
+    """Load from the Hub, or from a folder with the published checkpoint `file_name`.
 
-    R = cos(f(image), g(prompt)), without a scale.
+    The folder may also hold the tokenizer's files, for offline use, and `open_clip_config.json`, for a model of
+    another size. R = cos(f(image), g(prompt)), without a scale.
     """
     file = hub_file(MODEL_ID, file_name, revision) if path is None else existing_file(path, file_name)
     architecture = VIT_H_14
-    if holds(path, "open_clip_config.json"):
+    if has_file(path, "open_clip_config.json"):
         architecture = read_json(os.path.join(path, "open_clip_config.json"))["model_cfg"]
     checkpoint = load_state_dict(file)
     if "state_dict" not in checkpoint:

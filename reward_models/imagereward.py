@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ImageReward (huggingface.co/papers/2304.05977): human preference. SD 1.x scores .1 to .3, tuned models .7 to .8."""
+"""ImageReward (huggingface.co/papers/2304.05977): human preference.
+
+SD 1.x scores .1 to .3, fine-tuned models .7 to .8.
+"""
 
 import os
 
@@ -22,20 +25,20 @@ from .base import ScoreHead, check_batch
 from .clip import preprocess_clip
 from .loading import (
     existing_file,
-    holds,
+    has_file,
     hub_file,
     load_into,
     load_pretrained,
     load_state_dict,
-    loading,
+    one_line_errors,
     read_json,
-    renamed,
+    rename_keys,
 )
 
 
 MODEL_ID = "THUDM/ImageReward"
 TOKENIZER_ID = "google-bert/bert-base-uncased"
-# Mean and deviation of the raw score over the authors' training pictures.
+# Mean and standard deviation of the raw score over the authors' training images.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 VIT_L_16 = {
@@ -45,7 +48,7 @@ VIT_L_16 = {
     "patch_size": 16,
     "image_size": 224,
 }
-# The names of BLIP's own vision tower -> transformers'.
+# Key names of BLIP's own vision tower -> transformers', applied in this order.
 RENAMES = (
     (r"patch_embed\.proj", "embeddings.patch_embedding"),
     (r"cls_token", "embeddings.class_embedding"),
@@ -59,7 +62,10 @@ RENAMES = (
 
 
 class ImageReward(torch.nn.Module):
-    """R = (MLP(h[CLS]) - m) / s with h the BERT states of the prompt, that look at the ViT's states of the picture."""
+    """R = (MLP(h[CLS]) - m) / s, where h are BERT's states of the prompt.
+
+    BERT attends to the vision tower's states of the image. The constants m and s are `MEAN` and `STD`.
+    """
 
     differentiable = True
 
@@ -74,33 +80,37 @@ class ImageReward(torch.nn.Module):
         check_batch(images, prompts)
         wide = torch.promote_types(self.vision.dtype, torch.float32)
         pixels = preprocess_clip(images.to(wide), self.vision.config.image_size)
-        pictures = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
+        image_states = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
         ).to(images.device)
         states = self.text(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=pictures
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=image_states
         ).last_hidden_state
         return (self.head(states[:, 0].to(wide)) - MEAN) / STD
 
 
 def load(path, revision, device, dtype):
-    """From the Hub, or from a folder with `ImageReward.pt`, `med_config.json` and, for another size or an offline
-    machine, `vit_config.json` and `vocab.txt`."""
+    """Load from the Hub, or from a folder with `ImageReward.pt` and `med_config.json`.
+
+    The folder may also hold the tokenizer's `vocab.txt`, for offline use, and `vit_config.json`, for a vision tower of
+    another size.
+    """
     if path is None:
         file, config_file = (hub_file(MODEL_ID, name, revision) for name in ("ImageReward.pt", "med_config.json"))
     else:
         file, config_file = (existing_file(path, name) for name in ("ImageReward.pt", "med_config.json"))
     bert = read_json(config_file)
-    vit = read_json(os.path.join(path, "vit_config.json")) if holds(path, "vit_config.json") else VIT_L_16
-    tokenizer_source = path if holds(path, "vocab.txt") else TOKENIZER_ID
+    vit = read_json(os.path.join(path, "vit_config.json")) if has_file(path, "vit_config.json") else VIT_L_16
+    tokenizer_source = path if has_file(path, "vocab.txt") else TOKENIZER_ID
     vision_config = BlipVisionConfig(**vit, intermediate_size=4 * vit["hidden_size"], layer_norm_eps=1e-6)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     text_config = BlipTextConfig(
         **{name: bert[name] for name in (*names, "max_position_embeddings", "hidden_act", "layer_norm_eps")},
-        # The file says the width of a ViT-B; its authors' code takes that of the vision tower.
+        # The file has the width of a ViT-B. The authors' code uses the width of the vision tower instead.
         encoder_hidden_size=vit["hidden_size"],
-        # Creates the cross-attention. The call then asks for no causal mask, which is transformers' default.
+        # Creates the cross-attention layers. Attention is still not causal: BlipTextModel.forward has its own
+        # `is_decoder`, which is false by default.
         is_decoder=True,
         bos_token_id=None,
     )
@@ -110,13 +120,13 @@ def load(path, revision, device, dtype):
         prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
         if prefix is not None:
             parts[prefix][key.removeprefix(prefix)] = value
-        elif not key.startswith(("blip.vision_proj.", "blip.text_proj.")):  # of BLIP's contrastive loss
+        elif not key.startswith(("blip.vision_proj.", "blip.text_proj.")):  # used by BLIP's contrastive loss only
             raise ValueError(f"{file!r} does not fit: unexpected {[key]}")
     vision_state, text_state, head_state = parts.values()
-    vision_state = renamed(vision_state, RENAMES)
+    vision_state = rename_keys(vision_state, RENAMES)
     head = ScoreHead(text_config.hidden_size)
     load_into(head, head_state, file)
-    with loading(tokenizer_source):
+    with one_line_errors(tokenizer_source):
         tokenizer = BertTokenizer.from_pretrained(tokenizer_source)
     vision = load_pretrained(BlipVisionModel, file, config=vision_config, state_dict=vision_state, dtype=dtype)
     text = load_pretrained(

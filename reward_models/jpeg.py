@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""JPEG size, the black-box reward of DDPO (huggingface.co/papers/2305.13301): what no gradient can reach."""
+"""JPEG file size, a black-box reward (it has no gradient) used by DDPO (huggingface.co/papers/2305.13301)."""
 
 import io
 
@@ -25,19 +25,22 @@ QUALITY = 95
 
 
 def jpeg_incompressibility(images, prompts):
-    """Size of each image (B, 3, H, W) in [0, 1] as a JPEG of quality 95, in kB (1000 bytes); prompts are ignored."""
+    """Size of each image as a JPEG of quality 95, in kB (1000 bytes).
+
+    Images are (B, 3, H, W) in [0, 1] and scores are (B,). Prompts are ignored.
+    """
     check_batch(images, prompts)
     pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for image in pixels:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
+        Image.fromarray(image).save(buffer, format="JPEG", quality=QUALITY)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, device=images.device)
 
 
 def jpeg_compressibility(images, prompts):
-    """The negated size in kB: simpler pictures score higher."""
+    """Negative JPEG size in kB: simpler images score higher."""
     return -jpeg_incompressibility(images, prompts)
 
 

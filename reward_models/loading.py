@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading checkpoints: what cannot be read is a ValueError of one line that names the file or repository."""
+"""Reading checkpoints from files, folders and the Hub.
+
+`one_line_errors` turns failures into ValueErrors that name the file, folder or repository in one line.
+"""
 
 import json
 import os
@@ -33,66 +36,71 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 
-# The first that fits: GatedRepoError is a RepositoryNotFoundError, and LocalEntryNotFoundError an EntryNotFoundError.
+# The first match counts. The order matters because GatedRepoError is a subclass of RepositoryNotFoundError, and
+# LocalEntryNotFoundError of EntryNotFoundError.
 HUB_PROBLEMS = (
     (GatedRepoError, "the repository is gated: accept its terms on its page and log in with `hf auth login`"),
     (RepositoryNotFoundError, "there is no such repository, or it is private: log in with `hf auth login`"),
     (RevisionNotFoundError, "the repository has no such revision"),
     (
         (LocalEntryNotFoundError, OfflineModeIsEnabled),
-        "the Hub cannot be reached and the files are not in the cache: go online once, or name a local folder",
+        "the Hub cannot be reached and the files are not in the cache: go online once, or use a local folder",
     ),
     (EntryNotFoundError, "the repository has no such file"),
 )
 
 
 def first_line(error):
-    """What an error says, in one line, or what it is if it says nothing."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
-def loading(source):
-    """Within it, every way in which the file, folder or Hub repository `source` fails to load is a ValueError."""
+def one_line_errors(source):
+    """Turn every exception within the context into a one-line ValueError that names `source`.
+
+    Args:
+        source: the file, folder or Hub repository that is being loaded.
+    """
     try:
         yield
-    except Exception as error:  # the formats and the Hub's HTTP client have errors of their own
+    except Exception as error:  # file formats and the Hub's HTTP client raise errors of many types
         chain = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
         problem = next((text for kinds, text in HUB_PROBLEMS if any(isinstance(e, kinds) for e in chain)), None)
         if problem is None and any(isinstance(e, pickle.UnpicklingError) for e in chain):
-            problem = "no plain checkpoint of tensors: it would run code, or is damaged"
+            problem = "not a plain checkpoint of tensors: it would run code, or it is damaged"
         if problem is None:
             problem = f"cannot be read: {first_line(error)}"
         raise ValueError(f"{source!r}: {problem}") from error
 
 
 def existing_file(directory, *names):
-    """The path of the first of `names` that is a file in `directory`.
+    """The path of the first of the files `names` that exists in `directory`.
 
     Raises:
-        ValueError: if none is.
+        ValueError: if none of them exists.
     """
     for name in names:
         if os.path.isfile(os.path.join(directory, name)):
             return os.path.join(directory, name)
-    raise ValueError(f"{directory!r} holds no {' nor '.join(names)}")
+    raise ValueError(f"{directory!r} holds no {' or '.join(names)}")
 
 
 def read_json(file):
-    """What a JSON file holds."""
+    """Read a JSON file."""
     with open(file, encoding="utf-8") as opened:
         return json.load(opened)
 
 
-def holds(directory, name):
-    """Whether there is a directory, and the file in it."""
+def has_file(directory, name):
+    """Whether `directory` is not `None` and contains the file `name`."""
     return directory is not None and os.path.isfile(os.path.join(directory, name))
 
 
-def renamed(state, rules):
-    """Tensors under other names: `rules` are pairs of a pattern and its replacement, applied one after the other."""
+def rename_keys(state, rules):
+    """Rename the keys of a state dict. `rules` are pairs (pattern, replacement), all applied to each key in order."""
     result = {}
     for key, value in state.items():
         for old, new in rules:
@@ -102,32 +110,42 @@ def renamed(state, rules):
 
 
 def hub_file(repository, name, revision=None):
-    """The local path of one file of a Hub repository."""
-    with loading(repository):
+    """Download a file of a Hub repository, unless it is cached, and return its local path.
+
+    Raises:
+        ValueError: if the file cannot be downloaded. The message names the repository.
+    """
+    with one_line_errors(repository):
         return hf_hub_download(repository, name, revision=revision)
 
 
 def load_state_dict(file):
-    """The tensors of a .safetensors or a torch checkpoint, on the CPU; a pickle that would run code is refused."""
-    with loading(file):
+    """Load a .safetensors or torch checkpoint onto the CPU.
+
+    Raises:
+        ValueError: if the file is damaged, or is a pickle that would run code. The message names the file.
+    """
+    with one_line_errors(file):
         if file.endswith(".safetensors"):
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_pretrained(cls, source, **kwargs):
-    """`cls.from_pretrained`, that refuses what does not fit instead of filling it with random numbers.
+    """Call `cls.from_pretrained`, but raise an error for weights that do not fit.
+
+    transformers itself would initialise them randomly.
 
     Args:
-        source: a folder or Hub repository; with `config` and `state_dict` among `kwargs`, just the name for errors.
+        source: a folder or Hub repository. If `kwargs` has `config` and `state_dict`, it is only used in messages.
 
     Raises:
-        ValueError: naming the source, and the missing, unexpected or misshapen keys.
+        ValueError: if the source cannot be loaded, or keys are missing, unexpected or of the wrong shape.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what does not fit is reported below
+    logging.set_verbosity_error()  # check_keys reports weights that do not fit
     try:
-        with loading(source):
+        with one_line_errors(source):
             model, info = cls.from_pretrained(
                 None if "state_dict" in kwargs else source,
                 output_loading_info=True,
@@ -141,22 +159,29 @@ def load_pretrained(cls, source, **kwargs):
 
 
 def load_into(module, state, source):
-    """Load tensors into a module, strictly.
+    """Load a state dict into a module.
+
+    Args:
+        source: name of the state dict's origin, for messages.
 
     Raises:
-        ValueError: naming the source, and the missing, unexpected or misshapen keys.
+        ValueError: if keys are missing, unexpected or of the wrong shape.
     """
-    own = module.state_dict()
-    misshapen = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    check_keys(source, own.keys() - state.keys(), state.keys() - own.keys(), misshapen)
+    expected = module.state_dict()
+    wrong_shape = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    check_keys(source, expected.keys() - state.keys(), state.keys() - expected.keys(), wrong_shape)
     module.load_state_dict(state)
 
 
-def check_keys(source, missing, unexpected, misshapen):
-    """Refuse a checkpoint that does not fit; a few keys of each kind tell which model it is of."""
-    # Positions are counted, not learned: older checkpoints hold them all the same.
+def check_keys(source, missing, unexpected, wrong_shape):
+    """Check that a checkpoint fits a model.
+
+    Raises:
+        ValueError: if any list of keys is not empty. The message has up to six keys of each kind.
+    """
+    # Older checkpoints store position_ids, which are constants and not weights.
     unexpected = [key for key in unexpected if not key.endswith("position_ids")]
-    kinds = {"missing": missing, "unexpected": unexpected, "other shape": misshapen}
+    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape}
     if any(kinds.values()):
         parts = (
             f"{kind} {sorted(keys)[:6]}{f' and {len(keys) - 6} more' if len(keys) > 6 else ''}"

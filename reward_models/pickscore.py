@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PickScore (huggingface.co/papers/2305.01569): which of two pictures people pick. SD 1.x scores 18 to 24."""
+"""PickScore (huggingface.co/papers/2305.01569): predicts which of two images people prefer. SD 1.x scores 18 to 24."""
 
 import os
 
@@ -26,9 +26,10 @@ MODEL_ID = "yuvalkirstain/PickScore_v1"
 
 
 def load(path, revision, device, dtype):
-    """From the Hub, or from a folder with a transformers CLIPModel and, if they lie there, its tokenizer's files.
+    """Load from the Hub, or from a folder with a transformers CLIPModel.
 
-    R = exp(logit_scale) cos(f(image), g(prompt)), the scale in float32 at least.
+    The tokenizer's files are optional in the folder. R = exp(logit_scale) cos(f(image), g(prompt)), where the scale is
+    float32 or wider.
     """
     source = MODEL_ID if path is None else os.path.dirname(existing_file(path, "config.json"))
     tokenizer = load_tokenizer(tokenizer_source(path))

@@ -11,17 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The RLR step: a denoising chain, its rollout, and one backward sweep that serves every gradient estimator."""
+"""The RLR step in plain torch: a denoising chain, its rollout, and one backward sweep that serves every estimator."""
 
 from .baselines import PredictedReward, RunningReward, leave_one_out, normalize, per_prompt
+from .batch import Batch
 from .branching import branch
-from .chain import SCHEDULERS, StableDiffusionChain, decode_latents, denoising_steps, make_scheduler
-from .dcot import BOUNDARIES, ChainOfThought, levels_of_steps
+from .chain import AffineStep, DenoisingChain, linear_guidance, scheduler_steps
 from .estimators import (
-    AdaptiveMixing,
-    Schedule,
     SubchainSampler,
-    Transport,
     alignprop,
     ddpo,
     draft_lv,
@@ -32,35 +29,31 @@ from .estimators import (
     truncated_bp,
 )
 from .kl import GaussianKL
+from .mixing import AdaptiveMixing, Transport
 from .policy_gradient import ClippedRatio
-from .prompts import (
-    PromptEmbeds,
-    PromptSampler,
-    embed,
-    load_levels,
-    load_prompts,
-    text_encoders_of,
-    unique_prompts,
-)
-from .rollout import Trajectory, renoise, rollout
-from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
+from .rollout import Trajectory, draw_noise, renoise, rollout
+from .settings import BASELINES, ESTIMATORS, RESTS, Settings
+from .step import RLRStep
+from .sweep import Schedule, SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
 
 __all__ = [
-    "BOUNDARIES",
-    "SCHEDULERS",
+    "BASELINES",
+    "ESTIMATORS",
+    "RESTS",
     "AdaptiveMixing",
-    "ChainOfThought",
+    "AffineStep",
+    "Batch",
     "ClippedRatio",
+    "DenoisingChain",
     "GaussianKL",
     "PerturbedChain",
     "PredictedReward",
-    "PromptEmbeds",
-    "PromptSampler",
+    "RLRStep",
     "RunningReward",
     "Schedule",
-    "StableDiffusionChain",
+    "Settings",
     "SubchainSampler",
     "SweepStatistics",
     "Trajectory",
@@ -70,25 +63,19 @@ __all__ = [
     "backward_sweep",
     "branch",
     "ddpo",
-    "decode_latents",
-    "denoising_steps",
     "draft_lv",
-    "embed",
+    "draw_noise",
     "full_bp",
     "leave_one_out",
-    "levels_of_steps",
     "likelihood_ratio",
-    "load_levels",
-    "load_prompts",
-    "make_scheduler",
+    "linear_guidance",
     "normalize",
     "per_prompt",
     "renoise",
     "rlr",
     "rlr_paper",
     "rollout",
+    "scheduler_steps",
     "subchain_length",
-    "text_encoders_of",
     "truncated_bp",
-    "unique_prompts",
 ]

@@ -11,11 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a picture's reward is compared with. No baseline here looks at the picture's own noise, so none adds bias."""
+"""What an image's reward is compared with. No baseline here depends on the image's own noise, so none adds bias."""
 
 from collections import defaultdict
 
 import torch
+
+from .mixing import check_steps
 
 
 class RunningReward:
@@ -43,8 +45,8 @@ class RunningReward:
 def leave_one_out(rewards, running_mean=None):
     """A_i = R_i - mean of R_j over j != i (huggingface.co/papers/2402.14740), for rewards (N,).
 
-    A single picture has no others: it is compared with `running_mean`, the mean of earlier batches, or with 0 before
-    there is one.
+    A single image has no others: it is compared with `running_mean`, the mean of earlier batches, or with 0 before there
+    is one.
     """
     count = len(rewards)
     if count == 1:
@@ -53,11 +55,11 @@ def leave_one_out(rewards, running_mean=None):
 
 
 def per_prompt(rewards, prompts, running_mean=None):
-    """Leave-one-out among the pictures of the same prompt; pictures alone in theirs are compared with all others.
+    """Leave-one-out among the images of the same prompt; an image that is alone in its prompt is compared with all others.
 
     Args:
         rewards: (N,).
-        prompts: N strings.
+        prompts: N strings, or anything else that is the same for images of one prompt.
         running_mean: as in `leave_one_out`.
     """
     groups = defaultdict(list)
@@ -71,13 +73,12 @@ def per_prompt(rewards, prompts, running_mean=None):
 
 
 class PredictedReward:
-    r"""b_k as the regression of R on the reward of the predicted picture, P_k = R(decode(x0_hat(x_k))), step by step.
+    r"""b_k as the regression of R on the reward of the predicted image, P_k = R(decode(x0_hat(x_k))), step by step.
 
-        A_k = (R - s_k P_k) - mean of (R - s_k P_k) over the other pictures,     s_k = cov(R, P_k) / var(P_k)
+        A_k = (R - s_k P_k) - mean of (R - s_k P_k) over the other images,     s_k = cov(R, P_k) / var(P_k)
 
-    x0_hat(x_k) is known before z_k is drawn, and s_k comes from earlier batches only, so this is a baseline: the step's
-    own noise is what A_k has left. Until there is a batch s_k = 0, plain leave-one-out. A single picture has no others,
-    and is compared with earlier batches.
+    x0_hat(x_k) is known before z_k is drawn, and s_k comes from earlier batches only, so this adds no bias. Before the
+    first batch s_k = 0, which is plain leave-one-out. A single image has no others and is compared with earlier batches.
 
     Args:
         num_steps: T.
@@ -95,7 +96,7 @@ class PredictedReward:
         return torch.where(variance > 0, covariance / variance, torch.zeros_like(variance))
 
     def _centred(self, predicted):
-        """P_k less its mean over the pictures, or for a single one over earlier batches; 0 where there is neither."""
+        """P_k minus its mean over the images, or over earlier batches for a single image; 0 where there is neither."""
         _, _, total, weight = self.moments
         means = predicted.mean(1) if predicted.shape[1] > 1 else (total / weight).to(predicted)
         return (predicted - means[:, None]).nan_to_num()
@@ -105,7 +106,7 @@ class PredictedReward:
 
         Args:
             rewards: R, (N,).
-            predicted: P_k, (T + 1, N); a row of NaN where a step has none, which leaves it leave-one-out.
+            predicted: P_k, (T + 1, N); a row of NaN for a step without predictions, which gets leave-one-out.
             running_mean: as in `leave_one_out`.
         """
         count = len(rewards)
@@ -125,14 +126,17 @@ class PredictedReward:
         return {"moments": self.moments.tolist()}
 
     def load_state_dict(self, state):
-        self.moments = torch.tensor(state["moments"], dtype=torch.float64)
+        """Raises ValueError for statistics of another number of steps."""
+        moments = torch.tensor(state["moments"], dtype=torch.float64)
+        check_steps("baseline", moments.shape[1], self.moments.shape[1])
+        self.moments = moments
 
 
 def normalize(advantages, rewards, largest_std, floor=0.1):
     """Advantages (N,) or (T + 1, N) over the standard deviation of the rewards (N,).
 
-    The divisor is not let fall below `floor` times the largest one seen: without the floor a saturated reward, all of
-    whose pictures score alike, would have its noise blown up to size 1.
+    The divisor is at least `floor` times the largest one seen. Without the floor the noise of a saturated reward, where
+    all images score alike, would be scaled up to size 1.
     """
     std = rewards.std().item() if len(rewards) > 1 else 0.0
     scale = max(std, floor * max(largest_std, std))

@@ -11,45 +11,55 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Branching: for rewards without a gradient, compare both sides of a step instead of many pictures."""
+"""Branching: for rewards without a gradient, compare both sides of one step instead of many images."""
+
+import random
 
 import torch
 
 
-def branch(chain, wide_chain, trajectory, k, reward, pairs, weight):
-    r"""Add a picture's gradient of -R to `.grad`, estimated at the one step k.
+def branch(chain, trajectory, score, pairs, scale=1.0):
+    r"""Add the gradient of -(mean over the batch of R) to `.grad`, estimated at one random step of each image.
 
-    From the shared x_k the step is taken with K pairs of noises +-z_i, and each of the 2K branches run to its end with
-    common later noises, so that the difference of a pair is due to z_i:
+    From the x_k of an image the step k is taken with K pairs of noises +-z_i, and each of the 2K branches runs to its end
+    with the same later noises, so that the difference of a pair is due to z_i alone:
 
-        c_{k-1} = w / (2 K) sum_i (R_i^+ - R_i^-) z_i / sigma_k,        grad -= J_theta(mu_k)^T c_{k-1}
+        c_{k-1} = T / (2 K) sum_i (R_i^+ - R_i^-) z_i / sigma_k,        grad -= J_theta(mu_k)^T c_{k-1} / B
 
-    With k drawn with probability p_k and w = 1 / p_k this is unbiased for the sum over all steps; it is the likelihood
-    ratio with its antithetic partner as a baseline, and one vector-Jacobian product serves all pairs.
+    k is uniform in 1..T, from Python's global generator, which makes this unbiased for the sum over all steps. It is the
+    likelihood ratio with its antithetic partner as a baseline, and one vector-Jacobian product serves all pairs.
 
     Args:
-        chain: of this picture, batch size 1.
-        wide_chain: the same for a batch of 2K.
+        chain: with `repeat`, see `rlr_utils.chain`.
         trajectory: from `rollout` on `chain`.
-        k: the drawn step.
-        reward: `reward(x_0) -> (2K,)` for latents (2K, ...).
+        score: `score(x_0) -> (B,)`, the rewards of latents (B, ...), image i scored as image i of the batch.
         pairs: K.
-        weight: w; 1 / (B p_k) makes B such calls the gradient of -(mean of R).
-
-    Returns:
-        The rewards of the branches, (2K,).
+        scale: a factor of the gradient.
     """
-    x_k = trajectory.latents[k]
-    noises = torch.randn(pairs, *x_k.shape[1:], dtype=x_k.dtype, device=x_k.device)
-    with torch.enable_grad():
-        mean = chain.mean(k, x_k)
+    num_images = len(trajectory.latents[0])
+    steps = []
+    ends = torch.stack([_run_branches(chain, trajectory, i, pairs, steps) for i in range(num_images)], dim=1)
     with torch.no_grad():
-        x = mean + chain.sigma(k) * torch.cat([noises, -noises])
-        for j in range(k - 1, 0, -1):
-            x = wide_chain.mean(j, x) + chain.sigma(j) * torch.randn_like(x_k)
-        rewards = reward(x)
-        plus, minus = rewards.chunk(2)
-        scores = weight * (plus - minus) / (2 * pairs * chain.sigma(k))
-        cotangent = (scores.view(-1, *[1] * (x.ndim - 1)) * noises).sum(0, keepdim=True)
-    torch.autograd.backward(mean, -cotangent)
-    return rewards
+        rewards = torch.stack([score(x_0) for x_0 in ends])  # (2K, B)
+    for i, (k, noises) in enumerate(steps):
+        plus, minus = rewards[:, i].chunk(2)
+        weight = scale * chain.num_steps / num_images
+        factors = weight * (plus - minus) / (2 * pairs * chain.sigma(k))
+        cotangent = (factors.view(-1, *[1] * (noises.ndim - 1)) * noises).sum(0, keepdim=True)
+        with torch.enable_grad():
+            mean = chain.repeat(i, 1).mean(k, trajectory.latents[k][i : i + 1])
+        torch.autograd.backward(mean, -cotangent)
+
+
+@torch.no_grad()
+def _run_branches(chain, trajectory, i, pairs, steps):
+    """x_0 (2K, ...) of the branches of image i; its step and noises (K, ...) are appended to `steps`."""
+    k = random.randint(1, chain.num_steps)
+    x_k = trajectory.latents[k][i : i + 1]
+    noises = torch.randn(pairs, *x_k.shape[1:], dtype=x_k.dtype, device=x_k.device)
+    steps.append((k, noises))
+    x = chain.repeat(i, 1).mean(k, x_k) + chain.sigma(k) * torch.cat([noises, -noises])
+    branches = chain.repeat(i, 2 * pairs)
+    for j in range(k - 1, 0, -1):
+        x = branches.mean(j, x) + chain.sigma(j) * torch.randn_like(x_k)
+    return x

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The denoising chain of a Stable Diffusion or SDXL pipeline, as the rollout and the sweep see it.
+"""Denoising chains, as the rollout and the sweep see them.
 
 A chain is anything with three members:
 
@@ -19,7 +19,11 @@ A chain is anything with three members:
     chain.sigma(k) -> float        standard deviation of the noise that step k injects; k = T runs first, k = 1 last
     chain.mean(k, x) -> Tensor     mu_k(x_k), differentiable in x and in the trainable parameters
 
-so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I).
+so that one step is x_{k-1} = mu_k(x_k) + sigma_k z_k with z_k ~ N(0, I). Some estimators ask for more:
+
+    chain.predict(k, x)            (mu_k(x_k), x0_hat(x_k)), for the predicted-x_0 baseline
+    chain.repeat(i, copies)        the chain of image i alone, for a batch of `copies`, for branching
+    chain.renoise(x_0, noise)      x_1 as the forward process draws it from x_0, for DRaFT-LV
 """
 
 import copy
@@ -29,33 +33,11 @@ from typing import NamedTuple
 
 import torch
 
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-)
-from diffusers.utils.torch_utils import randn_tensor
+from .rollout import draw_noise
 
 
-# {name: class and what its configuration must say}. Configurations of PNDM, SD 1.4's default, do not say clip_sample, and
-# the default of DDIM and DDPM would clip the latents; DPM-Solver of higher order remembers earlier steps.
-SCHEDULERS = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
-    "dpm_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
-}
-
-
-def make_scheduler(name, config):
-    """The scheduler of a key of `SCHEDULERS` from the configuration of another one."""
-    scheduler_class, settings = SCHEDULERS[name]
-    return scheduler_class.from_config(config, **settings)
-
-
-class DenoisingStep(NamedTuple):
-    """What a scheduler does in one step, for a prediction e that the U-Net makes of `input_scale` x:
+class AffineStep(NamedTuple):
+    """One step of a scheduler, for a prediction e that the network makes of `input_scale` x:
 
     x_{k-1} = x_from_x x + x_from_e e + sigma z,        x0_hat = x0_from_x x + x0_from_e e
     """
@@ -68,196 +50,157 @@ class DenoisingStep(NamedTuple):
     input_scale: float
 
 
-def denoising_steps(scheduler, eta):
-    """The `DenoisingStep` of each of a scheduler's timesteps, in their order.
+def scheduler_steps(scheduler, eta):
+    """The `AffineStep` of each timestep of a diffusers scheduler, the first executed first.
 
-    The scheduler itself is asked: it takes its steps for a few numbers whose answers give the coefficients away, and for
-    others that they must foretell. So nothing of it is written again, and one that remembers earlier steps, clips its
-    predictions or uses up its noise otherwise is found out.
+    The scheduler itself is asked: it steps from a few known numbers, whose results give the coefficients, and from random
+    numbers, whose results the coefficients must reproduce. So no scheduler is re-implemented here, and one that remembers
+    earlier steps, clips its predictions or draws its noise in another way is detected.
 
     Args:
-        scheduler: with `set_timesteps` already called; it is left as it is.
+        scheduler: with `set_timesteps` already called; it is left unchanged.
         eta: for schedulers whose `step` takes it.
 
     Raises:
-        ValueError: for a scheduler whose steps are not of this form, and for one that is not finite at some step, such as
-            noise prediction where the schedule starts in pure noise: it divides by an alpha of zero. So does DDIM there
-            with eta = 1 for some numbers of steps, by rounding.
+        ValueError: for a scheduler whose steps are not of this form, and for a step that is not finite. Noise prediction
+            is not finite where the schedule starts in pure noise, since it divides by an alpha of zero.
     """
-    name, count = type(scheduler).__name__, len(scheduler.timesteps)
     asked = copy.deepcopy(scheduler)
-    asked.set_timesteps(count)  # which forgets the steps taken so far
+    asked.set_timesteps(len(scheduler.timesteps))  # which forgets the steps taken so far
     options = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
-    numbers, steps = torch.Generator().manual_seed(0), []
-    for i, timestep in enumerate(asked.timesteps):
-        x, e = torch.zeros(2, 4, 1, 1, 1)
-        x[0] = e[1] = 1.0
-        x[3], e[3] = torch.randn(2, generator=numbers)
-        try:
-            input_scale = asked.scale_model_input(torch.ones(1), timestep).item()
-            z = randn_tensor(x.shape, torch.Generator().manual_seed(i))
-            generator = torch.Generator().manual_seed(i)
-            results = asked.step(e, timestep, x, generator=generator, return_dict=False, **options)
-        except (TypeError, NotImplementedError) as error:
-            raise ValueError(f"{name} cannot be used here: {error}") from error
-        # DPM-Solver keeps its predicted x_0 to itself.
-        x0 = results[1] if len(results) > 1 else asked.model_outputs[-1]
-        sigma = results[0][2] / z[2]
-        mean = results[0] - sigma * z
-        step = DenoisingStep(*(v.item() for v in (mean[0], mean[1], sigma, x0[0], x0[1])), input_scale)
-        where = f"{name}, prediction_type {scheduler.config.prediction_type!r}, step {count - i} from the end (timestep {timestep.item():g})"
-        if not all(map(math.isfinite, step)):
-            raise ValueError(
-                f"{where}: the schedule degenerates, the step is not finite; another eta or number of steps may do"
-            )
-        if abs(step.sigma) < 1e-6:  # what DDPM keeps its variance above is nothing that float32 could add to latents
-            step = step._replace(sigma=0.0)
-        for found, foretold in (
-            (mean[3], step.x_from_x * x[3] + step.x_from_e * e[3]),
-            (x0[3], step.x0_from_x * x[3] + step.x0_from_e * e[3]),
-        ):
-            if not torch.allclose(found, foretold, rtol=1e-3, atol=1e-3):
-                raise ValueError(f"{where}: no Gaussian step whose mean is affine in latents and prediction")
-        steps.append(step)
-    return steps
+    numbers = torch.Generator().manual_seed(0)
+    return [_probe(asked, i, options, numbers) for i in range(len(asked.timesteps))]
 
 
-class StableDiffusionChain:
-    r"""The chain that a pipeline's U-Net and scheduler define under classifier-free guidance.
+def _probe(scheduler, i, options, numbers):
+    """The `AffineStep` at the i-th timestep of a scheduler that has taken the i steps before.
 
-    mu_k and sigma_k are the scheduler's own, see `denoising_steps`: DDIM (huggingface.co/papers/2010.02502), DDPM
-    (huggingface.co/papers/2006.11239), Euler ancestral, the SDE form of DPM-Solver++ of first order
-    (huggingface.co/papers/2211.01095), or any other whose steps are Gaussian with an affine mean, for noise, v and sample
-    prediction. The prediction is guided, e = e_uncond + s (e_cond - e_uncond) (huggingface.co/papers/2207.12598), and so
-    is the mean: the gradient flows through both halves.
+    Of four latents x and predictions e the first two give the coefficients and the third the noise; the fourth is random
+    and checks them.
+    """
+    name, timestep = type(scheduler).__name__, scheduler.timesteps[i]
+    x, e = torch.zeros(2, 4, 1, 1, 1)
+    x[0] = e[1] = 1.0
+    x[3], e[3] = torch.randn(2, generator=numbers)
+    z = draw_noise(x.shape, torch.Generator().manual_seed(i), like=x)
+    try:
+        input_scale = scheduler.scale_model_input(torch.ones(1), timestep).item()
+        generator = torch.Generator().manual_seed(i)
+        results = scheduler.step(e, timestep, x, generator=generator, return_dict=False, **options)
+        x0 = results[1] if len(results) > 1 else scheduler.model_outputs[-1]  # DPM-Solver does not return its x_0
+    except (TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"{name} cannot be used here: {error}") from error
+    sigma = results[0][2] / z[2]
+    mean = results[0] - sigma * z
+    step = AffineStep(*(v.item() for v in (mean[0], mean[1], sigma, x0[0], x0[1])), input_scale)
+    where = (
+        f"{name}, prediction_type {scheduler.config.prediction_type!r}, step {len(scheduler.timesteps) - i} from the end"
+        f" (timestep {timestep.item():g})"
+    )
+    if not all(map(math.isfinite, step)):
+        raise ValueError(f"{where}: the step is not finite; another eta or number of steps may help")
+    expected = step.x_from_x * x[3] + step.x_from_e * e[3], step.x0_from_x * x[3] + step.x0_from_e * e[3]
+    if not all(torch.allclose(*pair, rtol=1e-3, atol=1e-3) for pair in zip((mean[3], x0[3]), expected)):
+        raise ValueError(f"{where}: not a Gaussian step whose mean is affine in latents and prediction")
+    # DDPM keeps its variance above a number too small for float32 to add to latents.
+    return step if abs(step.sigma) >= 1e-6 else step._replace(sigma=0.0)
+
+
+def linear_guidance(negative, positive, scale):
+    """Classifier-free guidance, e = e_neg + s (e_pos - e_neg) (huggingface.co/papers/2207.12598)."""
+    return negative + scale * (positive - negative)
+
+
+class DenoisingChain:
+    r"""The chain that a denoising network and a list of steps define under classifier-free guidance.
+
+    The prediction is guided, and so is the mean: the gradient flows through both halves of the guided call.
 
     Args:
-        unet: predicts from (x, timestep, encoder_hidden_states=..., added_cond_kwargs=...) and returns an object with
-            `.sample`; what is added is `None` but for SDXL (huggingface.co/papers/2307.01952).
-        scheduler: with `set_timesteps` already called.
-        prompt_embeds: (B, L, D) for the whole chain, or (T, B, L, D) for one prompt per step, the first executed first.
-            The U-Net runs in the dtype of these embeddings, the latents keep their own.
-        negative_prompt_embeds: (B, L, D), (1, L, D) for the same in all pictures, or `None` for no guidance.
-        pooled_prompt_embeds: of SDXL, (B, D') or (T, B, D'), else `None`.
-        negative_pooled_prompt_embeds: of SDXL, (B, D') or (1, D').
-        time_ids: of SDXL, (1, 6): original size, crop and target size of all pictures.
-        guidance_scale: s; guidance is off at s <= 1, as in the pipeline.
-        eta: of DDIM, 0 for the deterministic chain (every sigma_k = 0) up to 1 for the noise of DDPM.
+        call: `call(x, timestep, conditions) -> prediction`, one forward pass of the network.
+        steps: T `AffineStep`, the first executed first, such as `scheduler_steps` returns.
+        timesteps: (T,), what the network is told at each step.
+        conditions: {name: (B, ...)} for the whole chain, or a list of T of them for a prompt per step.
+        negative: {name: (B, ...)} of the negative prompts, {name: (1, ...)} for the same in all images, or `None` for no
+            guidance.
+        guidance_scale: s; guidance is off at s <= 1, as in diffusers' pipelines.
+        guide: `guide(negative, positive, s) -> prediction`.
+        add_noise: `add_noise(x_0, noise) -> x_1`, the forward process up to the last step, for `renoise`.
+        init_noise_sigma: standard deviation of x_T.
 
     Raises:
-        ValueError: if the scheduler's steps are not of this form.
+        ValueError: for a list of conditions that are not T.
     """
 
     def __init__(
         self,
-        unet,
-        scheduler,
-        prompt_embeds,
-        negative_prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        negative_pooled_prompt_embeds=None,
+        call,
+        steps,
+        timesteps,
+        conditions,
+        negative=None,
         *,
-        time_ids=None,
         guidance_scale=5.0,
-        eta=1.0,
+        guide=linear_guidance,
+        add_noise=None,
+        init_noise_sigma=1.0,
     ):
-        self.unet = unet
-        self.scheduler = copy.deepcopy(scheduler)  # whose add_noise moves its tables to the device of the latents
-        self.guidance_scale = guidance_scale
-        # Numbers and tensors that are where they are needed: nothing waits for the device while the chain runs.
-        self.steps = denoising_steps(scheduler, eta)
-        self.timesteps = scheduler.timesteps.to(prompt_embeds.device)
-        self.time_ids = time_ids
-        self._condition_on(prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds)
+        self.call, self.steps, self.timesteps = call, steps, timesteps
+        self.num_steps = len(steps)
+        self.guidance_scale, self.guide, self.add_noise = guidance_scale, guide, add_noise
+        self.init_noise_sigma = init_noise_sigma
+        self._condition_on(conditions, negative)
 
-    def _condition_on(
-        self,
-        prompt_embeds,
-        negative_prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        negative_pooled_prompt_embeds=None,
-    ):
-        # Detached: a graph back into the text encoder would be spent by the first of the sweep's backward calls.
-        def expanded(embeds, *shape):
-            return None if embeds is None else embeds.detach().expand(*shape)
+    def _condition_on(self, conditions, negative):
+        by_step = conditions if isinstance(conditions, list) else [conditions] * self.num_steps
+        if len(by_step) != self.num_steps:
+            raise ValueError(f"conditions of {len(by_step)} steps for a chain of {self.num_steps}")
+        # Detached: a graph back into a text encoder would be used up by the sweep's first backward call.
+        self.conditions = [{name: value.detach() for name, value in one.items()} for one in by_step]
+        self.guided = negative is not None and self.guidance_scale > 1
+        self.negative = None
+        if negative is not None:
+            batch = len(next(iter(self.conditions[0].values())))
+            self.negative = {name: value.detach().expand(batch, *value.shape[1:]) for name, value in negative.items()}
 
-        batch = prompt_embeds.shape[-3]
-        self.prompt_embeds = expanded(prompt_embeds, self.num_steps, batch, -1, -1)
-        self.negative_prompt_embeds = expanded(negative_prompt_embeds, batch, -1, -1)
-        self.pooled_prompt_embeds = expanded(pooled_prompt_embeds, self.num_steps, batch, -1)
-        self.negative_pooled_prompt_embeds = expanded(negative_pooled_prompt_embeds, batch, -1)
-        self.guided = negative_prompt_embeds is not None and self.guidance_scale > 1
-
-    def conditioned_on(self, *embeds):
-        """The same chain under other prompts, embedded as in the constructor."""
+    def conditioned_on(self, conditions, negative=None):
+        """The same chain with other prompts, given as to the constructor."""
         chain = copy.copy(self)
-        chain._condition_on(*embeds)
+        chain._condition_on(conditions, negative)
         return chain
 
     def repeat(self, i, copies):
-        """The chain of picture i alone, for a batch of `copies`; nothing is encoded again."""
-        embeds = self.prompt_embeds[:, i : i + 1].expand(-1, copies, -1, -1)
-        pooled, negative, negative_pooled = self.pooled_prompt_embeds, self.negative_prompt_embeds, None
-        if pooled is not None:
-            pooled = pooled[:, i : i + 1].expand(-1, copies, -1)
-        if negative is not None:
-            negative = negative[i : i + 1]
-        if self.negative_pooled_prompt_embeds is not None:
-            negative_pooled = self.negative_pooled_prompt_embeds[i : i + 1]
-        return self.conditioned_on(embeds, negative, pooled, negative_pooled)
+        """The chain of image i alone, for a batch of `copies`."""
 
-    @property
-    def num_steps(self):
-        return len(self.steps)
+        def repeated(conditions):
+            return {name: value[i : i + 1].expand(copies, *value.shape[1:]) for name, value in conditions.items()}
+
+        negative = None if self.negative is None else repeated(self.negative)
+        return self.conditioned_on([repeated(one) for one in self.conditions], negative)
 
     def sigma(self, k):
         return self.steps[self.num_steps - k].sigma
 
     def mean(self, k, x):
-        """mu_k(x_k): latents (B, C, H, W) of step k -> the mean (B, C, H, W) of the latents of step k - 1."""
+        """mu_k(x_k): latents (B, ...) of step k -> the mean (B, ...) of the latents of step k - 1."""
         step = self.steps[self.num_steps - k]
         return step.x_from_x * x + step.x_from_e * self._prediction(k, x)
 
     def predict(self, k, x):
-        """(mu_k(x_k), x0_hat(x_k)), (B, C, H, W) each: the mean and, from the same U-Net call, the predicted x_0."""
+        """(mu_k(x_k), x0_hat(x_k)), (B, ...) each: the mean and, from the same call of the network, the predicted x_0."""
         step, e = self.steps[self.num_steps - k], self._prediction(k, x)
         return step.x_from_x * x + step.x_from_e * e, step.x0_from_x * x + step.x0_from_e * e
 
     def _prediction(self, k, x):
-        """The guided prediction of the U-Net at x_k."""
+        """The guided prediction of the network at x_k."""
         i = self.num_steps - k
-        embeds, added = self.prompt_embeds[i], None
-        model_input = self.steps[i].input_scale * x
-        if self.guided:
-            embeds = torch.cat([self.negative_prompt_embeds, embeds])
-            model_input = torch.cat([model_input, model_input])
-        if self.pooled_prompt_embeds is not None:
-            pooled = self.pooled_prompt_embeds[i]
-            if self.guided:
-                pooled = torch.cat([self.negative_pooled_prompt_embeds, pooled])
-            added = {"text_embeds": pooled, "time_ids": self.time_ids.expand(len(pooled), -1)}
-        prediction = self.unet(
-            model_input.to(embeds.dtype), self.timesteps[i], encoder_hidden_states=embeds, added_cond_kwargs=added
-        ).sample.to(x.dtype)
-        if self.guided:
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + self.guidance_scale * (conditional - unconditional)
-        return prediction
+        conditions, model_input = self.conditions[i], self.steps[i].input_scale * x
+        if not self.guided:
+            return self.call(model_input, self.timesteps[i], conditions).to(x.dtype)
+        both = {name: torch.cat([self.negative[name], value]) for name, value in conditions.items()}
+        predictions = self.call(torch.cat([model_input, model_input]), self.timesteps[i], both).to(x.dtype)
+        return self.guide(*predictions.chunk(2), self.guidance_scale)
 
     def renoise(self, x_0, noise):
-        """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, C, H, W) each."""
-        return self.scheduler.add_noise(x_0, noise, self.timesteps[-1:])
-
-
-def decode_latents(vae, latents):
-    """Latents (B, C, h, w) of a Stable Diffusion or SDXL pipeline -> images (B, 3, H, W) in [0, 1], differentiable."""
-    latents = latents.to(vae.dtype)
-    # Of some VAEs of SDXL; others do not name them, or not both.
-    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
-    if mean is None or std is None:
-        latents = latents / vae.config.scaling_factor
-    else:
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        latents = latents * std / vae.config.scaling_factor + mean
-    images = vae.decode(latents, return_dict=False)[0]
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+        """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, ...) each."""
+        return self.add_noise(x_0, noise)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Staying near the base model: the KL divergence of the chain's steps, against reward hacking."""
+"""The KL divergence of the chain's steps from the base model's, a penalty against reward hacking."""
 
 
 class GaussianKL:
@@ -19,9 +19,9 @@ class GaussianKL:
 
         KL_k = ||mu_k - mu^base_k||^2 / (2 sigma_k^2),        -w dKL_k / dmu_k = -w (mu_k - mu^base_k) / sigma_k^2
 
-    Both steps are Gaussians of the same variance, so this is their divergence exactly, as in DPOK
-    (huggingface.co/papers/2305.16381). It is the local term: the states x_k are held fixed, and what the parameters of
-    one step do to the divergence of later ones is left out.
+    Both steps are Gaussians of the same variance, so this is their exact divergence, as in DPOK
+    (huggingface.co/papers/2305.16381). It is the local term: the states x_k are held fixed, so the effect of one step's
+    parameters on the divergence of later steps is left out.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -33,7 +33,7 @@ class GaussianKL:
         divergences: {k: KL_k} of the steps swept so far in nats, the mean over the batch.
 
     Raises:
-        ValueError: when a step without noise is swept, which diverges from any other by infinity.
+        ValueError: when a step without noise is swept, whose divergence from any other is infinite.
     """
 
     def __init__(self, chain, base_mean, trajectory, weight):

@@ -22,9 +22,9 @@ class ClippedRatio:
         r_k = exp( sum over dimensions of  (||sigma_k z_k||^2 - ||x_{k-1} - mu_k||^2) / (2 sigma_k^2) )
         L_k = min( r_k A, clip(r_k, 1 - c, 1 + c) A ),      dL_k/dmu_k = r_k A (x_{k-1} - mu_k) / sigma_k^2  or 0
 
-    PPO (huggingface.co/papers/1707.06347) as DDPO uses it (huggingface.co/papers/2305.13301). The log-ratio is a sum,
-    the log-probability of the whole latent, so c is a bound on the probability of a step, not of one of its entries.
-    While the parameters are those of the rollout r_k = 1, and this is the plain likelihood ratio A z_k / sigma_k.
+    PPO (huggingface.co/papers/1707.06347) as DDPO uses it (huggingface.co/papers/2305.13301). The log-ratio is summed over
+    the dimensions of the latent, so c bounds the probability of a whole step, not of one of its entries. While the
+    parameters are those of the rollout, r_k = 1, and this is the plain likelihood ratio A z_k / sigma_k.
 
     Args:
         chain: see `rlr_utils.chain`.
@@ -33,7 +33,7 @@ class ClippedRatio:
         clip_range: c.
 
     Attributes:
-        clipped: for every step swept so far, the fraction of the batch whose gradient the clipping cut.
+        clipped: for every step swept so far, the fraction of the batch whose gradient was clipped to 0.
     """
 
     def __init__(self, chain, trajectory, advantages, clip_range=0.2):
@@ -51,8 +51,8 @@ class ClippedRatio:
         ratio = log_ratio.exp()
         advantages = self.advantages if self.advantages.ndim == 1 else self.advantages[k]
         bound = 1 + self.clip_range * advantages.sign()
-        # min() takes the clipped branch, which has no gradient, where the ratio has gone beyond its bound in the
-        # direction the advantage pushes it.
+        # min() takes the clipped branch, which has no gradient, where the ratio is beyond its bound on the side to which
+        # the advantage pushes it.
         kept = (ratio - bound) * advantages.sign() <= 0
         self.clipped.append(1 - kept.to(mean.dtype).mean())
         weight = torch.where(kept, ratio * advantages, torch.zeros_like(ratio))

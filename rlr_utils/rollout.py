@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffusers.utils.torch_utils import randn_tensor
-
 
 @dataclass
 class Trajectory:
@@ -28,8 +26,7 @@ class Trajectory:
         latents: `latents[k]` is x_k (B, ...) for k = 0..T; `latents[T]` is where the run started.
         noises: `noises[k]` is z_k (B, ...) for k = 1..T with unit variance; `noises[0]` is `None`.
         predictions: {k: the predicted x_0 (B, ...) at x_k} of the steps for which it was asked.
-        kept: {k: (x_k, mu_k(x_k))} of the steps whose graph was kept, (B, ...) each, for the first sweep that follows; it
-            uses them up.
+        kept: {k: (x_k, mu_k(x_k))}, (B, ...) each, of the steps whose graph was kept for the next sweep, which uses it up.
     """
 
     latents: list
@@ -38,25 +35,46 @@ class Trajectory:
     kept: dict = field(default_factory=dict)
 
 
+def draw_noise(shape, generator=None, *, like):
+    """Standard normal noise with dtype and device of the tensor `like`.
+
+    It is drawn as diffusers' `randn_tensor` draws it: on the device of the generator, then moved.
+
+    Args:
+        generator: a `torch.Generator`, a list of one per image, or `None` for the global generator.
+
+    Raises:
+        ValueError: for a list of another length than the batch.
+    """
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}: give one per image")
+        return torch.cat([draw_noise((1, *shape[1:]), one, like=like) for one in generator])
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
 @torch.no_grad()
 def rollout(chain, x_T, generator=None, predict=(), keep=()):
-    """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph but those of the steps to keep.
+    """Run x_{k-1} = mu_k(x_k) + sigma_k z_k for k = T..1, without a graph except at the steps to keep.
 
     Args:
         chain: see `rlr_utils.chain`.
         x_T: (B, ...), the latents to start from.
-        generator: a `torch.Generator`, a list of B of them, or `None` for the global one. A generator that drew x_T
-            before goes on to draw what a diffusers pipeline draws, so the run ends in the pipeline's own picture.
-        predict: steps k whose predicted x_0 is returned too; the chain then also needs
-            `predict(k, x) -> (mu_k(x), x0_hat(x))`.
-        keep: steps k whose graphs are kept, which the sweep then need not compute again: memory for time.
+        generator: a `torch.Generator`, a list of B of them, or `None` for the global one. A generator that has drawn x_T
+            goes on to draw what a diffusers pipeline draws, so that the run ends in the pipeline's own image.
+        predict: steps k whose predicted x_0 is returned too; they need `chain.predict`.
+        keep: steps k whose graphs are kept, so that the sweep need not compute them again: memory for time.
+
+    Returns:
+        Trajectory
     """
     num_steps = chain.num_steps
     latents, noises = [None] * num_steps + [x_T], [None] * (num_steps + 1)
     trajectory = Trajectory(latents, noises)
-    # All of them first: noise of a generator on the CPU has to be carried over, for which a GPU would be waited for.
+    # All noise is drawn first: copying it from a generator on the CPU would make a GPU wait at every step.
     for k in range(num_steps, 0, -1):
-        noises[k] = randn_tensor(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
+        noises[k] = draw_noise(x_T.shape, generator, like=x_T)
 
     for k in range(num_steps, 0, -1):
         x = latents[k].detach().requires_grad_(k in keep)
@@ -72,11 +90,11 @@ def rollout(chain, x_T, generator=None, predict=(), keep=()):
 
 @torch.no_grad()
 def renoise(chain, x_0):
-    """A new last step for pictures x_0 (B, ...): x_1 from the chain's `renoise(x_0, noise)`, then the step itself.
+    """A new last step for images x_0 (B, ...): x_1 from the chain's `renoise(x_0, noise)`, then the step itself.
 
     Returns:
-        Trajectory with `latents[0]`, `latents[1]`, `noises[1]` and the kept graph of step 1 alone: enough for a sweep with
-        `stop_after=1`, which has nothing to compute again.
+        Trajectory of the last step alone, `latents[0]`, `latents[1]` and `noises[1]`, with its graph kept for a sweep that
+        stops after step 1.
     """
     x_1 = chain.renoise(x_0, torch.randn_like(x_0))
     noise = torch.randn_like(x_0)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The zeroth-order term of the paper: perturb the weights of a step, and credit the perturbation with the reward."""
+"""The zeroth-order term of the paper: perturb the weights of a step and weigh the perturbation with the reward."""
 
 from contextlib import contextmanager
 
@@ -21,10 +21,9 @@ import torch
 class WeightPerturbation:
     r"""theta + s eps_k at chosen steps k of a rollout, and the gradient estimate A eps_k / s that belongs to it.
 
-    This is the ZO part of RLR (huggingface.co/papers/2502.00639). The eps_k are drawn again from their seeds whenever
-    they are needed, never kept; one copy of the weights is kept and copied back after each step, so that they come
-    back bit by bit. All pictures of a batch share eps_k: their rewards are averaged, and the baseline must come from
-    other batches.
+    This is the ZO part of RLR (huggingface.co/papers/2502.00639). The eps_k are never kept but drawn again from their
+    seeds. One copy of the weights is kept and copied back after each step, so that they are restored to the bit. All
+    images of a batch share eps_k: their rewards are averaged, and the baseline must come from other batches.
 
     Args:
         parameters: the trainable parameters.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A small Hub on the loopback interface, that the real client of huggingface_hub talks to in the tests."""
+"""A small Hub on the loopback interface, for the real client of huggingface_hub."""
 
 import base64
 import hashlib
@@ -19,18 +19,22 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
+
 
 class LoopbackHub:
-    """Serves files of repositories, takes commits and refuses others as the Hub does; use it as a context manager.
+    """Serves files of repositories, and accepts or refuses commits, as the Hub does; use it as a context manager.
 
     Args:
         files: `{(repository, revision): {file name: bytes}}`; a commit is made up for each.
-        refused: `{repository: (HTTP status, error code of the Hub)}`, for whatever is asked of it.
-        token: what a client must have to create or to commit.
-        broken_commits: how many commits are answered with an error of the server's before one is taken.
+        refused: `{repository: (HTTP status, error code of the Hub)}`, the answer to every request for it.
+        token: what a client needs to create a repository or to commit.
+        broken_commits: the number of commits that fail with a server error before one is accepted.
 
     Attributes:
-        commits: `[(repository, summary, {file name: bytes})]`, what has been taken.
+        url: address of the server, for the environment variable HF_ENDPOINT of other processes.
+        commits: `[(repository, summary, {file name: bytes})]` that were accepted.
     """
 
     def __init__(self, files=None, refused=None, token=None, broken_commits=0):
@@ -51,7 +55,7 @@ class LoopbackHub:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-                self.respond(*hub.take(self.path.split("?")[0], body, token))
+                self.respond(*hub.accept(self.path.split("?")[0], body, token))
 
             def respond(self, status, headers, body, with_body=True):
                 self.send_response(status)
@@ -68,7 +72,7 @@ class LoopbackHub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def answer(self, path):
-        """(status, headers, body) of a file, or of its absence."""
+        """(status, headers, body) of a file, or of an error."""
         owner, name, kind, revision, file = ([*path.strip("/").split("/", 4), ""] + [""] * 4)[:5]
         repository = f"{owner}/{name}"
         if repository in self.refused:
@@ -76,7 +80,7 @@ class LoopbackHub:
             return status, {"X-Error-Code": code}, b""
         if kind != "resolve":
             return 404, {}, b""
-        # After the first answer the client asks for the commit that it was told.
+        # After the first answer the client asks for the commit that was in it.
         found = {
             file_name: (self.commit(repository, name), content)
             for (held, name), contents in self.files.items()
@@ -90,8 +94,8 @@ class LoopbackHub:
         commit, content = found[file]
         return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content
 
-    def take(self, path, body, token):
-        """(status, headers, body) of what is sent: a repository's creation, a card, the two requests of a commit."""
+    def accept(self, path, body, token):
+        """(status, headers, body) for a new repository, a card, or one of the two requests of a commit."""
         if path == "/api/validate-yaml":
             return self.json({"errors": [], "warnings": []})
         if token != self.token:
@@ -106,7 +110,7 @@ class LoopbackHub:
             return self.json({"files": answers})
         if self.broken_commits > 0:
             self.broken_commits -= 1
-            return 507, {}, b""  # unlike 500, one after which the client does not try again for half a minute
+            return 507, {}, b""  # after a 500 the client would try again for half a minute
         lines = [json.loads(line) for line in body.splitlines()]
         files = {
             line["value"]["path"]: base64.b64decode(line["value"]["content"])
@@ -124,6 +128,13 @@ class LoopbackHub:
     @staticmethod
     def commit(repository, revision):
         return hashlib.sha1(f"{repository}@{revision}".encode()).hexdigest()
+
+    def serve_this_process(self, monkeypatch):
+        """Let the client of this process, which has read HF_ENDPOINT when it was imported, ask this server."""
+        template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", self.url)
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

@@ -11,13 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Chains with known answers, and the embedded bundle, for the tests."""
+"""The embedded models, and runs of the training script on them, for the tests."""
 
 import json
 import os
 
+import pytest
 import torch
-from gradient_quality import LinearGaussianChain, flat_gradient  # noqa: F401
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusion_models import as_model, load_model
 from safetensors.torch import load_file
 from train_rlr_sd import main, parse_args
 
@@ -41,54 +43,53 @@ BASE = [
 ]
 
 
-class NonlinearChain(torch.nn.Module):
-    """A small network for every mean, so that nothing is linear: for comparisons with autograd."""
-
-    def __init__(self, num_steps=5, dim=3, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.num_steps = num_steps
-        self.net = torch.nn.Sequential(torch.nn.Linear(dim + 1, 8), torch.nn.Tanh(), torch.nn.Linear(8, dim)).double()
-
-    def sigma(self, k):
-        return 0.1 + 0.05 * k
-
-    def mean(self, k, x):
-        step = torch.full_like(x[:, :1], k / self.num_steps)
-        return 0.8 * x + self.net(torch.cat([x, step], dim=1))
-
-
-class Mix(torch.autograd.Function):
-    """c_{k-1} = gamma c^P + (1 - gamma) c^L in one graph of the chain: a node that mixes what comes back through it."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, score):
-        ctx.gamma, ctx.score = gamma, score
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, pathwise):
-        return ctx.gamma * pathwise + (1 - ctx.gamma) * ctx.score, None, None
-
-
-def gradients(module):
-    """All gradients of a module as one vector, which are cleared."""
-    return flat_gradient([p for p in module.parameters() if p.requires_grad])
-
-
 def tiny_pipeline(dtype=torch.float32):
+    """The embedded pipeline as diffusers loads it."""
     pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, dtype=dtype, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_model(**options):
+    """The embedded pipeline as `DiffusionModel`."""
+    return load_model(TINY_SD, **options)
+
+
+def chain_of(pipeline, num_steps, prompts, negative_prompt="", size=(32, 32), **options):
+    """The chain of a pipeline of diffusers under some prompts, without negative ones where `negative_prompt` is `None`."""
+    model = as_model(pipeline)
+    chain = model.make_chain(model.network, num_steps, size, **options)
+    negative = None
+    if negative_prompt is not None:
+        negative = (model.embed_nothing() if negative_prompt == "" else None) or model.embed([negative_prompt])
+    return chain.conditioned_on(model.embed(prompts), negative)
 
 
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def forget_accelerator():
+    """Forget the accelerator of an earlier run in this process, which may have had another precision."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 def train(output_dir, *flags):
+    forget_accelerator()
     main(parse_args([*BASE, "--output_dir", str(output_dir), *flags]))
     return metrics_of(output_dir)
+
+
+def refused(output_dir, capsys, *flags):
+    """The message of a run that ends in an error without having written anything."""
+    with pytest.raises(SystemExit) as stop:
+        train(output_dir, *flags)
+    assert stop.value.code not in (0, None)
+    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert message.strip().count("\n") == 0 and message.startswith("train_rlr_sd.py: error: ")
+    assert not output_dir.exists()
+    return message
 
 
 def same_adapter(a, b):

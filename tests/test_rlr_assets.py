@@ -11,22 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""The embedded models: what they draw and how they score it."""
+
 import os
 
 import pytest
 import torch
 from make_tiny_assets import COLORS, NUM_TRAIN_DIGITS, load_scans, paint, read_colors, read_digits, real_quality
 from reward_models import load_reward
-from rlr_testing import ASSETS, TINY_AESTHETIC, tiny_pipeline
-from rlr_utils import load_prompts
+from rlr_testing import ASSETS, DIGITS, TINY_AESTHETIC, tiny_pipeline
+from rlr_training.prompts import load_prompts
 from safetensors import safe_open
 from scipy.stats import spearmanr
 
 
 @pytest.fixture(scope="module")
-def base_pictures():
-    """Two pictures of each caption at the settings of the model card, and what was asked for."""
-    captions = load_prompts(os.path.join(ASSETS, "digits.txt")) * 2
+def base_images():
+    """Two images of each caption at the settings of the model card, and the numbers of their captions."""
+    captions = load_prompts(DIGITS) * 2
     pipeline = tiny_pipeline()
     generator = torch.Generator().manual_seed(0)
     images = pipeline(
@@ -35,13 +37,13 @@ def base_pictures():
     return images, torch.arange(len(captions)) % 60
 
 
-def test_the_pipeline_draws_what_it_is_asked_for(base_pictures):
-    images, asked = base_pictures
-    assert (read_digits(images) == asked % 10).float().mean() >= 0.95
-    assert (read_colors(images) == asked // 10).float().mean() >= 0.95
+def test_the_pipeline_draws_what_the_captions_say(base_images):
+    images, captions = base_images
+    assert (read_digits(images) == captions % 10).float().mean() >= 0.95
+    assert (read_colors(images) == captions // 10).float().mean() >= 0.95
 
 
-def test_the_head_ranks_held_out_pictures_and_leaves_headroom(base_pictures):
+def test_the_head_ranks_held_out_images_and_leaves_headroom(base_images):
     ink, _ = load_scans()
     held_out = ink[NUM_TRAIN_DIGITS:]
     colors = torch.arange(len(held_out)) % len(COLORS)
@@ -49,10 +51,10 @@ def test_the_head_ranks_held_out_pictures_and_leaves_headroom(base_pictures):
     reward = load_reward("aesthetic", path=TINY_AESTHETIC)
     scores = reward(real, [""] * len(real))
     assert spearmanr(scores, real_quality()(real)).statistic >= 0.8
-    assert reward(base_pictures[0], [""] * len(base_pictures[0])).mean() <= scores.max() - 2
+    assert reward(base_images[0], [""] * len(base_images[0])).mean() <= scores.max() - 2
 
 
-def test_the_bundle_is_small_and_in_float32():
+def test_the_files_are_small_and_in_float32():
     size = 0
     for folder, _, names in os.walk(ASSETS):
         for name in names:

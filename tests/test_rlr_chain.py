@@ -11,351 +11,336 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""`scheduler_steps` and `DenoisingChain` against the steps that diffusers' schedulers take themselves."""
+
 import copy
+import inspect
 
 import pytest
 import torch
-from peft import LoraConfig
-from reward_models import load_reward
-from rlr_testing import TINY_AESTHETIC, Mix, gradients, tiny_pipeline
-from rlr_utils import (
-    SCHEDULERS,
-    ChainOfThought,
-    ClippedRatio,
-    GaussianKL,
-    StableDiffusionChain,
-    backward_sweep,
-    decode_latents,
-    denoising_steps,
-    full_bp,
-    levels_of_steps,
-    likelihood_ratio,
-    make_scheduler,
-    renoise,
-    rollout,
+from diffusion_models import SCHEDULERS, make_scheduler
+from rlr_utils import AffineStep, DenoisingChain, renoise, rollout, scheduler_steps
+
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DDPMWuerstchenScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
 )
-from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 
-PROMPTS = ["a red seven", "a blue two", "a green zero"]
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SHAPE = (3, 4, 8, 8)
 
 
-def make_chain(pipeline, num_steps, prompts=PROMPTS, eta=1.0, guidance_scale=5.0):
-    pipeline.scheduler.set_timesteps(num_steps)
-    embeds, negative = pipeline.encode_prompt(prompts, "cpu", 1, guidance_scale > 1)
-    return StableDiffusionChain(
-        pipeline.unet, pipeline.scheduler, embeds, negative, guidance_scale=guidance_scale, eta=eta
+class ToyNetwork(torch.nn.Module):
+    """A prediction that depends on latents, timestep and two conditions. It counts the images of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64) / 2)
+        self.batch_sizes = []
+
+    def forward(self, x, timestep, conditions):
+        self.batch_sizes.append(len(x))
+        shift = (conditions["text"] + timestep / 1000 * conditions["pooled"]).to(x.dtype)
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", self.weight.to(x.dtype), x) + shift[:, :, None, None])
+
+
+def conditions_of(batch_size=3):
+    """Random conditions of a batch."""
+    return {name: torch.randn(batch_size, 4, dtype=torch.float64) for name in ("text", "pooled")}
+
+
+def scheduler_of(name, num_steps=6, **settings):
+    """A scheduler of `SCHEDULERS` with the betas of Stable Diffusion, set to some steps."""
+    scheduler = make_scheduler(name, {**BETAS, **settings})
+    scheduler.set_timesteps(num_steps)
+    return scheduler
+
+
+def chain_of(scheduler, network, conditions, negative=None, eta=1.0, **options):
+    """The chain of a network under the steps of a scheduler."""
+    return DenoisingChain(
+        network, scheduler_steps(scheduler, eta), scheduler.timesteps, conditions, negative, **options
     )
 
 
-def add_lora(unet, seed=0):
-    """A LoRA whose B is not zero, so that every gradient is there."""
-    torch.manual_seed(seed)
-    unet.requires_grad_(False)
-    targets = ["to_k", "to_q", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=targets))
+def sampled(scheduler, predict, x, generator, eta):
+    """The latents (B, ...) before and after each step, and x_0 as predicted there, in the way of diffusers' pipelines."""
+    options = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
+    latents, predicted = [x], []
+    for timestep in scheduler.timesteps:
+        e = predict(scheduler.scale_model_input(x, timestep), timestep)
+        output = scheduler.step(e, timestep, x, generator=generator, **options)
+        x = output.prev_sample
+        latents.append(x)
+        predicted.append(getattr(output, "pred_original_sample", None))
+    return latents, predicted
 
 
-@pytest.mark.parametrize("eta, guidance_scale", [(1.0, 5.0), (0.5, 1.0), (0.0, 3.0)])
-def test_a_rollout_ends_in_the_pipelines_own_picture(eta, guidance_scale):
-    pipeline = tiny_pipeline()
-    settings = {"num_inference_steps": 6, "eta": eta, "guidance_scale": guidance_scale, "output_type": "latent"}
-    expected = pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **settings).images
-    chain = make_chain(pipeline, 6, eta=eta, guidance_scale=guidance_scale)
-    generator = torch.Generator().manual_seed(0)
-    x_T = torch.randn(3, 4, 8, 8, generator=generator)
-    trajectory = rollout(chain, x_T, generator)
-    torch.testing.assert_close(trajectory.latents[0], expected, rtol=1e-5, atol=1e-5)
-    images = pipeline.image_processor.postprocess(
-        pipeline.vae.decode(expected / pipeline.vae.config.scaling_factor).sample.detach(), output_type="pt"
-    )
-    torch.testing.assert_close(decode_latents(pipeline.vae, expected).detach(), images, rtol=1e-5, atol=1e-5)
+def assert_same_chain(scheduler, eta=1.0, guidance_scale=3.0):
+    """Every latent of a rollout is that of the scheduler, from the same generator, and so is every predicted x_0."""
+    network, conditions, negative = ToyNetwork(), conditions_of(), conditions_of()
+    chain = chain_of(scheduler, network, conditions, negative, eta, guidance_scale=guidance_scale)
+
+    def predict(x, timestep):
+        e = network(x, timestep, conditions)
+        if guidance_scale <= 1:
+            return e
+        return (1 - guidance_scale) * network(x, timestep, negative) + guidance_scale * e
+
+    with torch.no_grad():
+        x_T = torch.randn(SHAPE) * chain.init_noise_sigma
+        expected, x_0 = sampled(copy.deepcopy(scheduler), predict, x_T, torch.Generator().manual_seed(0), eta)
+    steps = range(chain.num_steps, 0, -1)
+    trajectory = rollout(chain, x_T, torch.Generator().manual_seed(0), predict=steps)
+    torch.testing.assert_close(torch.stack(trajectory.latents[::-1]), torch.stack(expected), rtol=1e-4, atol=1e-4)
+    for k, prediction in zip(steps, x_0):
+        if prediction is not None:
+            torch.testing.assert_close(trajectory.predictions[k], prediction, rtol=1e-4, atol=1e-4)
+    return chain
+
+
+# scheduler_steps
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_rollout_ends_in_the_pipelines_own_picture_under_every_scheduler(name, prediction_type):
-    pipeline = tiny_pipeline()
-    settings = {"prediction_type": prediction_type}
-    pipeline.scheduler = make_scheduler(name, {**pipeline.scheduler.config, **settings})
-    if (name, prediction_type) == ("euler_ancestral", "sample"):  # which diffusers does not have either
+def test_the_chain_takes_the_steps_of_every_scheduler(name, prediction_type):
+    scheduler = scheduler_of(name, prediction_type=prediction_type)
+    if (name, prediction_type) == ("euler_ancestral", "sample"):  # diffusers lacks it
         with pytest.raises(ValueError, match="EulerAncestralDiscreteScheduler cannot be used here"):
-            make_chain(pipeline, 6)
+            scheduler_steps(scheduler, eta=1.0)
         return
-    options = {"num_inference_steps": 6, "eta": 1.0, "guidance_scale": 3.0, "output_type": "latent"}
-    expected = pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **options).images
-    chain = make_chain(pipeline, 6, guidance_scale=3.0)
-    generator = torch.Generator().manual_seed(0)
-    x_T = torch.randn(3, 4, 8, 8, generator=generator) * pipeline.scheduler.init_noise_sigma
-    trajectory = rollout(chain, x_T, generator, predict=[1])
-    torch.testing.assert_close(trajectory.latents[0], expected, rtol=2e-4, atol=2e-4)
-    if chain.sigma(1) == 0:  # the last step then ends in what it predicts
-        torch.testing.assert_close(trajectory.predictions[1], trajectory.latents[0], rtol=1e-3, atol=1e-3)
+    chain = assert_same_chain(scheduler)
     assert all(chain.sigma(k) > 0 for k in range(2, 7))
+    if chain.sigma(1) == 0:  # the last step then ends in what it predicts
+        mean, x_0 = chain.predict(1, torch.randn(SHAPE, dtype=torch.float64))
+        torch.testing.assert_close(x_0, mean, rtol=1e-3, atol=1e-3)
 
 
-def test_pure_noise_at_the_start_needs_another_prediction_than_noise():
-    """Zero terminal signal: v prediction works, and noise prediction would divide by zero at the first step."""
-    pipeline = tiny_pipeline()
+@pytest.mark.parametrize("eta, guidance_scale", [(1.0, 5.0), (0.5, 1.0), (0.0, 3.0), (0.3, 0.0)])
+def test_the_chain_takes_the_steps_of_ddim(eta, guidance_scale):
+    chain = assert_same_chain(scheduler_of("ddim", num_steps=8), eta, guidance_scale)
+    assert chain.guided == (guidance_scale > 1)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="trailing"),
+        DDPMScheduler(**{**BETAS, "steps_offset": 0}, clip_sample=False, variance_type="fixed_large"),
+        EulerDiscreteScheduler(**BETAS),
+        LCMScheduler(),
+        CogVideoXDDIMScheduler(prediction_type="v_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_chain_takes_the_steps_of_schedulers_that_it_does_not_know(scheduler):
+    scheduler.set_timesteps(5)
+    assert_same_chain(scheduler)
+
+
+def test_a_schedule_that_starts_in_pure_noise_needs_v_prediction():
+    """Noise prediction would divide by an alpha of zero at the first step."""
     settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    config = {**pipeline.scheduler.config, **settings}
-    pipeline.scheduler = make_scheduler("ddim", {**config, "prediction_type": "v_prediction"})
-    chain = make_chain(pipeline, 5)
-    assert chain.timesteps[0] == 999 and chain.steps[0].x0_from_x == 0
-    pipeline.scheduler = make_scheduler("ddim", config)
-    with pytest.raises(ValueError, match=r"'epsilon', step 5 from the end \(timestep 999\): the schedule degenerates"):
-        make_chain(pipeline, 5)
+    scheduler = scheduler_of("ddim", 5, **settings, prediction_type="v_prediction")
+    steps = scheduler_steps(scheduler, eta=1.0)
+    assert scheduler.timesteps[0] == 999 and steps[0].x0_from_x == 0
+    assert_same_chain(scheduler)
+    with pytest.raises(ValueError, match=r"'epsilon', step 5 from the end \(timestep 999\): the step is not finite"):
+        scheduler_steps(scheduler_of("ddim", 5, **settings), eta=1.0)
 
 
 @pytest.mark.parametrize(
     "scheduler, message",
     [
-        (DDIMScheduler(clip_sample=True), "no Gaussian step"),
-        (DDPMScheduler(clip_sample=False, thresholding=True), "no Gaussian step"),
-        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "step 3 from the end .* no Gaussian step"),
+        (DDIMScheduler(clip_sample=True), "not a Gaussian step"),
+        (DDPMScheduler(clip_sample=False, thresholding=True), "not a Gaussian step"),
+        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "step 3 from the end .* not a Gaussian step"),
         (PNDMScheduler(), "PNDMScheduler cannot be used here: .*generator"),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            "FlowMatchEulerDiscreteScheduler cannot be used here: .*scale_model_input",
+        ),
+        (DDPMWuerstchenScheduler(), "DDPMWuerstchenScheduler cannot be used here"),
     ],
-    ids=["clips", "thresholds", "remembers", "no noise"],
+    ids=["clips", "thresholds", "remembers", "without noise", "flow matching", "a timestep per image"],
 )
-def test_a_scheduler_that_is_no_gaussian_chain_is_refused(scheduler, message):
+def test_a_scheduler_whose_steps_are_not_affine_is_refused(scheduler, message):
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match=message):
-        denoising_steps(scheduler, eta=1.0)
+        scheduler_steps(scheduler, eta=1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_asking_a_scheduler_leaves_it_as_it_is(name):
-    scheduler = make_scheduler(name, tiny_pipeline().scheduler.config)
-    scheduler.set_timesteps(4)
-    before = copy.deepcopy(vars(scheduler))
-    denoising_steps(scheduler, eta=1.0)
+def test_asking_a_scheduler_leaves_it_and_the_random_state_unchanged(name):
+    scheduler = scheduler_of(name)
+    before, state = copy.deepcopy(vars(scheduler)), torch.get_rng_state()
+    scheduler_steps(scheduler, eta=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
     for key, value in vars(scheduler).items():
         same = torch.equal(value, before[key]) if isinstance(value, torch.Tensor) else str(value) == str(before[key])
         assert same, key
 
 
+def test_a_scheduler_may_be_asked_in_the_middle_of_a_run():
+    scheduler = scheduler_of("dpm_sde")
+    expected = scheduler_steps(scheduler, eta=1.0)
+    scheduler.step(torch.ones(SHAPE), scheduler.timesteps[0], torch.ones(SHAPE))
+    assert scheduler_steps(scheduler, eta=1.0) == expected
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_sigma_is_that_of_the_ddim_paper(eta):
     """Equation 16 of huggingface.co/papers/2010.02502, from the cumulative alphas."""
-    pipeline = tiny_pipeline()
-    chain = make_chain(pipeline, 10, eta=eta)
-    alphas = pipeline.scheduler.alphas_cumprod.double()
-    for k in range(1, 11):
-        t = chain.timesteps[10 - k].item()
-        a_t, a_prev = alphas[t], alphas[max(t - 100, 0)]
+    scheduler = scheduler_of("ddim", 10, steps_offset=0, set_alpha_to_one=False)
+    steps, alphas = scheduler_steps(scheduler, eta), scheduler.alphas_cumprod.double()
+    for step, timestep in zip(steps, scheduler.timesteps.tolist()):
+        a_t, a_prev = alphas[timestep], alphas[max(timestep - 100, 0)]
         sigma = eta * ((1 - a_prev) / (1 - a_t)).sqrt() * (1 - a_t / a_prev).sqrt()
-        # The scheduler works in float32, where 1 - a_t / a_prev cancels at the last step.
-        assert chain.sigma(k) == pytest.approx(sigma.item(), rel=1e-3)
-        assert isinstance(chain.sigma(k), float)
+        # The scheduler computes in float32, where 1 - a_t / a_prev cancels at the last step.
+        assert step.sigma == pytest.approx(sigma.item(), rel=1e-3)
+        assert all(isinstance(number, float) for number in step)
+
+
+def test_the_predicted_image_is_that_of_noise_prediction():
+    """x0_hat = (x - sqrt(1 - alpha) e) / sqrt(alpha), at every step."""
+    scheduler = scheduler_of("ddim", 5)
+    alphas = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    for step, alpha in zip(scheduler_steps(scheduler, eta=1.0), alphas):
+        assert step.x0_from_x == pytest.approx(1 / alpha.sqrt().item(), rel=1e-5)
+        assert step.x0_from_e == pytest.approx(-((1 - alpha) / alpha).sqrt().item(), rel=1e-5)
+
+
+# DenoisingChain
+
+
+@pytest.fixture
+def steps():
+    """Those of three timesteps, with an input scale that is not 1."""
+    numbers = torch.rand(3, 6).tolist()
+    return [AffineStep(*one) for one in numbers]
+
+
+def toy_chain(steps, conditions, negative=None, **options):
+    """A chain of a new `ToyNetwork`."""
+    return DenoisingChain(ToyNetwork(), steps, torch.tensor([900, 500, 100]), conditions, negative, **options)
+
+
+def test_the_mean_and_the_predicted_image_are_affine_in_latents_and_guided_prediction(steps):
+    conditions, negative = conditions_of(), conditions_of()
+    chain = toy_chain(steps, conditions, negative, guidance_scale=4.0)
+    x, network = torch.randn(SHAPE, dtype=torch.float64), chain.call
+    for k, step, timestep in zip((3, 2, 1), steps, (900, 500, 100)):
+        e, e_negative = (network(step.input_scale * x, timestep, one) for one in (conditions, negative))
+        guided = e_negative + 4 * (e - e_negative)
+        torch.testing.assert_close(chain.mean(k, x), step.x_from_x * x + step.x_from_e * guided)
+        mean, x_0 = chain.predict(k, x)
+        assert torch.equal(mean, chain.mean(k, x)) and chain.sigma(k) == step.sigma
+        torch.testing.assert_close(x_0, step.x0_from_x * x + step.x0_from_e * guided)
+
+
+@pytest.mark.parametrize("scale, batch_sizes", [(1.0, [3]), (0.5, [3]), (1.1, [6])])
+def test_guidance_is_one_call_of_twice_the_batch_and_off_up_to_a_scale_of_1(steps, scale, batch_sizes):
+    chain = toy_chain(steps, conditions_of(), conditions_of(), guidance_scale=scale)
+    chain.predict(2, torch.randn(SHAPE, dtype=torch.float64))
+    assert chain.call.batch_sizes == batch_sizes
+
+
+def test_guidance_may_have_a_rule_of_its_own(steps):
+    conditions, negative = conditions_of(), conditions_of()
+    chain = toy_chain(
+        steps, conditions, negative, guidance_scale=2.0, guide=lambda negative, positive, s: s * negative * positive
+    )
+    x, (_, step, _) = torch.randn(SHAPE, dtype=torch.float64), steps
+    e, e_negative = (chain.call(step.input_scale * x, 500, one) for one in (conditions, negative))
+    torch.testing.assert_close(chain.mean(2, x), step.x_from_x * x + step.x_from_e * 2 * e_negative * e)
+
+
+def test_the_gradient_flows_through_both_halves_of_the_guided_call(steps):
+    chain = toy_chain(steps, conditions_of(2), conditions_of(2), guidance_scale=4.0)
+    x = torch.randn(2, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: chain.predict(2, x), x)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_the_chain_of_one_picture_is_its_row_of_the_batch(guidance_scale):
-    chain = make_chain(tiny_pipeline(), 3, guidance_scale=guidance_scale)
-    x = torch.randn(3, 4, 8, 8)
-    with torch.no_grad():
-        repeated = chain.repeat(1, 4).mean(2, x[1:2].expand(4, -1, -1, -1))
-        torch.testing.assert_close(repeated, chain.mean(2, x)[1:2].expand(4, -1, -1, -1), rtol=1e-4, atol=1e-5)
-    assert chain.prompt_embeds.shape[1] == 3
+def test_every_step_can_have_its_own_conditions(steps, guidance_scale):
+    by_step, negative = [conditions_of() for _ in range(3)], conditions_of()
+    chain = toy_chain(steps, by_step, negative, guidance_scale=guidance_scale)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    means = [chain.mean(k, x) for k in (3, 2, 1)]
+    for conditions, k, mean in zip(by_step, (3, 2, 1), means):
+        assert torch.equal(chain.conditioned_on(conditions, negative).mean(k, x), mean)
+    assert not torch.allclose(chain.conditioned_on(by_step[0], negative).mean(1, x), means[2])
 
 
-def test_every_step_can_have_its_own_prompt():
-    pipeline = tiny_pipeline()
-    first, last = (make_chain(pipeline, 2, [p] * 3) for p in ("a red seven", "a blue two"))
-    pipeline.scheduler.set_timesteps(2)
-    embeds = torch.stack([first.prompt_embeds[0], last.prompt_embeds[0]])
-    both = StableDiffusionChain(pipeline.unet, pipeline.scheduler, embeds, first.negative_prompt_embeds)
-    x = torch.randn(3, 4, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(both.mean(2, x), first.mean(2, x))
-        assert torch.equal(both.mean(1, x), last.mean(1, x))
-        assert not torch.allclose(first.mean(1, x), last.mean(1, x))
+def test_as_many_conditions_as_steps_are_needed(steps):
+    with pytest.raises(ValueError, match="conditions of 2 steps for a chain of 3"):
+        toy_chain(steps, [conditions_of()] * 2)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_a_chain_of_thought_at_inference_is_that_of_training(guidance_scale):
-    """Five steps: two coarse, two mid, one fine, in the pipeline through a callback and in the chain step by step."""
-    pipeline = tiny_pipeline()
-    levels = [PROMPTS, [f"a yellow {p.split()[-1]}" for p in PROMPTS], PROMPTS[::-1]]
-    order = levels_of_steps(5, (0.4, 0.8))
-    assert order == [0, 0, 1, 1, 2]
-    chains = [make_chain(pipeline, 5, level, guidance_scale=guidance_scale) for level in levels]
-    embeds = torch.stack([chains[level].prompt_embeds[0] for level in order])
-    chain = chains[0].conditioned_on(embeds, chains[0].negative_prompt_embeds)
-    generator = torch.Generator().manual_seed(0)
-    x_T = torch.randn(3, 4, 8, 8, generator=generator)
-    thought = ChainOfThought(pipeline, *levels, num_inference_steps=5, boundaries=(0.4, 0.8))
-    options = {"num_inference_steps": 5, "guidance_scale": guidance_scale, "eta": 1.0, "output_type": "latent"}
-    found = pipeline(
-        levels[0],
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=thought,
-        **thought.inputs,
-        **options,
-    ).images
-    expected = rollout(chain, x_T, generator).latents[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    plain = pipeline(levels[0], generator=torch.Generator().manual_seed(0), **options).images
-    assert (plain - found).abs().max() > 0.05
+def test_other_conditions_make_another_chain(steps):
+    first, second, negative = conditions_of(), conditions_of(), conditions_of()
+    chain = toy_chain(steps, {}, guidance_scale=3.0)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    one, other = chain.conditioned_on(first, negative), chain.conditioned_on(second)
+    expected = toy_chain(steps, first, negative, guidance_scale=3.0)
+    expected.call = chain.call
+    assert torch.equal(one.mean(2, x), expected.mean(2, x))
+    assert one.guided and not other.guided and not chain.guided and chain.conditions == [{}] * 3
 
 
-def replay(chain, trajectory):
-    x = trajectory.latents[chain.num_steps]
-    for k in range(chain.num_steps, 0, -1):
-        x = chain.mean(k, x) + chain.sigma(k) * trajectory.noises[k]
-    return x
+def test_one_negative_prompt_serves_all_images(steps):
+    conditions, negative = conditions_of(), conditions_of(1)
+    chain, x = toy_chain(steps, conditions, negative), torch.randn(SHAPE, dtype=torch.float64)
+    repeated = chain.conditioned_on(conditions, {name: value.repeat(3, 1) for name, value in negative.items()})
+    assert torch.equal(chain.mean(2, x), repeated.mean(2, x))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_sweep_is_full_backpropagation_of_stable_diffusion(checkpointing):
-    """Through 8 guided steps, the decoder, CLIP and the head, in float32: 1e-4 of the gradient's size."""
-    pipeline = tiny_pipeline()
-    add_lora(pipeline.unet)
-    if checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-        pipeline.vae.enable_gradient_checkpointing()
-    reward = load_reward("aesthetic", path=TINY_AESTHETIC)
-    chain = make_chain(pipeline, 8)
-    trajectory = rollout(chain, torch.randn(3, 4, 8, 8))
-    x_0 = trajectory.latents[0].clone().requires_grad_()
-    (reward_grad,) = torch.autograd.grad(reward(decode_latents(pipeline.vae, x_0), PROMPTS).sum(), x_0)
-    backward_sweep(chain, trajectory, full_bp(8).mixing, reward_grad=reward_grad)
-    swept = gradients(pipeline.unet)
-    (-reward(decode_latents(pipeline.vae, replay(chain, trajectory)), PROMPTS).mean()).backward()
-    expected = gradients(pipeline.unet)
-    assert (swept - expected).norm() < 1e-4 * expected.norm()
-
-
-def test_the_sweep_is_exact_on_stable_diffusion_in_float64():
-    """Any gamma against one graph of the whole chain, to 1e-9."""
-    pipeline = tiny_pipeline(dtype=torch.float64)
-    add_lora(pipeline.unet)
-    pipeline.unet.double()
-    chain = make_chain(pipeline, 3)
-    trajectory = rollout(chain, torch.randn(3, 4, 8, 8, dtype=torch.float64))
-    advantages = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
-    weight = torch.randn(3, 4, 8, 8, dtype=torch.float64)
-    mixing = [0.0, 1.0, 0.7, 0.2]
-    backward_sweep(chain, trajectory, mixing, reward_grad=weight, advantages=advantages)
-    swept = gradients(pipeline.unet)
-    x = trajectory.latents[3]
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("negatives", [None, 1, 3])
+def test_the_chain_of_one_image_is_its_row_of_the_batch(steps, guidance_scale, negatives):
+    negative = None if negatives is None else conditions_of(negatives)
+    chain = toy_chain(steps, [conditions_of() for _ in range(3)], negative, guidance_scale=guidance_scale)
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    repeated = chain.repeat(1, 4)
     for k in (3, 2, 1):
-        score = -likelihood_ratio(chain, trajectory, k, advantages) / 3
-        x = Mix.apply(chain.mean(k, x), mixing[k], score) + chain.sigma(k) * trajectory.noises[k]
-    (-(weight * x).sum() / 3).backward()
-    expected = gradients(pipeline.unet)
-    torch.testing.assert_close(swept, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
-
-
-def test_the_predicted_picture_is_the_schedulers():
-    pipeline = tiny_pipeline()
-    chain = make_chain(pipeline, 5)
-    x_T = torch.randn(3, 4, 8, 8)
-    trajectory = rollout(chain, x_T, torch.Generator().manual_seed(0), predict=[1, 3, 5])
-    plain = rollout(chain, x_T, torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(trajectory.latents, plain.latents)) and not plain.predictions
-    alphas = pipeline.scheduler.alphas_cumprod
-    assert trajectory.predictions.keys() == {1, 3, 5}
-    for k in (1, 3, 5):
-        t, x = chain.timesteps[5 - k], trajectory.latents[k]
-        with torch.no_grad():
-            doubled = torch.cat([chain.negative_prompt_embeds, chain.prompt_embeds[0]])
-            first, second = pipeline.unet(torch.cat([x, x]), t, doubled).sample.chunk(2)
-        noise = first + 5 * (second - first)
-        expected = (x - (1 - alphas[t]).sqrt() * noise) / alphas[t].sqrt()
-        torch.testing.assert_close(trajectory.predictions[k], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_renoising_repeats_the_last_step_from_another_noise():
-    pipeline = tiny_pipeline()
-    chain = make_chain(pipeline, 5)
-    x_0 = rollout(chain, torch.randn(3, 4, 8, 8)).latents[0]
-    first, second = renoise(chain, x_0), renoise(chain, x_0)
-    assert not torch.equal(first.latents[1], second.latents[1])
-    alpha = pipeline.scheduler.alphas_cumprod[chain.timesteps[-1]]
-    noise = (first.latents[1] - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
-    assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean() == pytest.approx(0, abs=0.15)
-    with torch.no_grad():
-        step = chain.mean(1, first.latents[1]) + chain.sigma(1) * first.noises[1]
-    torch.testing.assert_close(first.latents[0], step)
-
-
-class Carried(TorchDispatchMode):
-    """Notes every tensor that an operation carries from the CPU to the device: a GPU would be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        devices = {t.device.type for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim > 0}
-        if "cpu" in devices and any(t.is_meta for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            self.operations.append(func)
-        return out
-
-
-@pytest.mark.parametrize("estimator", ["rlr", "rlr of some steps", "ddpo", "rlr with KL", "draft_lv"])
-def test_nothing_in_rollout_and_sweep_waits_for_the_device(estimator):
-    """On a device without memory no value can be asked for; and after the noise, all that it needs is there."""
-    pipeline = tiny_pipeline()
-    add_lora(pipeline.unet)
-    pipeline.unet.to("meta")
-    pipeline.scheduler.set_timesteps(4)
-    embeds = torch.zeros(2, 3, 77, 64, device="meta")
-    chain = StableDiffusionChain(pipeline.unet, pipeline.scheduler, embeds[0], embeds[1])
-    x_T = torch.zeros(3, 4, 8, 8, device="meta")
-    carried, before = Carried(), []
-
-    def called(unet, inputs):
-        assert all(isinstance(value, torch.Tensor) and value.is_meta for value in inputs)
-        before.append(len(carried.operations))
-
-    pipeline.unet.register_forward_pre_hook(called)
-    with carried:
-        generators = [torch.Generator().manual_seed(i) for i in range(3)]
-        trajectory = rollout(chain, x_T, generators, keep=[2, 3] if estimator == "rlr of some steps" else [])
-    # The noise of generators on the CPU, all of it before the first call.
-    assert before[0] > 0 and set(before) == {len(carried.operations)} and len(before) == 4
-    rewards, options = torch.zeros(3, device="meta"), {"reward_grad": torch.zeros_like(x_T)}
-    mixing = ([0.0] if estimator == "ddpo" else [0.5]) * 5
-    if estimator == "draft_lv":
-        trajectory = renoise(chain, trajectory.latents[0])
-        StableDiffusionChain(pipeline.unet, pipeline.scheduler, embeds[0], embeds[1])  # the scheduler is as it was
-        mixing, options["stop_after"] = [1.0] * 5, 1
-    elif estimator == "ddpo":
-        options["cotangent"] = ClippedRatio(chain, trajectory, rewards)
-    else:
-        options["advantages"] = rewards
-    if estimator == "rlr of some steps":
-        options["weights"] = [1.0, 1.0, 2.0, 2.0, 0.0]
-    if estimator == "rlr with KL":
-        options["penalty"] = GaussianKL(chain, lambda k, x: chain.mean(k, x).detach(), trajectory, 0.1)
-    with Carried() as carried:
-        rows = backward_sweep(chain, trajectory, mixing, **options)
-    assert rows.pathwise.is_meta and not carried.operations
-    assert all(p.grad.is_meta for p in pipeline.unet.parameters() if p.requires_grad)
-    with pytest.raises(RuntimeError, match="item"):
-        rows.pathwise[1].item()
-
-
-@pytest.mark.parametrize("mixing", [[0.5] * 5, [0.0] * 5], ids=["both", "likelihood ratio"])
-def test_a_compiled_unet_has_one_graph_for_the_rollout_and_one_for_the_sweep(mixing):
-    pipeline = tiny_pipeline()
-    add_lora(pipeline.unet)
-    chain = make_chain(pipeline, 4)
-    plain = rollout(chain, torch.randn(3, 4, 8, 8), torch.Generator().manual_seed(0))
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    chain.unet = torch.compile(pipeline.unet, backend=counter)
-    for _ in range(2):
-        trajectory = rollout(chain, plain.latents[4], torch.Generator().manual_seed(0))
-        backward_sweep(
-            chain, trajectory, mixing, reward_grad=torch.ones_like(plain.latents[0]), advantages=torch.ones(3)
+        torch.testing.assert_close(
+            repeated.mean(k, x[1:2].expand(4, -1, -1, -1)), chain.mean(k, x)[1:2].expand(4, -1, -1, -1)
         )
-    assert counter.frame_count == 2
-    torch.testing.assert_close(trajectory.latents[0], plain.latents[0], rtol=1e-4, atol=1e-4)
+    assert len(chain.conditions[0]["text"]) == 3
+
+
+def test_conditions_have_no_graph_into_a_text_encoder(steps):
+    encoder = torch.nn.Linear(4, 4).double()
+    conditions, negative = ({name: encoder(value) for name, value in conditions_of().items()} for _ in range(2))
+    chain, x = toy_chain(steps, conditions, negative), torch.randn(SHAPE, dtype=torch.float64)
+    for k in (2, 1):
+        chain.mean(k, x).sum().backward()
+    assert encoder.weight.grad is None and chain.call.weight.grad is not None
+
+
+def test_the_prediction_has_the_precision_of_the_latents(steps):
+    conditions = {name: value.float() for name, value in conditions_of().items()}
+    chain = toy_chain(steps, conditions, conditions)
+    chain.call = lambda x, timestep, conditions: torch.ones_like(x, dtype=torch.bfloat16)
+    assert chain.mean(2, torch.randn(SHAPE)).dtype == torch.float32
+    assert chain.predict(2, torch.randn(SHAPE, dtype=torch.float64))[1].dtype == torch.float64
+
+
+def test_renoising_repeats_the_last_step_from_another_noise(steps):
+    chain = toy_chain(steps, conditions_of(), add_noise=lambda x_0, noise: 0.6 * x_0 + 0.8 * noise)
+    x_0 = torch.randn(SHAPE, dtype=torch.float64)
+    first, second = renoise(chain, x_0), renoise(chain, x_0)
+    noise = (first.latents[1] - 0.6 * x_0) / 0.8
+    assert noise.std() == pytest.approx(1, abs=0.1) and noise.mean() == pytest.approx(0, abs=0.15)
+    assert not torch.equal(first.latents[1], second.latents[1])
+    step = chain.mean(1, first.latents[1]) + chain.sigma(1) * first.noises[1]
+    torch.testing.assert_close(first.latents[0], step.detach())

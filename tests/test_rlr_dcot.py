@@ -19,7 +19,7 @@ import pytest
 from dcot import main as measure
 from make_dcot_prompts import MAX_WORDS, levels_in, main
 from rlr_testing import TINY_CLIP
-from rlr_utils import load_levels
+from rlr_training.prompts import load_levels
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 
@@ -28,7 +28,7 @@ GOOD = {"coarse": "an animal in the middle", "mid": "a fox that sits", "fine": "
 
 @pytest.fixture
 def endpoint():
-    """An OpenAI-compatible endpoint on the loopback interface that gives the answers of `answers`, one after the other."""
+    """An OpenAI-compatible endpoint on the loopback interface that returns the entries of `answers` in order."""
     answers, asked = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,7 +54,7 @@ def endpoint():
     server.shutdown()
 
 
-def test_an_endpoint_writes_what_is_missing_and_nothing_else(tmp_path, endpoint, capsys):
+def test_an_endpoint_writes_only_missing_prompts(tmp_path, endpoint, capsys):
     url, answers, asked = endpoint
     (tmp_path / "prompts.txt").write_text("a fox\na cat\nan owl\n")
     output = tmp_path / "levels.jsonl"
@@ -74,7 +74,7 @@ def test_an_endpoint_writes_what_is_missing_and_nothing_else(tmp_path, endpoint,
     assert levels == {name: tuple(" ".join(GOOD[level].split()) for level in GOOD) for name in ("a fox", "an owl")} | {
         "a cat": ("mine",) * 3
     }
-    main(flags)  # and now there is nothing to ask for
+    main(flags)  # nothing is left to ask for
     assert len(asked) == 5 and not answers
 
 
@@ -93,7 +93,7 @@ def test_bad_answers_are_refused(answer, message):
         levels_in(answer)
 
 
-def test_a_model_of_transformers_that_talks_nonsense_writes_nothing(tmp_path, capsys):
+def test_a_local_model_with_bad_answers_writes_nothing(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(TINY_CLIP)
     tokenizer.save_pretrained(tmp_path / "model")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -108,23 +108,23 @@ def test_a_model_of_transformers_that_talks_nonsense_writes_nothing(tmp_path, ca
         main(["--prompts", str(tmp_path / "prompts.txt"), *flags, "--model", str(tmp_path / "nowhere")])
 
 
-def test_a_file_that_ends_within_a_line_is_not_written_to(tmp_path, endpoint):
+def test_a_file_with_an_unfinished_last_line_is_refused(tmp_path, endpoint):
     (tmp_path / "prompts.txt").write_text("a fox\n")
     output = tmp_path / "levels.jsonl"
     output.write_text('{"prompt": "a cat"}')
     flags = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(output), "--endpoint", endpoint[0]]
-    with pytest.raises(SystemExit, match="does not end with a whole line"):
+    with pytest.raises(SystemExit, match="the last line of .* is unfinished"):
         main([*flags, "--model", "m"])
     assert output.read_text() == '{"prompt": "a cat"}'
 
 
-def test_the_benchmark_in_short(tmp_path, capsys):
-    rows = measure(["--quick", "--workers", "1", "--out", str(tmp_path)])
+def test_quick_dcot_trains_with_and_without_levels(tmp_path, capsys):
+    rows = measure(["--quick", "--workers", "0", "--out", str(tmp_path)])
     assert [(row["chain_of_thought"], row["fine_range"]) for row in rows] == [
         *((False, False), (True, False)),
         *((False, True), (True, True)),
     ]
     plain, thought = rows[:2]
-    assert plain["base"] == rows[2]["base"] != thought["base"]  # the base model, too, is drawn under the levels
+    assert plain["base"] == rows[2]["base"] != thought["base"]  # the base model is evaluated with the levels, too
     assert "chain of thought, fine range" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"dcot.csv", "dcot.png"}

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+"""evaluate_rlr.py: what it measures, what it writes, and what it refuses."""
+
 import base64
+import copy
 import csv
 import io
 import json
@@ -19,16 +22,21 @@ import os
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from evaluate_rlr_sd import main, parse_args
+from diffusion_models.adapters import add_lora, save_lora
+from evaluate_rlr import main, parse_args
 from PIL import Image
 from reward_models import load_reward
 from reward_models.features import frechet_distance, load_features
-from rlr_testing import DIGITS, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_pipeline, train
-from train_rlr_sd import generate
+from rlr_testing import DIGITS, LORA, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_model, tiny_pipeline
+from rlr_training.plots import caption, plot_before_after, plot_grid
+from rlr_training.report import print_table, write_csv
+from safetensors.torch import load_file, save_file
 
 from diffusers import DDIMScheduler
 
@@ -37,156 +45,241 @@ FLAGS = [
     *("--pretrained_model_name_or_path", TINY_SD, "--feature_model", TINY_CLIP, "--prompts", DIGITS),
     *("--reward", "aesthetic,clip_score", "--reward_path", f"aesthetic={TINY_AESTHETIC}"),
     *("--reward_path", f"clip_score={TINY_CLIP}", "--num_inference_steps", "3", "--num_prompts", "3"),
-    *("--images_per_prompt", "2", "--batch_size", "6", "--decode_batch_size", "6"),
+    *("--images_per_prompt", "2", "--batch_size", "4", "--decode_batch_size", "6"),
 ]
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """One trained a little, and one not at all to speak of."""
-    folder = tmp_path_factory.mktemp("adapters")
-    train(folder / "strong", "--learning_rate", "3e-2")
-    train(folder / "weak", "--learning_rate", "1e-6")
+    """The folders of two adapters: one changes the images much, one hardly."""
+    folder, model = tmp_path_factory.mktemp("adapters"), tiny_model()
+    torch.manual_seed(0)
+    add_lora(model, rank=4, alpha=4, layers=["to_k", "to_q", "to_v", "to_out.0"])
+    for name, strength in (("strong", 0.1), ("weak", 1e-2)):
+        for key, parameter in model.network.named_parameters():
+            if "lora_B" in key:
+                parameter.data = torch.randn(parameter.shape) * strength
+        save_lora(model, folder / name)
     return [str(folder / "strong"), str(folder / "weak")]
 
 
-def test_adapters_against_their_base_model(tmp_path, adapters, capsys):
-    real = tmp_path / "real"
-    real.mkdir()
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory, adapters):
+    """An evaluation of both adapters: its arguments, results and folder."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "real").mkdir()
     for i in range(3):
-        Image.new("RGB", (20 + i, 30), (60 * i, 0, 90)).save(real / f"{i}.png")
-    args = parse_args(
-        [*FLAGS, "--adapters", *adapters, "--lora_scales", "0,1", "--real_images", str(real)]
-        + ["--output_dir", str(tmp_path / "out")]
-    )
-    results = main(args)
-    models = results["models"]
-    assert list(models) == ["base", "strong", "weak"] and list(results["lora_scales"]) == ["strong", "weak"]
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
-    with open(tmp_path / "out" / "results.csv", encoding="utf-8", newline="") as file:
+        Image.new("RGB", (20 + i, 30), (60 * i, 0, 90)).save(folder / "real" / f"{i}.png")
+    flags = ["--lora_scales", "0,1", "--real_images", str(folder / "real"), "--output_dir", str(folder / "out")]
+    args = parse_args([*FLAGS, "--adapters", *adapters, *flags])
+    return SimpleNamespace(args=args, results=main(args), folder=folder / "out")
+
+
+def draw(pipeline, prompts):
+    """The images that the pipeline of diffusers draws from the seeds of an evaluation."""
+    generators = [torch.Generator().manual_seed(1_000_000 + i) for i in range(len(prompts))]
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "eta": 1.0, "height": 32, "width": 32}
+    return pipeline(prompts, generator=generators, output_type="pt", **options).images
+
+
+def test_figures_are_those_of_the_images_of_a_plain_pipeline(evaluation, adapters):
+    models, scales = evaluation.results["models"], evaluation.results["lora_scales"]
+    assert list(models) == ["base", "strong", "weak"] and list(scales) == ["strong", "weak"]
+    prompts = ["a green zero"] * 2 + ["a green one"] * 2 + ["a green two"] * 2
+    pipeline, reward = tiny_pipeline(), load_reward("aesthetic", path=TINY_AESTHETIC)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    base = reward(draw(pipeline, prompts), prompts)
+    assert models["base"]["rewards"]["aesthetic"]["mean"] == pytest.approx(base.mean().item(), rel=1e-4)
+    error = base.std().item() / 6**0.5
+    assert models["base"]["rewards"]["aesthetic"]["standard_error"] == pytest.approx(error, rel=1e-3)
+    pipeline.load_lora_weights(adapters[0])
+    tuned = draw(pipeline, prompts)
+    gain = reward(tuned, prompts) - base
+    figures = models["strong"]["rewards"]["aesthetic"]
+    assert figures["gain"] == pytest.approx(gain.mean().item(), rel=1e-3)
+    assert figures["gain_standard_error"] == pytest.approx(gain.std().item() / 6**0.5, rel=1e-3)
+    assert figures["win_rate"] == pytest.approx((gain > 0).float().mean().item()) and 0 < figures["win_rate"] < 1
+    # The base model does not drift from itself, and an adapter of scale zero is the base model.
+    assert models["base"]["drift"] == pytest.approx(0, abs=1e-6)
+    assert models["strong"]["drift"] > 10 * models["weak"]["drift"] > 0
+    assert scales["strong"]["0"]["drift"] == pytest.approx(0, abs=1e-6)
+    assert scales["strong"]["1"]["rewards"]["aesthetic"]["mean"] == pytest.approx(figures["mean"], rel=1e-5)
+    features = load_features(TINY_CLIP)
+    colors = [torch.tensor([60.0 * i, 0.0, 90.0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20 + i) / 255 for i in range(3)]
+    distance = frechet_distance(features(tuned), torch.cat([features(image) for image in colors]))
+    assert models["strong"]["frechet_to_real"] == pytest.approx(float(distance), rel=1e-3)
+
+
+def test_results_are_written_as_json_and_csv_and_printed(evaluation, capsys):
+    models = evaluation.results["models"]
+    written = json.loads((evaluation.folder / "results.json").read_text())
+    assert written == json.loads(json.dumps(evaluation.results))
+    assert written["settings"] == {**vars(evaluation.args), "num_images": 6}
+    with open(evaluation.folder / "results.csv", encoding="utf-8", newline="") as file:
         table = {row["model"]: row for row in csv.DictReader(file)}
     assert list(table) == list(models)
     assert float(table["strong"]["aesthetic_win_rate"]) == models["strong"]["rewards"]["aesthetic"]["win_rate"]
     assert float(table["weak"]["frechet_to_real"]) == models["weak"]["frechet_to_real"]
-    # The pictures are those of a plain pipeline, scored by the reward itself.
-    prompts = ["a green zero"] * 2 + ["a green one"] * 2 + ["a green two"] * 2
-    args.height = args.width = 32
-    pipeline, reward = tiny_pipeline(), load_reward("aesthetic", path=TINY_AESTHETIC)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    base = reward(generate(pipeline, prompts, args), prompts)
-    assert models["base"]["rewards"]["aesthetic"]["mean"] == pytest.approx(base.mean().item(), rel=1e-4)
-    pipeline.load_lora_weights(adapters[0])
-    tuned = generate(pipeline, prompts, args)
-    gain = reward(tuned, prompts) - base
-    found = models["strong"]["rewards"]["aesthetic"]
-    assert found["gain"] == pytest.approx(gain.mean().item(), rel=1e-3)
-    assert found["gain_standard_error"] == pytest.approx(gain.std().item() / 6**0.5, rel=1e-3)
-    assert found["win_rate"] == pytest.approx((gain > 0).float().mean().item())
-    # The base model has not drifted from itself, and a scale of zero is the base model.
-    assert models["base"]["drift"] == pytest.approx(0, abs=1e-6)
-    assert models["strong"]["drift"] > 10 * models["weak"]["drift"]
-    scales = results["lora_scales"]["strong"]
-    assert scales["0"]["drift"] == pytest.approx(0, abs=1e-6)
-    assert scales["1"]["rewards"]["aesthetic"]["mean"] == pytest.approx(found["mean"], rel=1e-5)
-    features = load_features(TINY_CLIP)
-    colours = [torch.tensor([60.0 * i, 0.0, 90.0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20 + i) / 255 for i in range(3)]
-    away = frechet_distance(features(tuned), torch.cat([features(image) for image in colours]))
-    assert models["strong"]["frechet_to_real"] == pytest.approx(float(away), rel=1e-3)
-    printed = capsys.readouterr().out
-    assert all(text in printed for text in ("strong", "weak", "clip_score | win rate", "frechet to real"))
+    print_table(evaluation.results)
+    header, base, strong, weak = capsys.readouterr().out.splitlines()
+    assert "clip_score | win rate" in header and "frechet to real" in header
+    # The base model does not win against itself.
+    assert "%" not in base and strong.startswith("strong") and strong.count("%") == weak.count("%") == 2
 
 
-def test_the_table_to_be_filled_in_has_the_columns_of_an_evaluation(tmp_path, adapters):
-    main(parse_args([*FLAGS, "--adapters", adapters[1], "--output_dir", str(tmp_path)]))
+def test_the_table_to_be_filled_in_has_the_columns_of_an_evaluation(tmp_path, evaluation):
+    results = copy.deepcopy(evaluation.results)
+    for summary in results["models"].values():
+        del summary["frechet_to_real"]
+    write_csv(results, tmp_path / "results.csv")
     with open(tmp_path / "results.csv", encoding="utf-8") as file:
         columns = file.readline()
     with open(os.path.join(ROOT, "docs", "sd14_results.csv"), encoding="utf-8") as file:
-        wanted = file.readline()
-    # Of the two rewards here, those of the four there.
-    for found, others in (("aesthetic", ("pickscore", "hpsv2", "aesthetic")), ("clip_score", ("imagereward",))):
-        own = ",".join(name.replace("score", found, 1) for name in ("score", "score_standard_error", "score_win_rate"))
-        columns = columns.replace(own, ",".join(own.replace(found, other) for other in others), 1)
-    assert columns.strip() == wanted.strip()
+        expected = file.readline()
+    # The two rewards here stand for the four there.
+    for one, several in (("aesthetic", ("pickscore", "hpsv2", "aesthetic")), ("clip_score", ("imagereward",))):
+        own = ",".join(name.replace("score", one, 1) for name in ("score", "score_standard_error", "score_win_rate"))
+        columns = columns.replace(own, ",".join(own.replace(one, name) for name in several), 1)
+    assert columns.strip() == expected.strip()
 
 
-def test_the_report_stands_alone(tmp_path, adapters):
-    main(parse_args([*FLAGS, "--adapters", adapters[0], "--output_dir", str(tmp_path), "--lora_scales", "0,.5"]))
-    report = (tmp_path / "report.html").read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', report)
-    assert len(pictures) == 3 and "http" not in report
-    for data, name in zip(pictures, ("grid.png", "gains.png", "scales.png")):
-        picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert picture.size == Image.open(tmp_path / name).size
-        assert torch.tensor(picture.convert("L").getextrema()).diff() > 100  # something is drawn
-    assert "<td>base</td>" in report and "num_inference_steps: 3" in report
+class Report(HTMLParser):
+    """The cells of the table, and the addresses of all images and links."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.addresses, self.tag = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tag = tag
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        if self.tag in ("td", "th"):
+            self.rows[-1].append(data)
+
+    def handle_endtag(self, tag):
+        self.tag = None
 
 
-def test_a_prompt_is_no_formula(tmp_path):
-    """Between two dollar signs matplotlib would set one, or fail to."""
-    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
-    (tmp_path / "prompts.txt").write_text("one of $5 # or $6\n")
-    train(tmp_path / "trained", *prompts, "--num_eval_images", "2")
-    flags = [*FLAGS, *prompts, "--adapters", str(tmp_path / "trained"), "--output_dir", str(tmp_path / "out")]
-    main(parse_args(flags))
-    assert (tmp_path / "trained" / "before_after.png").exists() and (tmp_path / "out" / "grid.png").exists()
+def test_the_report_is_one_file_with_all_images(evaluation):
+    text = (evaluation.folder / "report.html").read_text(encoding="utf-8")
+    report = Report(text)
+    assert [row[0] for row in report.rows] == ["model", "base", "strong", "weak"]
+    assert {len(row) for row in report.rows} == {1 + 2 + 4} and "num_inference_steps: 3" in text
+    images = [re.fullmatch("data:image/png;base64,(.+)", address)[1] for address in report.addresses]
+    assert len(images) == 3
+    for data, name in zip(images, ("grid.png", "gains.png", "scales.png")):
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert image.size == Image.open(evaluation.folder / name).size
+        assert torch.tensor(image.convert("L").getextrema()).diff() > 100  # something is drawn
 
 
-def test_a_browser_shows_the_report(tmp_path, adapters):
+def test_a_browser_shows_the_report(tmp_path, evaluation):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium to open the report with")
-    main(parse_args([*FLAGS, "--adapters", adapters[0], "--output_dir", str(tmp_path)]))
     shot = tmp_path / "shot.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1600"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
+    command += [(evaluation.folder / "report.html").as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    # The tuned digits are drawn on black, in colors; a page without its pictures has neither.
+    # The digits are drawn in colors on black; a page without its images has neither.
     assert (pixels.max(2) < 30).mean() > 0.02
     assert (np.ptp(pixels, axis=2) > 100).mean() > 0.005
+
+
+def test_dollar_signs_in_prompts_are_drawn_as_they_are(tmp_path):
+    """Between two of them matplotlib would set a formula, or fail to."""
+    prompts, images = ["one of $5 # or $6", "a $x_{1$"], torch.rand(2, 3, 8, 8)
+    plot_grid({"base": images, "tuned": images}, prompts, tmp_path / "grid.png")
+    both = {"base": images, "tuned": images}
+    plot_before_after(both, {name: torch.zeros(2) for name in both}, prompts, tmp_path / "before_after.png")
+    assert (tmp_path / "grid.png").exists() and (tmp_path / "before_after.png").exists()
+
+
+def test_long_prompts_are_shortened_to_three_lines_beside_an_image():
+    assert caption("a red fox") == "a red fox" and caption("$5 or $6") == r"\$5 or \$6"
+    lines = caption("a fox that sits in the snow, highly detailed, cinematic light, " * 40).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 22 and lines[2].endswith(" ...")
+    assert lines[0] == "a fox that sits in the"
+    assert len(caption("x" * 1000).splitlines()) == 3
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--adapters", "/nowhere"], "--adapters '/nowhere' cannot be loaded"),
-        (["--adapters", "x", "--lora_scales", "0,much"], "--lora_scales '0,much'"),
-        (["--adapters", "x", "--lora_scales", "0,nan"], "--lora_scales '0,nan'"),
+        (
+            ["--adapters", "x", "--lora_scales", "0,much"],
+            "--lora_scales '0,much' must be numbers, separated by commas",
+        ),
+        (["--adapters", "x", "--lora_scales", "0,nan"], "--lora_scales '0,nan' must be numbers"),
         (["--adapters", "x", "--images_per_prompt", "1"], "--images_per_prompt 1 must be at least 2"),
-        (["--adapters", "x", "--real_images", "/nowhere"], "--real_images '/nowhere' holds fewer than two pictures"),
+        (["--adapters", "x", "--dcot_boundaries", ".7", ".3"], "--dcot_boundaries: the boundaries [0.7, 0.3] are not"),
+        (["--adapters", "x", "--real_images", "/nowhere"], "--real_images '/nowhere' holds fewer than two images"),
         (["--adapters", "x", "--reward", "beauty"], "unknown reward 'beauty'"),
-        (["--adapters", "x", "--eta", "2"], "--eta 2.0 must be in [0, 1]"),
+        (["--adapters", "x", "--prompts", "/nowhere.txt"], "/nowhere.txt"),
+        (["--adapters", "x", "--eta", "2"], "--eta 2 must be in [0, 1]"),
+        ([], "required: --adapters"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) or "no adapters" if isinstance(value, list) else "",
 )
-def test_bad_input_is_named(tmp_path, capsys, flags, message):
+def test_bad_input_is_named_in_one_line(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         main(parse_args([*FLAGS, *flags, "--output_dir", str(tmp_path / "out")]))
-    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
-    assert message in said and said.strip().count("\n") == 0
+    error = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.removesuffix("\n")
+    assert error.startswith("evaluate_rlr.py: error: ") and message in error and "\n" not in error
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_may_have_any_name_and_an_evaluation_is_not_written_over(tmp_path, adapters):
-    """As of a member of the module in which peft keeps adapters by their names."""
+def test_an_adapter_without_layers_of_the_model_is_refused_before_images_are_drawn(tmp_path, adapters):
+    """With names of layers as peft saves them, which diffusers skips with a warning."""
+    layers = load_file(os.path.join(adapters[0], LORA))
+    save_file({f"base_model.model.{key}": value for key, value in layers.items()}, tmp_path / "other.safetensors")
+    flags = ["--adapters", str(tmp_path / "other.safetensors"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(
+        SystemExit, match="other.safetensors' cannot be loaded: no layer of it is one of the base model$"
+    ):
+        main(parse_args([*FLAGS, *flags]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_is_overwritten_only_on_request_and_an_adapter_may_have_any_name(
+    tmp_path, evaluation, adapters, capsys
+):
+    """Also the name of a member of the module in which peft keeps adapters."""
+    shutil.copytree(evaluation.folder, tmp_path / "out")
     shutil.copytree(adapters[1], tmp_path / "train")
     flags = [*FLAGS, "--adapters", str(tmp_path / "train"), "--output_dir", str(tmp_path / "out")]
-    assert list(main(parse_args(flags))["models"]) == ["base", "train-again"]
     before = (tmp_path / "out" / "results.json").read_bytes()
-    with pytest.raises(SystemExit, match="out' holds another evaluation: name another, or use --over"):
+    with pytest.raises(SystemExit, match="out' holds another evaluation: use another, or --overwrite_output_dir"):
         main(parse_args(flags))
     assert (tmp_path / "out" / "results.json").read_bytes() == before
-    assert list(main(parse_args([*flags, "--overwrite_output_dir"]))["models"]) == ["base", "train-again"]
+    results = main(parse_args([*flags, "--overwrite_output_dir", "--num_prompts", "1"]))
+    assert list(results["models"]) == ["base", "train-again"]
+    assert re.search("^base .*\ntrain-again .*%", capsys.readouterr().out, re.MULTILINE)
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["models"]) == ["base", "train-again"]
 
 
-def test_out_of_memory_is_said_in_one_line(tmp_path, adapters):
-    """By a reward that has memory for its trial alone."""
+def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_loaded(tmp_path):
+    flags = ["--pretrained_model_name_or_path", "/nowhere", "--adapters", "x", "--output_dir", DIGITS]
+    with pytest.raises(SystemExit, match="^evaluate_rlr.py: error: --output_dir '.*digits.txt' is a file$"):
+        main(parse_args([*FLAGS, *flags]))
+
+
+def test_out_of_memory_is_reported_in_one_line(tmp_path, adapters):
+    """By a reward that has memory enough only for the images that it is tried on."""
     (tmp_path / "mine.py").write_text(
         "import torch\n\ndef large(images, prompts):\n"
         "    if len(images) > 2:\n        raise torch.OutOfMemoryError('none left')\n    return images.mean((1, 2, 3))\n"
     )
     flags = ["--adapters", adapters[1], "--reward", f"{tmp_path}/mine.py:large", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(
-        SystemExit, match=r"^evaluate_rlr_sd.py: error: out of memory: use a .*--batch_size.*none left\)$"
+        SystemExit, match=r"^evaluate_rlr.py: error: out of memory: use a .*--batch_size.*none left\)$"
     ):
         main(parse_args([*FLAGS, *flags]))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pushing to the Hub and the model card, with the real client against a server on this machine."""
+"""The Hub and the model card, with the real client against a server on this machine; and the tracker wandb."""
 
 import json
 import os
@@ -21,73 +21,83 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub.constants
 import pytest
+import torch
+from diffusion_models import load_model
+from diffusion_models.adapters import add_lora, load_lora, lora_file, save_lora
 from huggingface_hub import ModelCard
 from rlr_hub import LoopbackHub
-from rlr_testing import BASE, LORA, ROOT, TINY_SD, same_adapter, train
+from rlr_testing import LORA, TINY_SD, same_adapter, tiny_model, train
+from rlr_training.hub import license_of, save_model_card
 from train_rlr_sd import parse_args
 
 
 TOKEN = "hf_nobodysbusiness"
+PUSH = ["--push_to_hub", "--hub_model_id", "someone/fox", "--hub_token", TOKEN]
 
 
-def push(hub, out, *flags):
-    """A run in a process of its own, since the client reads the address of the Hub when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": f"{out}-home", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, os.path.join(ROOT, "train_rlr_sd.py"), *BASE, "--output_dir", str(out)]
-    command += ["--push_to_hub", "--hub_model_id", "someone/fox", "--hub_token", TOKEN, *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.path.dirname(out))
+@pytest.fixture
+def output(capfd, caplog):
+    """`output()` is all that has been printed and logged so far."""
+
+    def read():
+        captured = capfd.readouterr()
+        return captured.out + captured.err + caplog.text
+
+    return read
 
 
-def holds_token(out, run):
-    """Whether the token stands in anything that the run has written or said."""
-    written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
-    return any(TOKEN.encode() in content for content in [*written, run.stdout.encode(), run.stderr.encode()])
+def holds_token(folder, text):
+    """Whether the token stands in a file of the folder or in the text."""
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return any(TOKEN.encode() in content for content in [*written, text.encode()])
 
 
-def test_a_run_is_pushed_with_its_card_pictures_and_metrics(tmp_path):
+def test_a_run_is_uploaded_with_its_card_images_and_metrics(tmp_path, monkeypatch, output):
     out = tmp_path / "out"
-    flags = ["--push_every", "2", "--max_train_steps", "3", "--num_eval_images", "4"]
+    flags = ["--push_every", "2", "--max_train_steps", "3", "--num_eval_images", "4", "--report_to", "tensorboard"]
     with LoopbackHub(token=TOKEN) as hub:
-        run = push(hub, out, *flags, "--report_to", "tensorboard")
-    assert run.returncode == 0, run.stderr
-    assert [(repository, summary) for repository, summary, _ in hub.commits] == [
-        ("someone/fox", "Step 2"),
-        ("someone/fox", "End of training"),
-    ]
+        hub.serve_this_process(monkeypatch)
+        train(out, *PUSH, *flags)
+    summaries = [(repository, summary) for repository, summary, _ in hub.commits]
+    assert summaries == [("someone/fox", "Step 2"), ("someone/fox", "End of training")]
     for _, _, files in hub.commits:
         assert {LORA, "README.md", "metrics.jsonl", "training_args.json", "reward_curve.png"} <= files.keys()
         assert not any(name.startswith(("checkpoint-", "partial-")) for name in files)
         assert not any(TOKEN.encode() in content for content in files.values())
     first, last = (files for _, _, files in hub.commits)
     assert first[LORA] != last[LORA] == (out / LORA).read_bytes()
-    assert (out / "checkpoint-2").exists()  # what has been pushed can be gone on from
+    assert (out / "checkpoint-2").exists()  # what is uploaded can be resumed from
     assert {"before_after.png", "evaluation.json"} <= last.keys() and len(last["metrics.jsonl"].splitlines()) == 3
     assert "load_lora_weights('someone/fox'" in last["README.md"].decode()
-    assert not holds_token(out, run)
+    assert not holds_token(out, output())
 
 
-def test_a_wrong_token_is_said_before_training(tmp_path):
-    out = tmp_path / "out"
-    with LoopbackHub(token="another") as hub:
-        run = push(hub, out)
-    assert run.returncode != 0 and not out.exists()
-    assert "train_rlr_sd.py: error: --push_to_hub: cannot create 'someone/fox' on the Hub: " in run.stderr
-    assert "401" in run.stderr and "Traceback" not in run.stderr
-    assert TOKEN not in run.stdout + run.stderr
+def test_a_wrong_token_is_reported_before_training(tmp_path, monkeypatch, output):
+    with LoopbackHub(token="another") as hub, pytest.raises(SystemExit) as stop:
+        hub.serve_this_process(monkeypatch)
+        train(tmp_path / "out", *PUSH)
+    message = stop.value.code
+    assert message.startswith("train_rlr_sd.py: error: --push_to_hub: cannot create 'someone/fox' on the Hub: ")
+    assert "401" in message and "\n" not in message
+    assert not (tmp_path / "out").exists() and TOKEN not in message + output()
 
 
-def test_a_failing_upload_loses_nothing_and_says_how_to_push_later(tmp_path):
+def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(tmp_path, monkeypatch, output):
     out = tmp_path / "out"
     with LoopbackHub(token=TOKEN, broken_commits=1000) as hub:
-        run = push(hub, out, "--push_every", "1")
-        assert run.returncode != 0 and "Traceback" not in run.stderr
-        failures = [line for line in run.stderr.splitlines() if "the upload to 'someone/fox' has failed" in line]
-        assert len(failures) == 2  # after the first step, and at the end
+        hub.serve_this_process(monkeypatch)
+        with pytest.raises(SystemExit) as stop:
+            train(out, *PUSH, "--push_every", "1")
+        message, printed = stop.value.code, output()
+        failure = "the upload to 'someone/fox' has failed"
+        assert message.count(failure) == 1 and "\n" not in message
+        assert printed.count(failure) >= 1  # after the first step, and training goes on
         assert not hub.commits and (out / LORA).exists() and len((out / "metrics.jsonl").read_text().splitlines()) == 2
-        assert not holds_token(out, run)
+        assert not holds_token(out, message + printed)
         # The command of the message, as a user would run it.
-        command = re.search(r"to push it later: (hf upload .*)", failures[-1])[1]
+        command = re.search(r"to upload it later: (hf upload .*)", message)[1]
         hub.broken_commits = 0
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         folder = os.path.dirname(sys.executable)
@@ -97,9 +107,9 @@ def test_a_failing_upload_loses_nothing_and_says_how_to_push_later(tmp_path):
     assert not any(name.startswith("checkpoint-") for name in hub.commits[0][2])
 
 
-def test_the_card_is_enough_to_use_the_adapter(tmp_path):
+def test_the_card_is_enough_to_use_the_adapter_and_to_repeat_the_run(tmp_path):
     flags = ["--reward", "aesthetic,clip_score:5", "--num_eval_images", "4", "--negative_prompt", "a blue one"]
-    train(tmp_path, *flags, "--learning_rate", "1e-2")
+    train(tmp_path, *flags, "--reward_offload", "--learning_rate", "1e-2")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers" and "lora" in card.data.tags
     results = json.loads((tmp_path / "evaluation.json").read_text())
@@ -107,18 +117,32 @@ def test_the_card_is_enough_to_use_the_adapter(tmp_path):
         assert f"| `{name}` | {row['base']['mean']:.4f} " in card.text and f"{row['tuned']['mean']:.4f}" in card.text
     for text in ("--negative_prompt 'a blue one'", "--reward aesthetic,clip_score:5", "Seed 0", "torch ", "`rlr`"):
         assert text in card.text
-    scope = {}
-    exec(re.search(r"```py\n(.*?)```", card.text, re.DOTALL)[1], scope)
+    scope, example = {}, re.search(r"```py\n(.*?)```", card.text, re.DOTALL)[1]
+    exec(example, scope)
+    assert ", negative_prompt='a blue one'" in example  # a pipeline would take any name
     assert scope["image"].size == (32, 32)
     weights = [p for name, p in scope["pipeline"].unet.named_parameters() if "lora_B" in name]
     assert weights and any(weight.abs().max() > 0 for weight in weights)
-    # The command of the card is the run's own.
+    # The command of the card is that of the run.
     command = shlex.split(re.search(r"```bash\n(.*?)```", card.text, re.DOTALL)[1])
     assert command[:5] == ["accelerate", "launch", "--num_processes", "1", "train_rlr_sd.py"]
     again, config = vars(parse_args(command[5:])), json.loads((tmp_path / "training_args.json").read_text())
     assert {key: value for key, value in again.items() if key != "hub_token"} == {
         key: value for key, value in config.items() if key != "num_processes"
     }
+
+
+def test_the_card_does_not_make_up_a_license(tmp_path, monkeypatch):
+    """The folder of a model without a card is no repository that has one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY_SD, "model", ignore=shutil.ignore_patterns("README.md"))
+    with LoopbackHub({("model/README.md", "main"): {"README.md": b"---\nlicense: mit\n---\n"}}) as hub:
+        hub.serve_this_process(monkeypatch)
+        assert license_of(TINY_SD, None) == "apache-2.0" and license_of("model", None) is None
+    args = parse_args(["--pretrained_model_name_or_path", "model", "--output_dir", str(tmp_path)])
+    save_model_card(args, load_model("model"), "the command", "a red one", None, None, 3)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license is None and "is not known to this card" in card.text
 
 
 def test_wandb_offline(tmp_path, monkeypatch):
@@ -133,49 +157,33 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert list(run.rglob("media/images/*.png"))
 
 
-def test_a_model_without_a_card_has_no_licence_to_state(tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(TINY_SD, model, ignore=shutil.ignore_patterns("README.md"))
-    train(tmp_path / "out", "--pretrained_model_name_or_path", str(model))
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.license is None and "is not known to this card" in card.text
-
-
-ADAPTER_SESSION = """
-import sys
-
-import huggingface_hub.constants
-from train_rlr_sd import main, parse_args
-
-out, *base = sys.argv[1:]
-for name in ("fox", "wolf", "offline"):
-    huggingface_hub.constants.HF_HUB_OFFLINE = name == "offline"
-    flags = ["--output_dir", out + name, "--adapter_path", "someone/fox" if name == "offline" else f"someone/{name}"]
-    try:
-        main(parse_args([*base, "--max_train_steps", "1", *flags]))
-        print(name, "trained")
-    except SystemExit as error:
-        print(name, error)
-"""
-
-
-def test_an_adapter_of_the_hub_is_gone_on_from_without_the_hub(tmp_path):
-    """One that is in the cache; of another the reason is said in one line."""
-    train(tmp_path / "first")
+def test_an_adapter_of_the_hub_is_trained_further_also_without_the_hub(tmp_path, monkeypatch):
+    """Without the Hub from the cache. Of one that cannot be loaded the reason is given in one line."""
+    model = tiny_model()
+    add_lora(model, rank=4, alpha=4, layers=["to_q", "to_v"])
+    for name, parameter in model.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_lora(model, tmp_path / "first")
     adapter = (tmp_path / "first" / LORA).read_bytes()
     files = {("someone/fox", "main"): {LORA: adapter, f"best/{LORA}": adapter}, ("someone/wolf", "main"): {"x": b""}}
-
-    def session(name):
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ROOT}
-        command = [sys.executable, "-c", ADAPTER_SESSION, str(tmp_path / name), *BASE]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        fox, wolf, offline = (line for line in run.stdout.splitlines() if line.startswith(("fox", "wolf", "offline")))
-        assert (fox, offline) == ("fox trained", "offline trained")
-        assert "--adapter_path 'someone/wolf' cannot be loaded: " in wolf
-
+    cache = str(tmp_path / "cache")
+    flags = ["--cache_dir", cache, "--max_train_steps", "1", "--adapter_path"]
     with LoopbackHub(files) as hub:
-        session("with")
-    session("without")
-    assert same_adapter(tmp_path / "withfox", tmp_path / "withoutfox")
-    assert same_adapter(tmp_path / "withfox", tmp_path / "withoutoffline")
+        hub.serve_this_process(monkeypatch)
+        train(tmp_path / "with", *flags, "someone/fox")
+        with pytest.raises(
+            SystemExit, match="^train_rlr_sd.py: error: --adapter_path 'someone/wolf' cannot be loaded: .*$"
+        ):
+            train(tmp_path / "wolf", *flags, "someone/wolf")
+        assert lora_file("someone/wolf", cache) is None
+    train(tmp_path / "without", *flags, "someone/fox")
+    assert same_adapter(tmp_path / "with", tmp_path / "without")
+    assert not same_adapter(tmp_path / "with", tmp_path / "first")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert lora_file("someone/never-asked-for", cache) == LORA  # loading it says what is wrong
+    model = tiny_model()
+    load_lora(model, "someone/fox", cache)
+    save_lora(model, tmp_path / "offline")
+    assert same_adapter(tmp_path / "offline", tmp_path / "first")

@@ -11,12 +11,28 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-import json
+"""Where the prompts come from, what is left out with a message, and the order in which training uses them."""
 
+import json
+import re
+
+import pandas
 import pytest
 import torch
-from rlr_utils import PromptEmbeds, PromptSampler, load_levels, load_prompts
-from rlr_utils.prompts import expand
+from rlr_testing import BASE, DIGITS, train
+from rlr_training.prompts import (
+    PromptSampler,
+    conditions_of,
+    expand,
+    levels_of,
+    load_levels,
+    load_prompts,
+    load_training_prompts,
+)
+from train_rlr_sd import main, parse_args
+
+
+# Lists and files
 
 
 def test_built_in_prompts():
@@ -34,9 +50,10 @@ def test_a_file_is_read_line_by_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(b" \n\n", "no prompt"), (b"caf\xe9\0\n", "not UTF-8"), (None, "no such file")]
+    ("content", "message"),
+    [(b" \n\n", "no prompt"), (b"", "no prompt"), (b"caf\xe9\0\n", "not UTF-8"), (None, "no such file")],
 )
-def test_bad_files_are_named(tmp_path, content, message):
+def test_a_bad_file_is_named(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
@@ -45,7 +62,7 @@ def test_bad_files_are_named(tmp_path, content, message):
     assert str(file) in str(error.value)
 
 
-def test_other_encodings_are_read_and_said(tmp_path, caplog):
+def test_other_encodings_are_read_with_a_warning(tmp_path, caplog):
     file = tmp_path / "prompts.txt"
     file.write_bytes("a café\r\n".encode("utf-16"))
     assert load_prompts(str(file)) == ["a café"] and not caplog.text
@@ -54,7 +71,7 @@ def test_other_encodings_are_read_and_said(tmp_path, caplog):
     assert "not UTF-8 (invalid continuation byte at byte 5), read as Windows-1252" in caplog.text
 
 
-def test_empty_and_repeated_prompts_are_left_out_and_said(tmp_path, caplog):
+def test_empty_and_repeated_prompts_are_left_out_and_counted(tmp_path, caplog):
     file = tmp_path / "prompts.txt"
     file.write_text("a fox\n\na cat\n a fox \n\n\n")
     with caplog.at_level("INFO"):
@@ -62,12 +79,28 @@ def test_empty_and_repeated_prompts_are_left_out_and_said(tmp_path, caplog):
     assert "2 prompts; left out: 3 empty, 1 repeated" in caplog.text
 
 
-def test_templates_stand_for_all_their_prompts():
+def test_a_template_stands_for_all_its_prompts():
     assert expand("a {red|blue} {cat|small dog}") == ["a red cat", "a red small dog", "a blue cat", "a blue small dog"]
     assert expand("a {very |}big {cat}") == ["a very big {cat}", "a big {cat}"]
     with pytest.raises(ValueError, match="stands for 1,048,576 prompts"):
         expand("{a|b}" * 20)
 
+
+def test_only_the_first_prompts_are_used_if_asked_for():
+    args = parse_args(["--prompts", DIGITS, "--max_prompts", "3"])
+    assert load_training_prompts(args) == load_prompts(DIGITS)[:3]
+
+
+def test_prompts_that_the_text_encoder_truncates_give_one_warning(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a red one\n" + "a red two and " * 10 + "a blue nine\n")
+    with caplog.at_level("WARNING", logger="rlr_training"):
+        train(tmp_path / "out", "--prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "1")
+    warnings = [record.getMessage() for record in caplog.records if "does not see" in record.getMessage()]
+    assert len(warnings) == 1 and "1 of 2 prompts are longer than 16 tokens" in warnings[0]
+    assert re.search(r"it does not see '[a-z ]*a red two and a blue nine'$", warnings[0])
+
+
+# The chain of thought
 
 LEVELS = {"prompt": "a  fox", "coarse": "an animal", "mid": "a fox in snow", "fine": "fur of a fox"}
 
@@ -78,20 +111,24 @@ def test_a_jsonl_file_may_hold_a_chain_of_thought(tmp_path):
     assert load_prompts(str(file)) == ["a fox", "a red cat", "a blue cat"]
     assert load_levels(str(file)) == {"a fox": ("an animal", "a fox in snow", "fur of a fox")}
     assert load_levels("simple_animals") == {}
+    # A prompt without levels stands for itself.
+    expected = [["a red cat", "an animal"], ["a red cat", "a fox in snow"], ["a red cat", "fur of a fox"]]
+    assert levels_of(str(file), ["a red cat", "a fox"]) == expected
+    assert levels_of(str(file), ["a red cat", "a blue cat"]) is None and levels_of(None, ["a fox"]) is None
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    ("line", "message"),
     [
-        ('{"prompt": "a fox"', "line 2 is no JSON"),
-        ('["a fox"]', 'line 2 is no object with a text "prompt"'),
-        ('{"prompt": 3}', 'line 2 is no object with a text "prompt"'),
+        ('{"prompt": "a fox"', "line 2 is not JSON"),
+        ('["a fox"]', 'line 2 is not an object with a text "prompt"'),
+        ('{"prompt": 3}', 'line 2 is not an object with a text "prompt"'),
         ('{"prompt": "a fox", "coarse": "x"}', "'a fox' needs all of coarse, mid, fine"),
         ('{"prompt": "a fox", "coarse": "x", "mid": 1, "fine": "y"}', "'a fox' needs all of coarse, mid, fine"),
         ('{"prompt": "a {b|c}", "coarse": "x", "mid": "z", "fine": "y"}', "is a template, which cannot have levels"),
     ],
 )
-def test_bad_lines_are_named(tmp_path, line, message):
+def test_a_bad_line_is_named(tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps(LEVELS) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message) as error:
@@ -100,11 +137,66 @@ def test_bad_lines_are_named(tmp_path, line, message):
     assert str(file) in str(error.value)
 
 
-def test_every_pass_meets_every_prompt_once_in_another_order():
+def test_conditions_change_with_the_step_where_prompts_have_levels(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, [LEVELS, {"prompt": "a cat"}])))
+    args = parse_args(["--prompts", str(file), "--num_inference_steps", "5", "--dcot_boundaries", "0.2", "0.6"])
+    embed = lambda prompts: {"length": torch.tensor([len(prompt) for prompt in prompts])}  # noqa: E731
+    conditions = conditions_of(args, ["a fox", "a cat"], embed)
+    by_level = {level: [len(LEVELS[level]), len("a cat")] for level in ("coarse", "mid", "fine")}
+    assert [one["length"].tolist() for one in conditions] == [
+        *(by_level["coarse"], by_level["mid"], by_level["mid"], by_level["fine"], by_level["fine"])
+    ]
+    assert conditions_of(args, ["a cat"], embed)["length"].tolist() == [5]  # one condition for the whole chain
+
+
+# Datasets
+
+
+def test_prompts_from_a_local_dataset(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pandas.DataFrame({"caption": ["a red one", "", "a blue two"]}).to_parquet(data / "train.parquet")
+    flags = [flag for flag in BASE if flag not in ("--prompts", DIGITS)]
+    flags += ["--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
+    with pytest.raises(SystemExit, match="--dataset_name .*: no --caption_column 'text' in it, only caption"):
+        main(parse_args(flags))
+    with pytest.raises(SystemExit, match="--dataset_name .*: .*validation"):
+        main(parse_args([*flags, "--dataset_split", "validation"]))
+    main(parse_args([*flags, "--caption_column", "caption"]))
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("streaming", [[], ["--dataset_streaming"]], ids=["loaded", "streamed"])
+def test_prompts_of_a_dataset_in_a_folder_or_a_file(tmp_path, streaming):
+    rows = [{"text": [f"a red {word}", "another caption"], "other": 1} for word in ("one", "two", "one", "three")]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for source in (tmp_path / "data", tmp_path / "data" / "train.jsonl"):
+        args = parse_args(["--dataset_name", str(source), *streaming])
+        assert load_training_prompts(args) == ["a red one", "a red two", "a red three"]
+        args = parse_args(["--dataset_name", str(source), "--max_prompts", "2", *streaming])
+        assert load_training_prompts(args) == ["a red one", "a red two"]
+
+
+def test_a_dataset_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    (tmp_path / "broken.csv").write_text('text\na fox\n"a cat", "b", 3\n\0\n')
+    for name in ("prompts.txt", "broken.csv"):
+        with pytest.raises(ValueError, match=f"--dataset_name .*{name}") as error:
+            load_training_prompts(parse_args(["--dataset_name", str(tmp_path / name)]))
+        assert "\n" not in str(error.value)
+
+
+# The order of the prompts
+
+
+def test_every_pass_has_every_prompt_once_in_another_order():
     sampler = PromptSampler([str(i) for i in range(10)], seed=0)
     passes = [sampler.next_batch(10) for _ in range(3)]
     assert all(sorted(p, key=int) == sampler.prompts for p in passes)
     assert passes[0] != passes[1] != passes[2]
+    assert PromptSampler(sampler.prompts, seed=1).next_batch(10) != passes[0]
 
 
 def test_a_prompt_may_come_several_times_in_a_row():
@@ -113,28 +205,7 @@ def test_a_prompt_may_come_several_times_in_a_row():
     assert [len(set(drawn[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1] and set(drawn) == {"a", "b", "c"}
 
 
-def test_every_prompt_is_encoded_once_while_it_is_kept():
-    encoded, encoder = [], torch.nn.Linear(1, 2)
-
-    def encode(prompt):
-        encoded.append(prompt)
-        states = encoder(torch.full((1, 3, 1), float(ord(prompt))))
-        return states, states.mean(1)
-
-    embeds_of = PromptEmbeds(encode, [encoder], "cpu", max_prompts=2)
-    states, pooled = embeds_of(["a", "b", "a"])
-    assert encoded == ["a", "b"] and not states.requires_grad
-    torch.testing.assert_close(states, torch.cat([encode(prompt)[0] for prompt in "aba"]).detach())
-    torch.testing.assert_close(pooled, states.mean(1))
-    encoded.clear()
-    embeds_of(["b", "c"])  # for which the oldest goes
-    embeds_of(["b", "c"])
-    assert encoded == ["c"]
-    embeds_of(["a"])
-    assert encoded == ["c", "a"]
-
-
-def test_ranks_share_a_pass_and_a_run_resumes_where_it_was():
+def test_ranks_share_a_pass_and_a_resumed_run_continues_it():
     prompts = [str(i) for i in range(12)]
     ranks = [PromptSampler(prompts, seed=1, rank=rank, num_ranks=2) for rank in range(2)]
     drawn = [rank.next_batch(3) for _ in range(2) for rank in ranks]

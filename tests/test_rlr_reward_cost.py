@@ -14,7 +14,7 @@
 from reward_cost import main
 
 
-def test_the_benchmark_in_short(tmp_path, capsys):
+def test_quick_reward_cost_measures_every_reward(tmp_path, capsys):
     rows = main(["--quick", "--out", str(tmp_path)])
     names = {"aesthetic", "clip_score", "pickscore", "hpsv2", "imagereward"}
     assert {(row["reward"], row["what"]) for row in rows} == {

@@ -14,23 +14,23 @@
 from reward_hacking import at_gain, early_stop, run
 
 
-def test_the_benchmark_in_short(tmp_path, capsys):
-    rows = run(["--quick", "--workers", "1", "--out", str(tmp_path)])
+def test_quick_reward_hacking_measures_every_checkpoint(tmp_path, capsys):
+    rows = run(["--quick", "--workers", "0", "--out", str(tmp_path)])
     assert [(row["variant"], row["step"]) for row in rows] == [
         (name, step) for name in ("rlr, KL .03", "truncated_bp") for step in (0, 1, 2)
     ]
     base = [row for row in rows if row["step"] == 0]
     assert base[0]["drift"] < 1e-6 and {**base[0], "variant": ""} == {**base[1], "variant": ""}
     assert all(row["nearest_real"] > 0 and row["diversity"] > 0 for row in rows)
-    assert "one deviation of the base model's rewards" in capsys.readouterr().out
+    assert "one standard deviation of the base model's rewards" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"reward_hacking.csv", "reward_hacking.png"}
 
 
-def test_figures_are_compared_where_the_reward_has_risen_alike():
+def test_variants_are_compared_at_the_same_gain():
     keys = ("diversity", "drift", "frechet_to_real", "nearest_real", "clip_score")
     rows = [{"step": 10 * i, "aesthetic": 5 + i, **dict.fromkeys(keys, 1 - i / 10)} for i in range(4)]
-    found = at_gain(rows, 1.5)
-    assert found["step"] == 15 and abs(found["diversity"] - 0.85) < 1e-9
+    figures = at_gain(rows, 1.5)
+    assert figures["step"] == 15 and abs(figures["diversity"] - 0.85) < 1e-9
     assert at_gain(rows, 3.5) is None
     row, best = early_stop(rows, patience=2)
     assert row["step"] == 30 and best == 10

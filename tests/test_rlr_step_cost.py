@@ -14,13 +14,14 @@
 import csv
 import re
 
+import memory
 import pytest
+import step_cost
 import torch
 from accelerate import Accelerator
+from bench_networks import bundle
 from memory import LiveBytes, widened_norms
-from memory import main as count_memory
-from step_cost import Case, Step, bundle
-from step_cost import main as measure_steps
+from step_cost import Case, Step
 
 
 def rows_of(path):
@@ -29,9 +30,11 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_the_cost_of_a_step_in_short(tmp_path, capsys):
+def test_quick_step_cost_counts_calls_and_measures_time_and_memory(tmp_path, capsys, monkeypatch):
+    all_groups, kept = step_cost.groups_of, ("estimators", "steps T", "sub-chain h")
+    monkeypatch.setattr(step_cost, "groups_of", lambda args: {title: all_groups(args)[title] for title in kept})
     estimators = ["rlr", "full_bp", "truncated_bp", "draft_lv", "ddpo"]
-    groups = measure_steps(["--quick", "--out", str(tmp_path), "--estimators", *estimators])
+    groups = step_cost.main(["--quick", "--out", str(tmp_path), "--estimators", *estimators])
     rows = {row["estimator"]: row for row in groups["estimators"][1]}
     assert list(rows) == estimators
     assert {name: row["unet_vjps_per_image"] for name, row in rows.items()} == {
@@ -39,24 +42,23 @@ def test_the_cost_of_a_step_in_short(tmp_path, capsys):
         **{"truncated_bp": 1, "draft_lv": 2},
     }
     assert all(row["ratio"] > 0.5 and 0 < row["utilisation"] for row in rows.values())
-    # A guided call and its product with the decoder's: more of them, more work.
+    # The work grows with the number of calls.
     assert (
         rows["rlr"]["tflop_per_image"] > rows["draft_lv"]["tflop_per_image"] > rows["truncated_bp"]["tflop_per_image"]
     )
     assert rows["draft_lv"]["step_mib"] > rows["truncated_bp"]["step_mib"] > 1
     printed = capsys.readouterr().out
-    assert (
-        "memory of full_bp beside truncated_bp with K = 1, batch 2" in printed and "at T = 8 beside T = 4" in printed
-    )
+    assert "memory of full_bp / memory of truncated_bp with K = 1, batch 2" in printed
+    assert "at T = 8 / at T = 4" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"step_cost.csv", "step_cost.png"}
-    assert len(rows_of(tmp_path / "step_cost.csv")) == sum(len(found) for _, found in groups.values())
+    assert len(rows_of(tmp_path / "step_cost.csv")) == sum(len(cases) for _, cases in groups.values())
 
 
-def test_step_and_bare_calls_are_of_the_same_steps_of_the_chain():
-    model = bundle(Accelerator(cpu=True), checkpointing=False)
-    step = Step(model, Case("rlr, sweep_fraction .5", 12, 4, 2, 32))
+def test_step_and_bare_calls_sweep_the_same_steps():
+    networks = bundle(Accelerator(cpu=True), checkpointing=False)
+    step = Step(networks, Case("rlr, sweep_fraction .5", 12, 4, 2, 32))
     seen = []
-    hook = model.unet.register_forward_pre_hook(
+    hook = networks.unet.register_forward_pre_hook(
         lambda unet, args: seen.append((len(args[0]), torch.is_grad_enabled()))
     )
     step.run()
@@ -65,13 +67,13 @@ def test_step_and_bare_calls_are_of_the_same_steps_of_the_chain():
     step.bare()
     hook.remove()
     assert sorted(own) == sorted(seen[12:])
-    assert step.vjps == len(own) == 8  # 3, and of 9 in the mean 4.5
+    assert len(step.swept) == len(own) == 8  # 3, and of the other 9 on average 4.5
 
 
-def test_bytes_are_counted_from_making_to_freeing():
+def test_bytes_are_counted_from_creation_to_release():
     with LiveBytes() as live:
         x = torch.zeros(1000, requires_grad=True)
-        y = (x * 2).view(10, 100)  # a view is no memory
+        y = (x * 2).view(10, 100)  # a view takes no memory
         assert live.now == 8000
         z = y.exp()  # kept for its own backward
         del y
@@ -81,7 +83,7 @@ def test_bytes_are_counted_from_making_to_freeing():
         assert (live.now, live.peak) == (4000, 12000)
 
 
-def test_normalisations_are_counted_as_wide_as_a_gpu_makes_them():
+def test_normalisations_under_autocast_are_float32_as_on_a_gpu():
     norm, x = torch.nn.GroupNorm(2, 4), torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
@@ -91,8 +93,13 @@ def test_normalisations_are_counted_as_wide_as_a_gpu_makes_them():
         assert norm.bfloat16()(x).dtype == torch.bfloat16  # without autocast, as the decoder runs
 
 
-def test_the_memory_of_a_step_in_short(tmp_path, capsys):
-    rows = count_memory(["--quick", "--measure", "--num_inference_steps", "3", "--out", str(tmp_path)])
+def test_quick_memory_counts_every_phase(tmp_path, capsys, monkeypatch):
+    # What is measured needs a process of its own, what is counted does not.
+    elsewhere = memory.in_own_process
+    monkeypatch.setattr(
+        memory, "in_own_process", lambda call, *args: call(*args) if call is memory.count else elsewhere(call, *args)
+    )
+    rows = memory.main(["--quick", "--measure", "--num_inference_steps", "3", "--out", str(tmp_path)])
     assert [row["batch_size"] for row in rows] == [1, 2]
     one, two = rows
     assert two["sweep_gib"] == pytest.approx(2 * one["sweep_gib"], rel=0.1) and one["decode_gib"] == two["decode_gib"]

@@ -11,16 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Have a language model write the coarse, mid and fine prompts of a diffusive chain of thought for every prompt of a list.
+"""Write the coarse, mid and fine prompts of a diffusive chain of thought with a language model, for a list of prompts.
 
     python tools/make_dcot_prompts.py --prompts my_prompts.txt --output my_prompts.jsonl --model Qwen/Qwen2.5-1.5B-Instruct
     python tools/make_dcot_prompts.py --prompts my_prompts.txt --output my_prompts.jsonl \
         --endpoint http://localhost:8000/v1 --model NAME
 
-The model is any text-generation model of transformers, or what answers at an OpenAI-compatible endpoint (its key, if it
-needs one, is the environment variable OPENAI_API_KEY). Prompts that are in the output already are left as they are, and
-lines are only ever added to it, each when its answer has been found good: an interrupted run is continued by starting it
-again. The result is for `train_rlr_sd.py --prompts my_prompts.jsonl`; see docs/dcot.md.
+The model is a text-generation model of transformers, or one behind an OpenAI-compatible endpoint, whose key, if it needs
+one, is read from the environment variable OPENAI_API_KEY. Prompts that the output already holds are skipped. A line is added
+as soon as its answer has been checked, so an interrupted run continues when it is started again. The result is for
+`train_rlr_sd.py --prompts my_prompts.jsonl`; see docs/dcot.md.
 """
 
 import argparse
@@ -37,13 +37,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from reward_models.loading import first_line  # noqa: E402
-from rlr_utils import load_levels, load_prompts  # noqa: E402
-from rlr_utils.prompts import LEVELS  # noqa: E402
+from rlr_training.prompts import LEVELS, load_levels, load_prompts  # noqa: E402
 
 
-# Of CLIP's 77 tokens, since a word takes one or two.
+# Most words are one or two of the 77 tokens that CLIP reads.
 MAX_WORDS = 45
-INSTRUCTION = """A text-to-image model draws a picture in three phases. Write one prompt for each phase of this picture:
+INSTRUCTION = """A text-to-image model draws an image in three phases. Write one prompt for each phase of this image:
 
 {prompt}
 
@@ -51,18 +50,18 @@ INSTRUCTION = """A text-to-image model draws a picture in three phases. Write on
 "mid": shape, pose and parts of each thing.
 "fine": texture, small details and light.
 
-Each is a complete description of the picture in at most {words} words. Answer with a JSON object that has exactly the keys "coarse", "mid" and "fine", and with nothing else."""
+Each is a complete description of the image in at most {words} words. Answer with a JSON object that has exactly the keys "coarse", "mid" and "fine", and with nothing else."""
 
 
 def levels_in(answer):
-    """(coarse, mid, fine) of a model's answer.
+    """(coarse, mid, fine) from a model's answer.
 
     Raises:
-        ValueError: if it holds no JSON object with three texts of at most `MAX_WORDS` words each.
+        ValueError: if it contains no JSON object with three texts of at most `MAX_WORDS` words each.
     """
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
+    match = re.search(r"\{.*\}", answer, re.DOTALL)
     try:
-        levels = json.loads(found.group()) if found else None
+        levels = json.loads(match.group()) if match else None
     except ValueError:
         levels = None
     if not isinstance(levels, dict):
@@ -105,16 +104,24 @@ def local_model(model, max_new_tokens):
 
 
 def write_levels(ask, prompts, output, tries):
-    """Add a line for every prompt that the output does not have; {prompt: what was wrong} of those it still has not."""
-    failed, there = {}, set()
+    """Add a line for every prompt that the output lacks; returns {prompt: problem} for those that it still lacks.
+
+    Args:
+        ask: `ask(question) -> answer`.
+        tries: questions for a prompt.
+
+    Raises:
+        ValueError: if the output has a line that training would refuse, or an unfinished last line.
+    """
+    failed, present = {}, set()
     if os.path.exists(output):
-        there = set(load_prompts(output)) if os.path.getsize(output) else set()
-        load_levels(output)  # or a line that training would refuse would be found there only
+        present = set(load_prompts(output)) if os.path.getsize(output) else set()
+        load_levels(output)
         with open(output, "rb") as file:
             content = file.read()
         if content and not content.endswith(b"\n"):
-            raise ValueError(f"{output!r} does not end with a whole line: mend or move it")
-    for prompt in tqdm([prompt for prompt in prompts if prompt not in there], desc="Prompts"):
+            raise ValueError(f"the last line of {output!r} is unfinished: complete or remove it")
+    for prompt in tqdm([prompt for prompt in prompts if prompt not in present], desc="Prompts"):
         for _ in range(tries):
             try:
                 levels = levels_in(ask(INSTRUCTION.format(prompt=prompt, words=MAX_WORDS)))
@@ -130,12 +137,14 @@ def write_levels(ask, prompts, output, tries):
 
 def main(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", required=True, help="As for training.")
-    parser.add_argument("--output", required=True, help="A .jsonl file, to which lines are added.")
-    parser.add_argument("--model", required=True, help="Folder or Hub name, or what the endpoint calls it.")
+    parser.add_argument("--prompts", required=True, help="Prompts as for training.")
+    parser.add_argument("--output", required=True, help="A .jsonl file to which lines are added.")
+    parser.add_argument("--model", required=True, help="Folder or Hub name, or the model's name at the endpoint.")
     parser.add_argument("--endpoint", default=None, help="URL of an OpenAI-compatible endpoint, such as .../v1.")
-    parser.add_argument("--max_new_tokens", type=int, default=400, help="Length of an answer.")
-    parser.add_argument("--tries", type=int, default=3, help="Questions a prompt, until an answer is good.")
+    parser.add_argument("--max_new_tokens", type=int, default=400, help="Largest length of an answer. Default: 400.")
+    parser.add_argument(
+        "--tries", type=int, default=3, help="How often a prompt is tried until an answer is good. Default: 3."
+    )
     args = parser.parse_args(input_args)
     if not args.output.endswith(".jsonl"):
         parser.error(f"--output {args.output!r} must end in .jsonl")
@@ -146,7 +155,7 @@ def main(input_args=None):
         else:
             ask = endpoint_model(args.endpoint, args.model, args.max_new_tokens)
         failed = write_levels(ask, prompts, args.output, args.tries)
-    except Exception as error:  # whatever a model's loading or an endpoint's client may raise
+    except Exception as error:  # loading a model or calling an endpoint may raise anything
         sys.exit(f"make_dcot_prompts.py: error: {first_line(error)}")
     for prompt, problem in failed.items():
         print(f"{prompt!r}: {problem}", file=sys.stderr)

@@ -11,19 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the prompts come from, in which order training meets them, and what the text encoder makes of them."""
+"""Where the prompts come from, and in which order training uses them."""
 
 import functools
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
 
-import torch
-
-from diffusers.training_utils import offload_models
+import datasets
+from datasets import load_dataset
+from diffusion_models.levels import levels_of_steps
+from reward_models.loading import first_line
 
 
 logger = logging.getLogger(__name__)
@@ -45,16 +47,17 @@ ACTIVITIES = [
 BUILT_IN = {"simple_animals": SIMPLE_ANIMALS, "activities": ACTIVITIES}
 LEVELS = ("coarse", "mid", "fine")
 MAX_EXPANSIONS = 100_000
+DATASET_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
 def load_prompts(source):
     """The prompts of a built-in list by name, of a text file with one a line, or of the field "prompt" of a JSONL file.
 
-    Files are UTF-8; with its byte order mark UTF-16 is read too, and what is neither as Windows-1252, which is said.
-    Templates are expanded, see `expand`; empty lines and repeated prompts are left out, which is said too.
+    Files are UTF-8. UTF-16 is read too if it has its byte order mark; any other text is read as Windows-1252, with a
+    warning. Templates are expanded, see `expand`. Empty lines and repeated prompts are left out, with a log line.
 
     Raises:
-        ValueError: if `source` is neither, cannot be read, or holds no prompt; of a line, naming it.
+        ValueError: if `source` is neither, cannot be read, or holds no prompt. The message names the line at fault.
     """
     if source in BUILT_IN:
         return list(BUILT_IN[source])
@@ -64,14 +67,50 @@ def load_prompts(source):
         raise ValueError(f"prompts {source!r}: {error}") from error
 
 
+def load_training_prompts(args):
+    """The prompts of --prompts, or of the caption column of --dataset_name.
+
+    Raises:
+        ValueError: for a missing or empty file, a dataset that cannot be loaded, and a missing column.
+    """
+    if args.dataset_name is None:
+        prompts = load_prompts("simple_animals" if args.prompts is None else args.prompts)
+        return prompts[: args.max_prompts]
+    try:
+        dataset = _open_dataset(args)
+        # A stream may not know its columns before it has begun.
+        columns = dataset.column_names or list(next(iter(dataset), {}))
+        if args.caption_column not in columns:
+            raise ValueError(f"no --caption_column {args.caption_column!r} in it, only {', '.join(columns)}")
+        # Selecting the column keeps the images of the dataset from being read.
+        rows = itertools.islice(dataset.select_columns(args.caption_column), args.max_prompts)
+        captions = [row[args.caption_column] for row in rows]
+        # Where an image has several captions, the first.
+        captions = [caption[0] if isinstance(caption, list) and caption else caption for caption in captions]
+        return unique_prompts(caption for caption in captions if isinstance(caption, str))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"--dataset_name {args.dataset_name!r}: {first_line(error.__cause__ or error)}") from error
+
+
+def _open_dataset(args):
+    name = args.dataset_name
+    options = {"split": args.dataset_split, "streaming": args.dataset_streaming, "cache_dir": args.cache_dir}
+    if not os.path.isfile(name):
+        return load_dataset(name, args.dataset_config_name, **options)
+    kind = DATASET_FILES.get(os.path.splitext(name)[1])
+    if kind is None:
+        raise ValueError(f"a file of this kind cannot be read, only {', '.join(DATASET_FILES)}")
+    return load_dataset(kind, data_files=name, **options)
+
+
 @functools.lru_cache(maxsize=1)
 def load_levels(source):
     """{prompt: (coarse, mid, fine)} of those prompts of a JSONL file that have these fields.
 
-    The levels of the diffusive chain of thought of RLR (huggingface.co/papers/2502.00639).
+    They are the levels of the diffusive chain of thought of RLR (huggingface.co/papers/2502.00639).
 
     Raises:
-        ValueError: naming the prompt that has some of them only, or is a template.
+        ValueError: naming a prompt that has only some of them, or is a template.
     """
     if source in BUILT_IN or not source.endswith(".jsonl"):
         return {}
@@ -86,6 +125,51 @@ def load_levels(source):
             raise ValueError(f"prompts {source!r}: {entry['prompt']!r} is a template, which cannot have levels")
         levels.setdefault(prompt, tuple(entry[level].strip() for level in LEVELS))
     return levels
+
+
+def levels_of(source, prompts):
+    """For each of the three levels its B prompts, or `None` where none of the prompts has levels.
+
+    Args:
+        source: of the prompts, as for `load_prompts`, or `None`.
+        prompts: B of them. One without levels stands for itself at every level.
+
+    Raises:
+        ValueError: as `load_levels` does.
+    """
+    levels = {} if source is None else load_levels(source)
+    if not any(prompt in levels for prompt in prompts):
+        return None
+    return [list(level) for level in zip(*(levels.get(prompt, (prompt,) * 3) for prompt in prompts))]
+
+
+def conditions_of(args, prompts, embed):
+    """The conditions of B prompts for a `rlr_utils.DenoisingChain`, of one step each where the prompts have levels.
+
+    Args:
+        embed: `embed(prompts) -> {name: (B, ...)}`.
+    """
+    levels = levels_of(args.prompts, prompts)
+    if levels is None:
+        return embed(prompts)
+    by_level = [embed(level) for level in levels]
+    return [by_level[level] for level in levels_of_steps(args.num_inference_steps, args.dcot_boundaries)]
+
+
+def warn_of_long_prompts(source, prompts, tokenizer):
+    """Warn of prompts that are longer than the text encoder reads, with what it does not see of the first of them."""
+    levels = levels_of(source, prompts)
+    if levels is not None:
+        prompts = list(dict.fromkeys(itertools.chain(*levels)))
+    limit = tokenizer.model_max_length
+    tokens = zip(prompts, tokenizer(prompts, verbose=False).input_ids)
+    long = [(prompt, ids) for prompt, ids in tokens if len(ids) > limit]
+    if long:
+        prompt, ids = long[0]
+        logger.warning(
+            f"{len(long)} of {len(prompts)} prompts are longer than {limit} tokens, which is all that the text encoder"
+            f" reads: of {prompt!r} it does not see {tokenizer.decode(ids[limit - 1 : -1]).strip()!r}"
+        )
 
 
 def _entries(source):
@@ -104,9 +188,9 @@ def _entries(source):
         try:
             entries.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"line {number} is no JSON ({error})") from error
+            raise ValueError(f"line {number} is not JSON ({error})") from error
         if not isinstance(entries[-1], dict) or not isinstance(entries[-1].get("prompt"), str):
-            raise ValueError(f'line {number} is no object with a text "prompt"')
+            raise ValueError(f'line {number} is not an object with a text "prompt"')
     return entries
 
 
@@ -132,16 +216,14 @@ def expand(template):
     """
     parts = re.split(r"\{([^{}]*\|[^{}]*)\}", template)
     choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
-    count = 1
-    for alternatives in choices:
-        count *= len(alternatives)
+    count = math.prod(len(alternatives) for alternatives in choices)
     if count > MAX_EXPANSIONS:
         raise ValueError(f"the template {template!r} stands for {count:,} prompts, more than {MAX_EXPANSIONS:,}")
     return [" ".join("".join(chosen).split()) for chosen in itertools.product(*choices)]
 
 
 def unique_prompts(prompts):
-    """The prompts in their order, without empty and repeated ones, whose number is said.
+    """The prompts in their order, without empty and repeated ones, whose number is logged.
 
     Raises:
         ValueError: if none is left.
@@ -157,7 +239,7 @@ def unique_prompts(prompts):
 
 
 class PromptSampler:
-    """Endless shuffled passes over the prompts; every rank draws other ones, and a run resumes where it was.
+    """Endless shuffled passes over the prompts. Every rank draws other prompts, and a resumed run continues the pass.
 
     Args:
         prompts: list of strings.
@@ -187,50 +269,3 @@ class PromptSampler:
             self._pass, self._order = number, list(self.prompts)
             random.Random(f"{self.seed}/{number}").shuffle(self._order)
         return self._order[index]
-
-
-@torch.no_grad()
-def embed(pipeline, prompts, device):
-    """A prompt or B of them -> (embeddings (B, L, D),), of SDXL (embeddings, pooled embeddings (B, D'))."""
-    # The pipelines return the negative prompts' after each of these, here nothing.
-    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    return pipeline.encode_prompt(prompts, device=device, **options)[::2]
-
-
-def text_encoders_of(pipeline):
-    """Those that the pipeline has."""
-    modules = (pipeline.components.get(name) for name in ("text_encoder", "text_encoder_2"))
-    return [module for module in modules if module is not None]
-
-
-class PromptEmbeds:
-    """What the text encoders make of prompts, kept on the CPU, where the encoders rest between new prompts.
-
-    Every prompt is encoded once and by itself: in a batch its last digits would depend on the other prompts.
-
-    Args:
-        encode: `encode(prompt) -> tuple of tensors (1, ...)`.
-        text_encoders: the modules that it uses, which are moved to `device` for it.
-        device: of the results.
-        max_prompts: how many prompts are kept, the latest; those of SD 1.4 take 118 KB each in half precision, those of
-            SDXL 318 KB. With more prompts than that, every batch has the encoders moved.
-    """
-
-    def __init__(self, encode, text_encoders, device, max_prompts=4096):
-        self.encode = encode
-        self.text_encoders = [module.cpu() for module in text_encoders]
-        self.device = device
-        self.max_prompts = max_prompts
-        self.kept = {}
-
-    @torch.no_grad()
-    def __call__(self, prompts):
-        """B prompts -> a tuple of tensors (B, ...)."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
-        if new:
-            with offload_models(*self.text_encoders, device=self.device):
-                self.kept.update({prompt: [part.cpu() for part in self.encode(prompt)] for prompt in new})
-        embeds = tuple(torch.cat(parts).to(self.device) for parts in zip(*(self.kept[prompt] for prompt in prompts)))
-        for prompt in list(self.kept)[: -self.max_prompts]:
-            del self.kept[prompt]
-        return embeds

@@ -1,0 +1,76 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Diffusion models that can be tuned: what differs between diffusers' pipelines, one family a file.
+
+    model = load_model("CompVis/stable-diffusion-v1-4")     # a DiffusionModel, found out from the model itself
+    chain = model.make_chain(model.network, num_steps=50, size=(512, 512))
+    chain = chain.conditioned_on(model.embed(prompts), model.embed([""]))
+
+A new family is a subclass of `base.DiffusionModel` in a file of its own, and a line in `FAMILIES`.
+"""
+
+from importlib import import_module
+
+from .schedulers import SCHEDULERS, make_scheduler
+
+
+__all__ = ["FAMILIES", "SCHEDULERS", "as_model", "load_model", "make_scheduler"]
+
+# {class of the pipeline: "module:class" here}
+FAMILIES = {
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
+}
+
+
+def family_of(pipeline_class):
+    """The `DiffusionModel` subclass for a pipeline class's name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if pipeline_class not in FAMILIES:
+        raise ValueError(f"a {pipeline_class} is not supported, only {', '.join(FAMILIES)}")
+    module, name = FAMILIES[pipeline_class].split(":")
+    return getattr(import_module(f".{module}", __name__), name)
+
+
+def as_model(pipeline):
+    """The `DiffusionModel` of a pipeline that is loaded already.
+
+    Raises:
+        ValueError: if its family is not supported.
+    """
+    return family_of(type(pipeline).__name__)(pipeline)
+
+
+def load_model(source, *, dtype=None, scheduler="ddim", vae=None, revision=None, variant=None, cache_dir=None):
+    """Load a pipeline as a `DiffusionModel`: frozen, its sampler replaced, its family read from its model_index.json.
+
+    Args:
+        source: folder or Hub repository of a diffusers pipeline.
+        dtype: of the networks; default: torch.float32. A VAE that overflows in half precision stays in float32.
+        scheduler: a key of `SCHEDULERS`.
+        vae: a VAE in float32, to use instead of the model's own.
+        revision, variant, cache_dir: as for `from_pretrained`.
+
+    Raises:
+        ValueError: naming the source, if it cannot be loaded or its family is not supported.
+    """
+    from .loading import load_pipeline, loading, pipeline_class_of
+
+    hub = {"revision": revision, "cache_dir": cache_dir}
+    with loading(source):
+        family = family_of(pipeline_class_of(source, **hub))
+    return family(load_pipeline(family, source, dtype, scheduler, vae, variant=variant, **hub))

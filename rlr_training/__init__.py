@@ -1,0 +1,23 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The life of a training run: plain functions that the scripts call, one part of it a file."""
+
+
+def __getattr__(name):
+    # Not imported above, so that the parsers of the scripts do not wait for torch.
+    if name == "GradientClipping":
+        from .optimizer import GradientClipping
+
+        return GradientClipping
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

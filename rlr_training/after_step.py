@@ -1,0 +1,70 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is due after an optimizer step: held-out rewards, metrics, checkpoint, validation, upload."""
+
+from accelerate.logging import get_logger
+
+from .checkpoints import save_checkpoint
+from .evaluation import log_validation, score_held_out
+from .hub import push
+from .metrics import log_metrics
+from .optimizer import averaged
+from .output_dir import place_adapter
+from .run import STOPPED, save_result
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def after_step(args, run, step, line, progress):
+    """Do what is due after a step.
+
+    Args:
+        run: `Run`.
+        line: from `metrics_of`; the held-out figures are added.
+        progress: `Progress`.
+
+    Returns:
+        Why the run is over: `STOPPED` if somebody has asked for it, the reason of early stopping, or `None`.
+    """
+    accelerator, reason = run.accelerator, None
+    if args.heldout_reward is not None and step % args.heldout_steps == 0:
+        with averaged(run.optimization):
+            figures, is_best, reason = score_held_out(run.heldout, run.stopping, run.model, step)
+            if is_best:
+                place_adapter(run.model, args.output_dir, "best")
+        line.update(figures)
+    log_metrics(accelerator, args.output_dir, line)
+    progress.update(line)
+    if reason is not None:
+        logger.info(reason)
+        return reason
+    stopped = accelerator.check_trigger()
+    # What is uploaded can be resumed from.
+    pushing = args.push_every is not None and step % args.push_every == 0 and step < args.max_train_steps
+    if step % args.checkpointing_steps == 0 or stopped or pushing:
+        save_checkpoint(accelerator, args, step, run.optimization.trainable)
+    if stopped:
+        return STOPPED
+    if accelerator.is_main_process:
+        if args.validation_prompts and step % args.validation_steps == 0:
+            with averaged(run.optimization):
+                log_validation(run.model, args, accelerator, step)
+        if pushing:
+            save_result(args, run, step)
+            try:
+                push(args, run.repo_id, f"Step {step}")
+            except ValueError as error:
+                logger.warning(str(error))
+    return None

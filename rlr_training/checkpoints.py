@@ -1,0 +1,235 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints: what they hold, how they are written so that none is ever half there, and which one a run resumes from."""
+
+import json
+import os
+import random
+import re
+import shutil
+
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusion_models.adapters import restore_lora, save_lora
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import parameters_to_vector
+
+from .errors import RunError, one_line, saving
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+STATE_FILE = "rlr_state.json"
+EMA_FILE = "ema.safetensors"
+# What may differ on resume: the length of the run, what is kept, shown and uploaded, and what affects memory only.
+MAY_CHANGE = (
+    *("max_train_steps", "num_train_epochs", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
+    *("early_stop_patience", "checkpointing_steps", "checkpoints_total_limit", "logging_dir", "report_to"),
+    *("num_eval_images", "validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
+    *("push_to_hub", "push_every", "hub_token", "hub_model_id"),
+    *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing", "keep_graphs"),
+)
+
+
+def checkpoints_of(output_dir):
+    """The whole checkpoints of an output folder as {step: path}, in order."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    matches = filter(None, (re.fullmatch(r"checkpoint-(\d+)", name) for name in names))
+    paths = {int(match[1]): os.path.join(output_dir, match[0]) for match in matches}
+    return {step: paths[step] for step in sorted(paths) if os.path.isfile(os.path.join(paths[step], STATE_FILE))}
+
+
+def incomplete_in(output_dir):
+    """Names in an output folder of checkpoints that a killed run has not finished saving."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    whole = {os.path.basename(path) for path in checkpoints_of(output_dir).values()}
+    return sorted(name for name in names if re.fullmatch(r"(checkpoint|partial)-\d+", name) and name not in whole)
+
+
+def find_start(args, accelerator):
+    """(path, step) of the checkpoint to resume from, or (None, 0); --seed is set if it was not given.
+
+    Raises:
+        ValueError: as `resume_point` does, and if the ranks disagree.
+    """
+    path, step = resume_point(args)
+    if len(set(gather_object([step]))) > 1:
+        raise ValueError(
+            f"the ranks see different checkpoints in {args.output_dir!r}: put --output_dir on a disk that they share"
+        )
+    if args.seed is None and path is not None:
+        args.seed = stored_configuration(path)["seed"]
+    elif args.seed is None:
+        args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
+    return path, step
+
+
+def resume_point(args):
+    """(path, step) of the checkpoint to resume from, or (None, 0).
+
+    Raises:
+        ValueError: if it does not exist, lies beyond --max_train_steps, or a newer one would get in the way.
+    """
+    wanted, present = args.resume_from_checkpoint, checkpoints_of(args.output_dir)
+    if wanted == "latest":
+        for name in incomplete_in(args.output_dir):
+            logger.warning(f"--resume_from_checkpoint latest: {name!r} is incomplete and is ignored")
+        if not present:
+            logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir!r}, starting afresh")
+        wanted = present[max(present)] if present else None
+    if wanted is None:
+        return None, 0
+    folder, name = os.path.split(os.path.normpath(wanted))
+    elsewhere = checkpoints_of(folder) if folder else {}
+    found = [(path, step) for step, path in [*present.items(), *elsewhere.items()] if os.path.basename(path) == name]
+    if not found:
+        names = ", ".join(os.path.basename(path) for path in present.values()) or "none"
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint!r} does not exist; whole checkpoints in"
+            f" {args.output_dir!r}: {names}"
+        )
+    # A name alone means this folder, a path the folder it names.
+    path, step = found[-1]
+    if args.max_train_steps < step:
+        raise ValueError(f"--max_train_steps {args.max_train_steps} ends before {path!r}")
+    if present and max(present) > step:
+        raise ValueError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint!r}: {present[max(present)]!r} is newer, move it away to"
+            " continue from the older one"
+        )
+    return path, step
+
+
+def configuration(args, num_processes):
+    """All arguments of the run without the token, as JSON holds them."""
+    config = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    return json.loads(json.dumps({**config, "num_processes": num_processes}))
+
+
+def stored_configuration(checkpoint):
+    """The configuration of the run that has written a checkpoint.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        with open(os.path.join(checkpoint, STATE_FILE), encoding="utf-8") as file:
+            return json.load(file)["config"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"cannot resume from {checkpoint!r}: {STATE_FILE} holds no configuration") from error
+
+
+def check_same_run(config, resume_path):
+    """Refuse to resume with another configuration than the checkpoint's.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    before = stored_configuration(resume_path)
+    # Held-out images are of the validation prompts: of others they could not be compared with those so far.
+    may_change = set(MAY_CHANGE) - ({"validation_prompts"} if config["heldout_reward"] else set())
+    differing = [
+        f"{name} was {before.get(name)!r} and is {config.get(name)!r}"
+        for name in sorted(before.keys() | config.keys())
+        if name not in may_change and before.get(name) != config.get(name)
+    ]
+    if differing:
+        raise ValueError(f"cannot resume from {resume_path!r} with another configuration: {'; '.join(differing)}")
+
+
+def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
+    """Have accelerate's checkpoints hold the adapter, and the rest of the run's state as JSON and safetensors.
+
+    accelerate itself adds the optimizer, its schedule, the scaler and the random states.
+
+    Args:
+        config: from `configuration`.
+        sampler: `PromptSampler`.
+        rlr: `RLRStep`.
+        others: {name: anything with `state_dict` and `load_state_dict`}.
+        ema: the moving average of the adapter, if there is one.
+    """
+
+    def save(models, weights, directory):
+        weights.clear()  # or accelerate writes the whole network beside the adapter
+        if not accelerator.is_main_process:
+            return
+        save_lora(model, directory)
+        state = {"position": sampler.position, "config": config, **rlr.state_dict()}
+        state.update({name: part.state_dict() for name, part in others.items()})
+        if ema is not None:
+            state["ema_step"] = ema.optimization_step
+            average = {str(i): values.contiguous() for i, values in enumerate(ema.shadow_params)}
+            save_file(average, os.path.join(directory, EMA_FILE))
+        with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
+            json.dump(state, file)
+
+    def load(models, directory):
+        models.clear()
+        restore_lora(model, directory)
+        with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
+            state = json.load(file)
+        missing = sorted((rlr.state_dict().keys() | others.keys()) - state.keys())
+        if missing:
+            raise ValueError(f"it is of an earlier version, which did not keep {', '.join(missing)}")
+        sampler.position = state["position"]
+        if ema is not None:
+            ema.optimization_step = state["ema_step"]
+            average = load_file(os.path.join(directory, EMA_FILE))
+            for i, values in enumerate(ema.shadow_params):
+                values.copy_(average[str(i)])
+        rlr.load_state_dict(state)
+        for name, part in others.items():
+            part.load_state_dict(state[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def load_checkpoint(accelerator, path):
+    """Raise RunError if the checkpoint cannot be loaded."""
+    try:
+        accelerator.load_state(path)
+    except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
+        raise RunError(f"cannot resume from {path!r}: {one_line(error)}") from error
+
+
+def save_checkpoint(accelerator, args, step, trainable):
+    """Write checkpoint-N. It appears under its name only when it is whole, and older ones go only after that.
+
+    Raises:
+        RunError: if it cannot be written, or the ranks' adapters differ.
+    """
+    checksums = accelerator.gather(parameters_to_vector(trainable).detach().square().sum()[None])
+    if (checksums != checksums[0]).any():
+        raise RunError(f"the ranks' adapters differ, {checksums.tolist()}")
+    path, partial = (os.path.join(args.output_dir, f"{kind}-{step}") for kind in ("checkpoint", "partial"))
+    with saving(partial):
+        if accelerator.is_main_process:
+            for name in incomplete_in(args.output_dir):
+                if name.startswith("partial-"):
+                    shutil.rmtree(os.path.join(args.output_dir, name))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(partial)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        if args.checkpoints_total_limit is not None:
+            for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
+                # Renamed first, or a kill would leave a part of it under its name.
+                gone = os.path.join(args.output_dir, f"partial-{old.rpartition('-')[2]}")
+                os.rename(old, gone)
+                shutil.rmtree(gone)

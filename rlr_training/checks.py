@@ -1,0 +1,128 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is wrong with the arguments of a training script, as far as it shows without loading a model."""
+
+import math
+from importlib.util import find_spec
+
+from diffusion_models.levels import levels_of_steps
+from reward_models import parse_reward, parse_reward_paths
+from rlr_utils import Settings
+from rlr_utils.settings import check_settings
+
+from .errors import naming
+
+
+NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
+# Flags that have another name than the keyword of `RLRStep`.
+FLAGS = {"estimator": "gradient_estimator", "num_steps": "num_inference_steps"}
+
+
+def flag_of(keyword):
+    """The flag of a keyword of `RLRStep`, as a message names it."""
+    return f"--{FLAGS.get(keyword, keyword)}"
+
+
+def rlr_settings(args):
+    """The keywords of `RLRStep` that the flags set."""
+    same_name = (
+        *(
+            "mixing",
+            "baseline",
+            "sweep_fraction",
+            "truncation_steps",
+            "lv_samples",
+            "subchain_length",
+            "subchain_range",
+        ),
+        *("rest", "branches", "num_inner_epochs", "ppo_clip_range", "kl_weight", "keep_graphs"),
+    )
+    return {"estimator": args.gradient_estimator, **{name: getattr(args, name) for name in same_name}}
+
+
+def check_args(args, default_of):
+    """Refuse arguments that do not go together.
+
+    Args:
+        default_of: `default_of(name)`, the default of a flag.
+
+    Raises:
+        ValueError: one line that names the flag and what it should be.
+    """
+    check_settings(Settings(**rlr_settings(args)), args.num_inference_steps, name=flag_of)
+    _check_noise(args)
+    _check_adapter(args, default_of)
+    _check_rewards(args)
+    _check_run(args)
+
+
+def _check_noise(args):
+    if args.eta < 1 and args.scheduler != "ddim":
+        raise ValueError(f"--eta {args.eta} is for --scheduler ddim, and {args.scheduler} has a noise of its own")
+    if args.eta == 0 and args.gradient_estimator in NEED_NOISE:
+        raise ValueError(f"--eta 0 leaves no noise in the chain, which {args.gradient_estimator} needs: use --eta 1")
+    if args.eta == 0 and args.kl_weight > 0:
+        raise ValueError(
+            f"--eta 0 leaves no noise in the chain, which --kl_weight {args.kl_weight} needs: use --eta 1"
+        )
+    if args.baseline_vae is not None and args.baseline not in ("auto", "predicted_x0"):
+        raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline auto or predicted_x0")
+
+
+def _check_adapter(args, default_of):
+    for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
+        if args.adapter_path is not None and getattr(args, name) != default_of(name):
+            raise ValueError(f"--{name} is for a new adapter, and --adapter_path {args.adapter_path!r} has its own")
+
+
+def _check_rewards(args):
+    parse_reward(args.reward)
+    if args.heldout_reward is not None:
+        parse_reward(args.heldout_reward)
+    parse_reward_paths(args.reward_path)
+    if args.reward_batch_size is not None and args.reward_batch_size > args.decode_batch_size:
+        raise ValueError(
+            f"--reward_batch_size {args.reward_batch_size} is more than --decode_batch_size {args.decode_batch_size}:"
+            f" raise --decode_batch_size {args.decode_batch_size} with it"
+        )
+    if args.early_stop_patience is not None and args.heldout_reward is None:
+        raise ValueError(f"--early_stop_patience {args.early_stop_patience} needs --heldout_reward")
+    if args.num_heldout_images % 4:
+        raise ValueError(f"--num_heldout_images {args.num_heldout_images} must be a multiple of 4")
+
+
+def _check_run(args):
+    if args.seed is not None and args.seed >= 2**32:
+        raise ValueError(f"--seed {args.seed} must be in 0..2^32 - 1")
+    if args.num_eval_images == 1:
+        raise ValueError("--num_eval_images 1 has no standard deviation: use 0 or at least 2")
+    is_norm = isinstance(args.max_grad_norm, float) and 0 < args.max_grad_norm < math.inf
+    if args.max_grad_norm != "auto" and not is_norm:
+        raise ValueError(f"--max_grad_norm {args.max_grad_norm!r} is neither auto nor a positive number")
+    if args.prompts is not None and args.dataset_name is not None:
+        raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
+    with naming("--dcot_boundaries:"):
+        levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+    if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
+        raise ValueError(
+            f"--report_to {args.report_to} with --hub_token would log the token: log in with `hf auth login` instead"
+        )
+    if args.report_to in ("wandb", "comet_ml") and find_spec(args.report_to) is None:
+        raise ValueError(f"--report_to {args.report_to}: {args.report_to} is not installed")
+    if args.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise ValueError("--use_8bit_adam: bitsandbytes is not installed")
+    if args.push_every is not None and not args.push_to_hub:
+        raise ValueError(f"--push_every {args.push_every} needs --push_to_hub")
+    if args.overwrite_output_dir and args.resume_from_checkpoint is not None:
+        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint: give one of them")

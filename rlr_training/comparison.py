@@ -1,0 +1,97 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adapters against their base model: loading them, and what is measured of their images."""
+
+import itertools
+import os
+
+import torch
+from diffusion_models.adapters import lora_file
+from reward_models.features import diversity, drift, frechet_distance
+from reward_models.images import read_image
+from reward_models.loading import first_line
+from tqdm.auto import tqdm
+
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def load_real(directory, features):
+    """The embeddings (N, D) of the images of a folder.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+    names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    paths = [os.path.join(directory, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_FILES]
+    if len(paths) < 2:
+        raise ValueError(f"--real_images {directory!r} holds fewer than two images")
+    return torch.cat([features(read_image(path)) for path in tqdm(paths, desc="real images")])
+
+
+def load_adapters(pipeline, sources, cache_dir):
+    """Load adapters into a pipeline; returns the name of each, the end of its path, made unique.
+
+    Raises:
+        ValueError: if one cannot be loaded.
+    """
+    names = []
+    for source in sources:
+        name = os.path.basename(os.path.normpath(source)).removesuffix(".safetensors").replace(".", "-")
+        # peft keeps adapters in a module under their names, which must not be those of its members, such as "train".
+        while name in (*names, "base") or hasattr(torch.nn.ModuleDict(), name):
+            name += "-again"
+        try:
+            file = lora_file(source, cache_dir)
+            pipeline.load_lora_weights(source, weight_name=file, adapter_name=name, cache_dir=cache_dir)
+        except Exception as error:  # peft, safetensors and the Hub have errors of their own
+            raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
+        if name not in itertools.chain(*pipeline.get_list_adapters().values()):  # of which diffusers only warns
+            raise ValueError(f"--adapters {source!r} cannot be loaded: no layer of it is one of the base model")
+        names.append(name)
+    return names
+
+
+def measure(images, prompts, rewards, features, base, real, device):
+    """The figures of the images (N, 3, H, W) of one model.
+
+    Args:
+        rewards: `WeightedSum`; the weights are ignored.
+        features: from `reward_models.features.load_features`.
+        base: the details of the base model, or `None` for itself.
+        real: (M, D), embeddings of real images, or `None`.
+        device: of the rewards.
+
+    Returns:
+        (summary, details): numbers for results.json, and {"scores": {reward: (N,)}, "embeds": (N, D)}.
+    """
+    embeds = features(images)
+    scores = {name: values.cpu() for name, values in rewards(images, prompts, device=device).members.items()}
+    base_scores, base_embeds = (scores, embeds) if base is None else (base["scores"], base["embeds"])
+    summary = {"rewards": {}}
+    for name, values in scores.items():
+        gain = values - base_scores[name]
+        summary["rewards"][name] = {
+            "mean": values.mean().item(),
+            "standard_error": values.std().item() / len(values) ** 0.5,
+            "gain": gain.mean().item(),
+            "gain_standard_error": gain.std().item() / len(gain) ** 0.5,
+            "win_rate": ((gain > 0).float() + 0.5 * (gain == 0).float()).mean().item(),
+        }
+    summary["diversity"] = diversity(embeds, prompts)
+    summary["drift"] = drift(base_embeds, embeds).mean().item()
+    summary["frechet_to_base"] = frechet_distance(embeds, base_embeds)
+    if real is not None:
+        summary["frechet_to_real"] = frechet_distance(embeds, real)
+    return summary, {"scores": scores, "embeds": embeds}

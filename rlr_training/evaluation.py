@@ -1,0 +1,279 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images of fixed seeds: validation, held-out rewards, and the comparison with the base model."""
+
+import json
+import math
+import os
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from diffusion_models import load_model
+from diffusion_models.adapters import LORA_FILE, lora_disabled
+from diffusion_models.chain_of_thought import ChainOfThought
+from diffusion_models.loading import load_vae
+from reward_models.features import diversity, drift
+from tqdm.auto import tqdm
+
+from diffusers.training_utils import offload_models
+from diffusers.utils import is_wandb_available
+
+from .errors import RunError, naming
+from .plots import plot_before_after
+from .prompts import levels_of
+
+
+if is_wandb_available():
+    import wandb
+
+logger = get_logger(__name__, log_level="INFO")
+
+# Images that are compared have these seeds, whatever the seed of the run: other noise than any run trains on.
+EVALUATION_SEED = 1_000_000
+# Those by which the best adapter is chosen have other seeds, or the comparison would flatter it.
+HELDOUT_SEED = 2_000_000
+
+
+@torch.no_grad()
+def generate(model, prompts, args, batch_size, desc=None, first_seed=EVALUATION_SEED):
+    """One image per prompt, from consecutive seeds: (N, 3, H, W) in [0, 1] on the CPU.
+
+    Args:
+        model: `DiffusionModel`.
+        args: of a script, for the sampling flags, --prompts, --dcot_boundaries and --decode_batch_size.
+        batch_size: images drawn at a time.
+        desc: of the progress bar; without one there is no bar.
+    """
+    pipeline, images = model.pipeline, []
+    for start in tqdm(range(0, len(prompts), batch_size), desc=desc, disable=desc is None):
+        batch = prompts[start : start + batch_size]
+        # Generators of the CPU, so that a seed is the same image on every device.
+        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
+        # The text encoders rest on the CPU in training. The latents are decoded here: in mixed precision the network under
+        # training passes float32 to a VAE in half precision.
+        with offload_models(*model.text_encoders, device=model.network.device):
+            levels, prompts_of_first_step, thought = levels_of(args.prompts, batch), batch, {}
+            if levels is not None:
+                callback = ChainOfThought(pipeline, *levels, args.num_inference_steps, args.dcot_boundaries)
+                prompts_of_first_step = callback.first
+                thought = {"callback_on_step_end": callback, **callback.inputs}
+            latents = pipeline(
+                prompts_of_first_step,
+                height=args.height,
+                width=args.width,
+                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                eta=args.eta,
+                generator=generators,
+                output_type="latent",
+                **thought,
+            ).images
+        images += [model.decode(part).cpu() for part in latents.split(args.decode_batch_size)]
+    return torch.cat(images)
+
+
+def log_validation(model, args, accelerator, step):
+    """Send images of the validation prompts, from the same seeds each time, to every tracker."""
+    logger.info(f"Running validation: {args.num_validation_images} images of each validation prompt")
+    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+    images = generate(model, prompts, args, args.train_batch_size).permute(0, 2, 3, 1).numpy()
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", images, step, dataformats="NHWC")
+        if tracker.name == "wandb":
+            shown = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts)]
+            tracker.log({"validation": shown}, step=step)
+
+
+class HeldOut:
+    """A reward that is not trained on, with diversity and drift, on images of fixed seeds.
+
+    Args:
+        args: of the script.
+        rewards, heldout: `WeightedSum` of the reward that is trained on, and of the held-out one.
+        features: from `reward_models.features.load_features`.
+        prompts: of the run.
+        device: of the rewards.
+    """
+
+    def __init__(self, args, rewards, heldout, features, prompts, device):
+        self.args, self.rewards, self.heldout, self.features = args, rewards, heldout, features
+        self.device = device
+        self.modules = (*rewards.modules, *heldout.modules, features)
+        pool = args.validation_prompts or prompts
+        self.prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
+        self.base_embeds = None
+
+    def _measure(self, model):
+        """The figures of the model as it is, {name: number}, and the embeddings (N, D) of its images."""
+        args = self.args
+        try:
+            images = generate(model, self.prompts, args, args.train_batch_size, first_seed=HELDOUT_SEED)
+            with offload_models(*self.modules, device=self.device, offload=args.reward_offload):
+                embeds = self.features(images, args.decode_batch_size)
+                trained = self.rewards(images, self.prompts, device=self.device).total
+                held = self.heldout(images, self.prompts, device=self.device).total
+        except ValueError as error:
+            raise RunError(f"held-out images: {error}") from error
+        return {
+            "heldout_mean": held.mean().item(),
+            "heldout_std": held.std().item(),
+            "heldout_trained_mean": trained.mean().item(),
+            "diversity": diversity(embeds, self.prompts),
+        }, embeds
+
+    def measure_base(self, model):
+        """Keep the embeddings of the base model's images, and log the rest."""
+        with lora_disabled(model):
+            figures, self.base_embeds = self._measure(model)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        logger.info(f"base model on {len(self.prompts)} images: {shown}")
+
+    def measure(self, model):
+        """The figures of the model as it is, {name: number}."""
+        figures, embeds = self._measure(model)
+        return {**figures, "drift": drift(self.base_embeds, embeds).mean().item()}
+
+
+class EarlyStopping:
+    """The best held-out reward so far, and how many scorings ago that was.
+
+    Args:
+        patience: stop after so many scorings without a better one; `None` for never.
+    """
+
+    def __init__(self, patience):
+        self.patience = patience
+        self.best, self.best_step, self.waited = -math.inf, 0, 0
+
+    def update(self, step, score):
+        """(whether this is the best score, why to stop or `None`)."""
+        if score > self.best:
+            self.best, self.best_step, self.waited = score, step, 0
+            return True, None
+        self.waited += 1
+        if self.patience is None or self.waited < self.patience:
+            return False, None
+        reason = f"the held-out reward has not risen above {self.best:.4f} of step {self.best_step} in {self.waited}"
+        return False, f"stopped early after step {step}: {reason} scorings; that adapter is in best/"
+
+    def state_dict(self):
+        best = self.best if math.isfinite(self.best) else None
+        return {"best": best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state):
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.best_step, self.waited = state["best_step"], state["waited"]
+
+
+def score_held_out(heldout, stopping, model, step):
+    """Score the held-out reward on the main process, for all ranks.
+
+    Args:
+        heldout: `HeldOut`, or `None` on the other ranks.
+        stopping: `EarlyStopping`.
+
+    Returns:
+        (figures {name: number}, whether they are the best so far, why to stop or `None`), the first two empty and false on
+        the other ranks.
+    """
+    figures, is_best, reason = {}, False, None
+    if heldout is not None:
+        figures = heldout.measure(model)
+        is_best, reason = stopping.update(step, figures["heldout_mean"])
+    return figures, is_best, broadcast_object_list([reason])[0]
+
+
+def load_base(args, dtype):
+    """The base model of the arguments, see `diffusion_models.load_model`.
+
+    Raises:
+        ValueError: naming the flag, if it cannot be loaded.
+    """
+    vae = None
+    if args.pretrained_vae_model_name_or_path is not None:
+        with naming("--pretrained_vae_model_name_or_path"):
+            vae = load_vae(
+                args.pretrained_vae_model_name_or_path, "AutoencoderKL", torch.float32, cache_dir=args.cache_dir
+            )
+    with naming("--pretrained_model_name_or_path"):
+        return load_model(
+            args.pretrained_model_name_or_path,
+            dtype=dtype,
+            scheduler=args.scheduler,
+            vae=vae,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+        )
+
+
+def set_size(args, model):
+    """Set --height and --width where they are not given: to --resolution, or else to the model's own size.
+
+    Raises:
+        ValueError: if the model cannot draw images of that size.
+    """
+    height, width = (args.resolution,) * 2 if args.resolution else model.default_size
+    args.height, args.width = args.height or height, args.width or width
+    args.resolution = args.resolution or height
+    model.check_size((args.height, args.width))
+
+
+def compare_with_base(args, rewards, prompts, model):
+    """Base against tuned model on fixed seeds, the adapter loaded from disk into a plain pipeline; on one process.
+
+    Args:
+        model: without an adapter, on the device of the rewards.
+
+    Returns:
+        {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}, "members": {name:
+        {"base": {...}, "tuned": {...}}}}; also written to evaluation.json, with images in before_after.png.
+    """
+    pool = args.validation_prompts or prompts
+    prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
+    device = model.network.device
+    images, scores, members = {}, {}, {member: {} for member in rewards.members}
+    for name in ("base", "tuned"):
+        if name == "tuned":
+            model.pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
+        images[name] = generate(model, prompts, args, args.train_batch_size, desc=f"{name} images")
+        with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
+            result = rewards(images[name], prompts, device=device)
+        scores[name] = result.total.cpu()
+        for member, values in result.members.items():
+            members[member][name] = {"mean": values.mean().item(), "std": values.std().item()}
+    gain = scores["tuned"] - scores["base"]
+    results = {"num_images": len(prompts), "members": members}
+    for name, values in scores.items():
+        results[name] = {"mean": values.mean().item(), "std": values.std().item()}
+    results["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / len(gain) ** 0.5}
+    with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+    plot_before_after(images, scores, prompts, os.path.join(args.output_dir, "before_after.png"))
+    return results
+
+
+def print_comparison(args, results):
+    """Print what `compare_with_base` returned."""
+    for name in ("base", "tuned"):
+        mean, std = results[name]["mean"], results[name]["std"]
+        print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
+    gain = results["gain"]
+    print(
+        f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
+        f" {results['num_images']} images of the same prompts and seeds"
+    )

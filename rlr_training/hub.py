@@ -1,0 +1,197 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Hub: the repository of a run, its model card, and the upload."""
+
+import os
+import shlex
+from importlib.metadata import version
+
+from accelerate.logging import get_logger
+from diffusion_models import SCHEDULERS
+from diffusion_models.adapters import LORA_FILE
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from reward_models.loading import first_line
+
+from .prompts import levels_of
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+NOT_UPLOADED = ("checkpoint-*", "partial-*")
+# What a command in a card leaves out: secrets, and what would make it another run's.
+NOT_SHOWN = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
+
+
+def license_of(model, token):
+    """The license that a model's card states, or `None`."""
+    card = os.path.join(model, "README.md") if os.path.isdir(model) else model
+    if card != model and not os.path.isfile(card):  # or its path would be taken for the name of a repository
+        return None
+    try:
+        return ModelCard.load(card, token=token).data.license
+    except Exception as error:  # a card is not needed: there may be none, or no Hub to ask
+        logger.info(f"no license is known for {model!r}: {first_line(error)}")
+        return None
+
+
+def create_repository(args):
+    """The name of the repository of --push_to_hub, which is created if need be, or `None`.
+
+    Raises:
+        ValueError: if it cannot be created.
+    """
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # the client lets the errors of its HTTP library through
+        raise ValueError(f"--push_to_hub: cannot create {name!r} on the Hub: {error}") from error
+
+
+def push(args, repo_id, message):
+    """Upload the output folder.
+
+    Raises:
+        ValueError: one line with the command that does it later.
+    """
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message=message,
+            ignore_patterns=list(NOT_UPLOADED),
+            token=args.hub_token,
+        )
+    except Exception as error:  # the client lets the errors of its HTTP library through
+        excluded = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in NOT_UPLOADED)
+        raise ValueError(
+            f"--push_to_hub: the upload to {repo_id!r} has failed ({first_line(error)}); everything is in"
+            f" {args.output_dir!r}, to upload it later: hf upload {repo_id} {shlex.quote(args.output_dir)} . {excluded}"
+        ) from error
+
+
+def command_of(args, defaults, num_processes, script):
+    """The command that starts the same run.
+
+    Args:
+        defaults: the arguments of the script without any flag.
+    """
+    words = ["accelerate", "launch", "--num_processes", str(num_processes), script]
+    for name, default in vars(defaults).items():
+        value = getattr(args, name)
+        if value == default or name in NOT_SHOWN:
+            continue
+        if name == "reward_path":
+            words += [word for entry in value for word in ("--reward_path", entry)]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def save_model_card(args, model, command, prompt, repo_id, base_license, step, results=None):
+    """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any.
+
+    Args:
+        model: `DiffusionModel`.
+        command: from `command_of`.
+        prompt: of the example.
+        repo_id: from `create_repository`, or `None`.
+        base_license: from `license_of`, or `None`.
+        step: how many optimizer steps were taken.
+        results: from `evaluation.compare_with_base`.
+    """
+    local = os.path.isdir(args.pretrained_model_name_or_path)
+    data = ModelCardData(
+        base_model=None if local else args.pretrained_model_name_or_path,
+        library_name="diffusers",
+        license=base_license,
+        tags=[model.name, f"{model.name}-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
+        inference=True,
+    )
+    source = repo_id or args.output_dir
+    text = f"""
+# LoRA fine-tuned with RLR - {source}
+
+LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the reward `{args.reward}` with the
+`{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639); {step} optimizer steps.
+
+{_example(args, model, source, prompt)}"""
+    if levels_of(args.prompts, [prompt]) is not None:
+        text += f"""
+It was trained, and its images below are drawn, with a coarse, a middle and a fine prompt one after the other, which
+change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the steps.
+"""
+    if results is not None:
+        text += _table_of(args.reward, results)
+    text += f"""
+## How it was trained
+
+![reward by optimizer step](./reward_curve.png)
+
+```bash
+{command}
+```
+
+Seed {args.seed}; {", ".join(f"{name} {version(name)}" for name in LIBRARIES)}. `metrics.jsonl` has the figures of every step, `training_args.json` all arguments.
+"""
+    if base_license is None:
+        text += "\nThe license of the base model applies to what is derived from it. It is not known to this card.\n"
+    else:
+        text += f"\nThe license is the base model's: {base_license}.\n"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(args.output_dir, "README.md"))
+
+
+def _example(args, model, source, prompt):
+    """Python that draws an image with the adapter."""
+    scheduler, settings = SCHEDULERS[args.scheduler]
+    settings = "".join(f", {name}={value!r}" for name, value in settings.items())
+    loaded, vae_class = repr(args.pretrained_model_name_or_path), ""
+    if args.pretrained_vae_model_name_or_path is not None:
+        loaded += f", vae=AutoencoderKL.from_pretrained({args.pretrained_vae_model_name_or_path!r})"
+        vae_class = "AutoencoderKL, "
+    negative = "" if args.negative_prompt is None else f", negative_prompt={args.negative_prompt!r}"
+    return f"""```py
+from diffusers import {vae_class}{scheduler}, {model.pipeline_class}
+
+pipeline = {model.pipeline_class}.from_pretrained({loaded})
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{settings})
+pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
+image = pipeline(
+    {prompt!r}{negative}, height={args.height}, width={args.width},
+    num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
+).images[0]
+```
+"""
+
+
+def _table_of(reward, results):
+    """The scores of base and tuned model, as Markdown."""
+    rows = {reward: results, **(results["members"] if len(results["members"]) > 1 else {})}
+    text = "\n| reward | base | tuned |\n|---|---|---|\n"
+    for name, row in rows.items():
+        cells = (f"{row[model]['mean']:.4f} (deviation {row[model]['std']:.4f})" for model in ("base", "tuned"))
+        text += f"| `{name}` | {' | '.join(cells)} |\n"
+    return (
+        text
+        + f"""
+Over {results["num_images"]} images of fixed seeds; the gain is {results["gain"]["mean"]:+.4f} with a standard error of
+{results["gain"]["standard_error"]:.4f}. Some of them, base above tuned:
+
+![base above tuned](./before_after.png)
+"""
+    )

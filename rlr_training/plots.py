@@ -1,0 +1,126 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Plots and grids of images, as PNG files."""
+
+import json
+import textwrap
+
+from matplotlib.figure import Figure
+
+
+def caption(text, width=22, lines=3):
+    """A prompt or name beside a small image: wrapped, shortened to a few lines, with dollar signs as they are.
+
+    Between two dollar signs matplotlib would set a formula, or fail to.
+    """
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ...")).replace("$", r"\$")
+
+
+def plot_reward_curve(metrics_file, path):
+    """Mean reward with its standard deviation by optimizer step, from metrics.jsonl."""
+    with open(metrics_file, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    steps, mean, std = ([line[key] for line in lines] for key in ("step", "reward_mean", "reward_std"))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2, lw=0)
+    axes.plot(steps, mean)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(
+        xlabel="optimizer step", ylabel="reward", title="Reward of the training images, mean and standard deviation"
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_before_after(images, scores, prompts, path, columns=8):
+    """Images {"base", "tuned"} -> (N, 3, H, W) of the same prompts and seeds, a row per model, with their rewards."""
+    columns = min(columns, len(prompts))
+    picks = [round(i * (len(prompts) - 1) / max(columns - 1, 1)) for i in range(columns)]
+    figure = Figure(figsize=(max(1.5 * columns, 5), 4), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False)
+    for row, name in enumerate(("base", "tuned")):
+        for column, pick in enumerate(picks):
+            cell = axes[row][column]
+            cell.imshow(images[name][pick].permute(1, 2, 0).numpy())
+            cell.set(xticks=[], yticks=[], xlabel=f"{scores[name][pick]:.2f}")
+            if row == 0:
+                cell.set_title(caption(prompts[pick]), fontsize=8)
+        axes[row][0].set_ylabel(name, fontsize=12)
+    figure.suptitle("Same prompts, same seeds; the reward under each image")
+    figure.savefig(path, dpi=120)
+
+
+def plot_grid(images, prompts, path):
+    """Images {model: (N, 3, H, W)} of N prompts: a row per prompt and seed, a column per model."""
+    figure = Figure(figsize=(1.8 * len(images) + 1.2, 1.8 * len(prompts) + 0.6), layout="constrained")
+    cells = figure.subplots(len(prompts), len(images), squeeze=False)
+    for column, (name, drawn) in enumerate(images.items()):
+        cells[0][column].set_title(caption(name), fontsize=9)
+        for row, image in enumerate(drawn):
+            cells[row][column].imshow(image.permute(1, 2, 0).numpy())
+            cells[row][column].set(xticks=[], yticks=[])
+    for row, prompt in enumerate(prompts):
+        cells[row][0].set_ylabel(caption(prompt), fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def plot_gains(results, path):
+    """The gain of each adapter over the base model by reward, with its standard error, and the diversity of its images.
+
+    Args:
+        results: of evaluate_rlr.py.
+    """
+    models = {name: summary for name, summary in results["models"].items() if name != "base"}
+    rewards = list(results["models"]["base"]["rewards"])
+    figure = Figure(figsize=(3.2 * (len(rewards) + 1), 3.4), layout="constrained")
+    *cells, last = figure.subplots(1, len(rewards) + 1)
+    for axes, reward in zip(cells, rewards):
+        chosen = [summary["rewards"][reward] for summary in models.values()]
+        axes.bar(
+            list(models),
+            [one["gain"] for one in chosen],
+            yerr=[one["gain_standard_error"] for one in chosen],
+            capsize=4,
+        )
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_title(f"{reward}: gain over base")
+    last.bar(list(results["models"]), [summary["diversity"] for summary in results["models"].values()], color="C2")
+    last.set_title("diversity")
+    for axes in (*cells, last):
+        axes.tick_params(axis="x", rotation=20)
+    figure.savefig(path, dpi=100)
+
+
+def plot_scales(results, path):
+    """Reward against drift along the LoRA scales of each adapter, by which to pick a scale.
+
+    Args:
+        results: of evaluate_rlr.py with --lora_scales.
+    """
+    rewards = list(results["models"]["base"]["rewards"])
+    figure = Figure(figsize=(4.2 * len(rewards), 3.6), layout="constrained")
+    for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards):
+        for name, by_scale in results["lora_scales"].items():
+            x = [summary["drift"] for summary in by_scale.values()]
+            y = [summary["rewards"][reward]["mean"] for summary in by_scale.values()]
+            error = [summary["rewards"][reward]["standard_error"] for summary in by_scale.values()]
+            line, *_ = axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
+            for scale, a, b in zip(by_scale, x, y):
+                style = {"fontsize": 8, "color": line.get_color()}
+                axes.annotate(scale, (a, b), textcoords="offset points", xytext=(4, 4), **style)
+        axes.set(xlabel="drift from the base model", ylabel=reward)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,182 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""accelerate, the seeds of every process, and how a run is stopped."""
+
+import datetime
+import logging
+import os
+import random
+import signal
+import time
+from contextlib import contextmanager
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from reward_models.loading import first_line
+from torch._functorch import config as functorch_config
+
+import diffusers
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def make_accelerator(args):
+    """The accelerator; --mixed_precision is set to what accelerate's configuration says.
+
+    Raises:
+        ValueError: if it does not see all processes, or its precision is too low to compare two means of a step.
+    """
+    # Without cpu=True two CPU processes under torchrun would each believe to be alone.
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
+        cpu=not torch.accelerator.is_available(),
+        dynamo_backend="inductor" if args.compile else None,
+        kwargs_handlers=[
+            # The other ranks wait while the first draws images or talks to the Hub; the default is ten minutes.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4)),
+            # A likelihood ratio's cotangents reach 20 to 90 where they enter the U-Net: at the default of 2^16 they
+            # overflow float16, and each halving costs a step. The gradients of rewards are large enough at 2^10.
+            GradScalerKwargs(init_scale=2.0**10),
+        ],
+    )
+    set_up_logging(accelerator.is_local_main_process)
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
+        )
+    args.mixed_precision = accelerator.mixed_precision
+    _check_precision(args, accelerator)
+    return accelerator
+
+
+def set_up_logging(is_main_process):
+    """Log to stderr; of libraries only warnings, and on other ranks only errors."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
+    )
+    for library in (datasets, transformers, diffusers):
+        if is_main_process:
+            library.utils.logging.set_verbosity_warning()
+        else:
+            library.utils.logging.set_verbosity_error()
+
+
+def _check_precision(args, accelerator):
+    """Refuse half precision and TF32 where two means of a step are compared, and switch TF32 off there.
+
+    TF32 has no more digits than float16. torch uses it for convolutions, and accelerate with --compile for matrix products.
+    """
+    if args.kl_weight > 0:
+        comparing = f"--kl_weight {args.kl_weight}"
+    elif args.num_inner_epochs > 1:
+        comparing = f"--num_inner_epochs {args.num_inner_epochs}"
+    else:
+        return
+    if frozen_dtype(accelerator) != torch.float32 or args.allow_tf32:
+        used = "TF32" if args.allow_tf32 else args.mixed_precision
+        raise ValueError(
+            f"{comparing} needs --mixed_precision no and no --allow_tf32: in {used} rounding outweighs the difference of the"
+            " two means"
+        )
+    # The penalty goes backward through a graph twice, which a compiled one allows only if told before.
+    functorch_config.donated_buffer = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def frozen_dtype(accelerator):
+    """The dtype of the frozen models under mixed precision; what is trained stays in float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def to_device(args, accelerator, model, baseline_vae):
+    """Move the networks to the device; returns the trained one as rollout and sweep call it.
+
+    The pipeline keeps the network without what accelerate wraps around it.
+    """
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if args.gradient_checkpointing:
+        model.network.enable_gradient_checkpointing()
+    # Costs one more decoding per image, as much as one or two steps of its chain.
+    model.pipeline.vae.enable_gradient_checkpointing()
+    for module in (model.network, model.pipeline.vae, *([] if baseline_vae is None else [baseline_vae])):
+        module.to(accelerator.device)
+    # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
+    # calls. The gradients are averaged over the ranks once a step, see `average_gradients`.
+    return accelerator.prepare_model(model.network, evaluation_mode=True)
+
+
+def compiles(args, model, chain, schedule):
+    """Whether the compiler manages the calls that rollout and sweep will make on the chain."""
+    shape = model.latents_shape(args.train_batch_size, (args.height, args.width))
+    x = torch.zeros(shape, device=chain.timesteps.device)
+    passed_on = schedule.mixing[2 : schedule.stop_after + 1]
+    try:
+        with torch.no_grad():
+            chain.mean(chain.num_steps, x)
+        chain.mean(chain.num_steps, x.requires_grad_(args.keep_graphs > 0 or any(passed_on))).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler may raise anything
+        logger.warning(f"the network cannot be compiled and runs as it is: {first_line(error)}")
+        return False
+    finally:
+        model.network.zero_grad()
+    return True
+
+
+def generators_of(args, accelerator, step, index):
+    """A CPU generator for each image of a micro-batch.
+
+    An image's noise depends on the seed, the step and its place among the step's images only, whatever the ranks and
+    devices.
+    """
+    first = (index * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+    places = range(first, first + args.train_batch_size)
+    seeds = [random.Random(f"{args.seed}/{step}/{place}").getrandbits(63) for place in places]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@contextmanager
+def stopping_after_a_step(accelerator):
+    """Within it, the first Ctrl-C or SIGTERM, on whatever rank, sets accelerate's trigger; a later one stops at once."""
+    asked = None
+
+    def stop(number, frame):
+        nonlocal asked
+        if asked is None:
+            asked = time.monotonic()
+            accelerator.set_trigger()
+        elif (
+            time.monotonic() - asked > 2
+        ):  # torchrun at once passes on what the terminal has already sent to the ranks
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,355 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a run is made of, how it begins and how it ends. The loop between is in the scripts."""
+
+import math
+import os
+from functools import partial
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from accelerate.utils import set_seed
+from diffusion_models.adapters import add_lora, load_lora, lora_disabled
+from diffusion_models.embeddings import PromptEmbeds
+from diffusion_models.loading import load_vae
+from reward_models.features import load_features
+from rlr_utils import RLRStep, Settings
+from rlr_utils.settings import check_reward
+
+from diffusers.training_utils import free_memory
+from diffusers.utils.torch_utils import is_compiled_module
+
+from .checkpoints import check_same_run, configuration, find_start, load_checkpoint, register_state
+from .checks import flag_of, rlr_settings
+from .errors import RunError, RunStopped, bad_input_ends_the_run, naming, one_line, saving
+from .evaluation import EarlyStopping, HeldOut, compare_with_base, load_base, print_comparison, set_size
+from .hub import command_of, create_repository, license_of, push, save_model_card
+from .metrics import print_plan, start_trackers, trim_metrics
+from .optimizer import Optimization, averaged, images_of_a_step, make_optimization
+from .output_dir import METRICS_FILE, check_output_dir, place_adapter, write_configuration
+from .plots import plot_reward_curve
+from .processes import compiles, frozen_dtype, make_accelerator, to_device
+from .prompts import PromptSampler, conditions_of, load_training_prompts, warn_of_long_prompts
+from .scoring import BatchScorer, load_reward_sum
+
+
+STOPPED = "stopped"
+
+
+class Run(NamedTuple):
+    """What the loop of a script works with.
+
+    Attributes:
+        accelerator: accelerate's.
+        model: `DiffusionModel`, whose network has the adapter.
+        rlr: `RLRStep`.
+        chain_of: `chain_of(prompts) -> DenoisingChain` of a batch.
+        scorer_of: `scorer_of(prompts) -> BatchScorer` of the images in which a rollout ends.
+        prediction_scorer_of: the same for predicted images, with --baseline_vae.
+        sampler: `PromptSampler`.
+        optimization: `Optimization` of the adapter.
+        heldout: `HeldOut`, or `None`, also on all ranks but the first.
+        stopping: `EarlyStopping`.
+        rewards: `WeightedSum` that is trained for.
+        save_card: `save_card(step, results=None)` writes the model card.
+        repo_id: of the repository on the Hub, or `None`.
+        first_step: the step that the run starts after.
+    """
+
+    accelerator: Any
+    model: Any
+    rlr: RLRStep
+    chain_of: Callable
+    scorer_of: Callable
+    prediction_scorer_of: Callable
+    sampler: PromptSampler
+    optimization: Optimization
+    heldout: Optional[HeldOut]
+    stopping: EarlyStopping
+    rewards: Any
+    save_card: Callable
+    repo_id: Optional[str]
+    first_step: int
+
+
+def prepare(args, script, tracker, defaults):
+    """Load and check everything, claim the output folder, and resume if the arguments say so.
+
+    Args:
+        args: of the script; what they leave open is set.
+        script, tracker: name of the script, and of its runs in the trackers.
+        defaults: the arguments of the script without any flag.
+
+    Returns:
+        Run
+
+    Raises:
+        RunError: if something is wrong with the input, before anything is written.
+    """
+    with bad_input_ends_the_run():
+        accelerator = make_accelerator(args)
+        prompts = load_training_prompts(args)
+        rewards, heldout = load_run_rewards(args, prompts, accelerator)
+        set_num_steps(args, accelerator, len(prompts))
+        resume_path, first_step = find_start(args, accelerator)
+        model = load_base(args, frozen_dtype(accelerator))
+        config = fit_to_model(args, accelerator, model, prompts, resume_path)
+        baseline_vae = load_baseline_vae(args, frozen_dtype(accelerator))
+        trainable = add_adapter(args, model)
+        rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
+        schedule = rlr.draw_schedule()
+        network = to_device(args, accelerator, model, baseline_vae)
+        chain = make_chain(args, accelerator, model, network)
+        rlr.check_chain(chain, schedule)
+        repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
+
+    chain_of = with_prompts(args, accelerator, model, chain)
+    if is_compiled_module(network) and not compiles(
+        args, model, chain_of(prompts[:1] * args.train_batch_size), schedule
+    ):
+        chain_of = with_prompts(args, accelerator, model, make_chain(args, accelerator, model, model.network))
+    command = command_of(args, defaults, accelerator.num_processes, script)
+    run = Run(
+        *(accelerator, model, rlr, chain_of),
+        scorer_of=partial(BatchScorer, args, accelerator, model, rewards),
+        prediction_scorer_of=partial(BatchScorer, args, accelerator, model, rewards, vae=baseline_vae),
+        sampler=make_sampler(args, accelerator, prompts),
+        optimization=make_optimization(args, accelerator, trainable),
+        heldout=heldout,
+        stopping=EarlyStopping(args.early_stop_patience),
+        rewards=rewards,
+        save_card=partial(save_model_card, args, model, command, prompts[0], repo_id, base_license),
+        repo_id=repo_id,
+        first_step=first_step,
+    )
+    start(args, run, config, resume_path, tracker)
+    print_plan(accelerator, args, rlr, schedule, len(prompts), trainable)
+    return run
+
+
+def set_num_steps(args, accelerator, num_prompts):
+    """Set --max_train_steps, if it is not given, to --num_train_epochs passes over the prompts."""
+    if args.max_train_steps is None:
+        images = args.num_train_epochs * num_prompts * args.images_per_prompt
+        args.max_train_steps = math.ceil(images / images_of_a_step(args, accelerator))
+
+
+def load_run_rewards(args, prompts, accelerator):
+    """The reward, and on the main process, which alone draws held-out images, `HeldOut`, or `None`.
+
+    Raises:
+        ValueError: for a reward that cannot be loaded, or that does not go with the estimator.
+    """
+    device, batch_size = accelerator.device, args.reward_batch_size or args.decode_batch_size
+    rewards, heldout = load_reward_sum(args, args.reward, prompts, device, batch_size), None
+    if args.heldout_reward is not None and accelerator.is_main_process:
+        with naming("--feature_model"):
+            features = load_features(args.feature_model, device)
+        held = load_reward_sum(args, args.heldout_reward, prompts, device, batch_size)
+        heldout = HeldOut(args, rewards, held, features, prompts, device)
+    if args.reward_offload:  # not before: custom rewards are tried on the device that they will be called on
+        for module in rewards.modules if heldout is None else heldout.modules:
+            module.to("cpu")
+    with naming(f"--reward {args.reward!r}:"):
+        settings = Settings(**rlr_settings(args))
+        check_reward(settings, rewards.has_gradient, not rewards.differentiable, name=flag_of)
+    return rewards, heldout
+
+
+def fit_to_model(args, accelerator, model, prompts, resume_path):
+    """Set what the arguments leave to the model, and return the `configuration` of the run.
+
+    Raises:
+        ValueError: if the model cannot draw such images in so many steps, or the checkpoint is of another run.
+    """
+    set_size(args, model)
+    if accelerator.is_main_process:
+        warn_of_long_prompts(args.prompts, prompts, model.pipeline.tokenizer)
+    config = configuration(args, accelerator.num_processes)
+    if resume_path is not None:
+        check_same_run(config, resume_path)
+    with naming(f"--num_inference_steps {args.num_inference_steps}:"):
+        model.noise_schedule(args.num_inference_steps)
+    return config
+
+
+def load_baseline_vae(args, dtype):
+    """The decoder of --baseline_vae, or `None` for the model's own.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    if args.baseline_vae is None:
+        return None
+    with naming("--baseline_vae"):
+        return load_vae(args.baseline_vae, "AutoencoderTiny", dtype, args.cache_dir)
+
+
+def add_adapter(args, model):
+    """Give the network its LoRA, the same on every rank; returns its parameters, in float32.
+
+    Raises:
+        ValueError: if --adapter_path cannot be loaded, or the network has none of --lora_layers.
+    """
+    set_seed(args.seed)
+    if args.adapter_path is not None:
+        with naming("--adapter_path"):
+            load_lora(model, args.adapter_path, args.cache_dir)
+    else:
+        layers = [name.strip() for name in args.lora_layers.split(",")]
+        with naming(f"--lora_layers {args.lora_layers!r}:"):
+            add_lora(model, rank=args.rank, alpha=args.lora_alpha or args.rank, layers=layers, use_dora=args.use_dora)
+    return [p for p in model.network.parameters() if p.requires_grad]
+
+
+def make_rlr_step(args, accelerator, model, rewards, trainable):
+    """`RLRStep` with the settings of the flags."""
+    # Everything else about the settings has been checked with the arguments and the reward.
+    with naming(f"--subchain_length {args.subchain_length}:"):
+        return RLRStep(
+            args.num_inference_steps,
+            rewards.has_gradient,
+            black_box=not rewards.differentiable,
+            **rlr_settings(args),
+            base_model=partial(lora_disabled, model),
+            parameters=trainable,
+            gather=accelerator.gather,
+        )
+
+
+def make_chain(args, accelerator, model, network):
+    """The model's chain without prompts, under the sampling flags."""
+    size, options = (args.height, args.width), {"guidance_scale": args.guidance_scale, "eta": args.eta}
+    return model.make_chain(network, args.num_inference_steps, size, device=accelerator.device, **options)
+
+
+def with_prompts(args, accelerator, model, chain):
+    """`chain_of(prompts) -> DenoisingChain`, the chain under a batch of prompts and the negative prompt."""
+    embeds = PromptEmbeds(model, accelerator.device)
+    negative = embeds.negative(args.negative_prompt)
+    return lambda prompts: chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
+
+
+def make_sampler(args, accelerator, prompts):
+    """`PromptSampler` of this rank."""
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    return PromptSampler(prompts, args.seed, rank, num_ranks, args.images_per_prompt)
+
+
+def claim_output_dir(args, accelerator, config, resume_path, tracker):
+    """Make the output folder, and the repository on the Hub.
+
+    Returns:
+        (repository on the Hub, licence of the base model), `None` where there is none, and on all ranks but the first.
+
+    Raises:
+        ValueError: if the folder or the repository cannot be had.
+    """
+    check_output_dir(args, resume_path)
+    # No rank may look into the output folder after another has begun to write there.
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None, None
+    base_license = license_of(args.pretrained_model_name_or_path, args.hub_token)
+    repo_id = create_repository(args)
+    write_configuration(args, config, tracker)
+    return repo_id, base_license
+
+
+def start(args, run, config, resume_path, tracker):
+    """Seed the ranks, open the trackers, resume from a checkpoint, and look at the base model's held-out images."""
+    accelerator, optimization = run.accelerator, run.optimization
+    others = {"clipping": optimization.clipping, "early_stopping": run.stopping}
+    register_state(accelerator, run.model, config, run.sampler, run.rlr, others, optimization.ema)
+    # What is drawn from here on, such as perturbations and branches, is each rank's own.
+    set_seed(args.seed, device_specific=True)
+    start_trackers(accelerator, config, tracker, run.first_step)
+    if resume_path is not None:
+        load_checkpoint(accelerator, resume_path)
+    if accelerator.is_main_process:
+        trim_metrics(args.output_dir, run.first_step)
+    if run.heldout is not None:
+        run.heldout.measure_base(run.model)
+
+
+def save_result(args, run, step):
+    """Write the adapter, its moving average, the reward curve and the model card into the output folder."""
+    place_adapter(run.model, args.output_dir)
+    if run.optimization.ema is not None:
+        with averaged(run.optimization):
+            place_adapter(run.model, args.output_dir, "ema")
+    metrics_file, curve, card = (
+        os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md")
+    )
+    with saving(curve):
+        plot_reward_curve(metrics_file, curve)
+    with saving(card):
+        run.save_card(step)
+
+
+def finish(args, run, step, end):
+    """Save the result, compare it with the base model, upload it.
+
+    Args:
+        step: the last step that was taken.
+        end: from `after_step`, why the run is over.
+
+    Raises:
+        RunStopped: if somebody has asked for the end; nothing is saved but the checkpoint.
+        RunError: for failures after the adapter has been saved.
+    """
+    accelerator, failures = run.accelerator, []
+    if end == STOPPED:
+        accelerator.end_training()
+        if not accelerator.is_main_process:
+            raise SystemExit(1)
+        how = "continue with the same command and --resume_from_checkpoint latest"
+        raise RunStopped(f"stopped after step {step}; {how}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with naming(f"step {step}:"):
+            save_result(args, run, step)
+        run.model.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
+        free_memory()
+        # The adapter is already saved; later failures are reported at the end.
+        failures = [*compare_at_the_end(args, run, step), *push_at_the_end(args, run)]
+    accelerator.end_training()
+    if failures:
+        raise RunError("; ".join(failures))
+
+
+def compare_at_the_end(args, run, step):
+    """Compare the adapter with the base model, for the card and on stdout; returns what went wrong, a list."""
+    if args.num_eval_images == 0:
+        return []
+    try:
+        base = load_base(args, frozen_dtype(run.accelerator))
+        base.pipeline.to(run.accelerator.device)
+        results = compare_with_base(args, run.rewards, run.sampler.prompts, base)
+        run.save_card(step, results)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return [f"the comparison with the base model has failed: {one_line(error)}"]
+    print_comparison(args, results)
+    return []
+
+
+def push_at_the_end(args, run):
+    """Upload the output folder with --push_to_hub; returns what went wrong, a list."""
+    if run.repo_id is None:
+        return []
+    try:
+        push(args, run.repo_id, "End of training")
+    except ValueError as error:
+        return [str(error)]
+    return []

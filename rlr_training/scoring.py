@@ -1,0 +1,105 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The rewards of latents: decoded and scored, a few images at a time."""
+
+import torch
+from reward_models import load_rewards, parse_reward, parse_reward_paths
+
+from diffusers.training_utils import offload_models
+
+from .errors import RunError
+from .optimizer import loss_scale
+
+
+def load_reward_sum(args, text, prompts, device, batch_size):
+    """The reward or sum `text`, with the folders of --reward_path, for images of the size of the arguments.
+
+    Args:
+        prompts: of the run; custom rewards are tried on the first and the last of them.
+        batch_size: images that a reward scores at a time.
+
+    Raises:
+        ValueError: as `reward_models.load_rewards` does.
+    """
+    return load_rewards(
+        parse_reward(text),
+        parse_reward_paths(args.reward_path),
+        device=device,
+        size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
+        prompts=(prompts[0], prompts[-1]),
+        batch_size=batch_size,
+    )
+
+
+def score_latents(model, rewards, latents, prompts, decode_batch_size, with_gradient=False, scale=1.0, vae=None):
+    """Decode latents (B, ...) and score the images, a few at a time.
+
+    Args:
+        model: `DiffusionModel`.
+        rewards: `WeightedSum`.
+        scale: of the cotangents while they pass through the decoder, see `loss_scale`; the result is free of it.
+        vae: decodes instead of the model's own.
+
+    Returns:
+        scores: {"total", "black_box", member names...} -> (B,).
+        reward_grad: (B, ...), the gradient of the differentiable part with respect to the latents, or `None`.
+    """
+    scores, reward_grad = [], []
+    for start in range(0, len(latents), decode_batch_size):
+        x_0 = latents[start : start + decode_batch_size].detach().requires_grad_(with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            images = model.decode(x_0, vae)
+        result = rewards(images, prompts[start : start + decode_batch_size], with_gradient)
+        if with_gradient:
+            reward_grad += [g / scale for g in torch.autograd.grad(images, x_0, scale * result.gradient)]
+        scores.append({"total": result.total, "black_box": result.black_box, **result.members})
+    scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+    return scores, torch.cat(reward_grad) if with_gradient else None
+
+
+class BatchScorer:
+    """The `score` of `RLRStep.rollout` for a batch of prompts.
+
+    Args:
+        args: of the script, for --decode_batch_size and --reward_offload.
+        accelerator: whose loss scale protects the gradient in float16.
+        model, rewards: as for `score_latents`.
+        prompts: B of them.
+        vae: decodes instead of the model's own.
+
+    Attributes:
+        scores: {"total", member names...} -> (B,) of the first latents that were scored, where the rollout ended.
+
+    Raises:
+        RunError: when a reward fails.
+    """
+
+    def __init__(self, args, accelerator, model, rewards, prompts, vae=None):
+        self.args, self.accelerator, self.model, self.rewards = args, accelerator, model, rewards
+        self.prompts, self.vae = prompts, vae
+        self.scores = None
+
+    def __call__(self, x_0, with_gradient):
+        args, device, scale = self.args, self.accelerator.device, loss_scale(self.accelerator)
+        try:
+            with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
+                scores, reward_grad = score_latents(
+                    *(self.model, self.rewards, x_0, self.prompts, args.decode_batch_size, with_gradient, scale),
+                    vae=self.vae,
+                )
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        black_box = scores.pop("black_box")
+        self.scores = scores if self.scores is None else self.scores
+        return scores["total"], reward_grad, black_box

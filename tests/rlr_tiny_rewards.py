@@ -1,0 +1,121 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny checkpoints of all rewards, in the file layouts of the originals."""
+
+import json
+import os
+import re
+import shutil
+
+import torch
+from rlr_testing import TINY_AESTHETIC, TINY_CLIP
+from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPModel
+
+
+# Key names of a transformers CLIPModel -> open_clip's, applied in this order: the inverse of reward_models/hpsv2.py.
+OPEN_CLIP_NAMES = (
+    ("vision_model.embeddings.patch_embedding", "visual.conv1"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.pre_layrnorm", "visual.ln_pre"),
+    ("vision_model.post_layernorm", "visual.ln_post"),
+    ("vision_model.encoder.layers", "visual.transformer.resblocks"),
+    ("text_model.embeddings.token_embedding", "token_embedding"),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.encoder.layers", "transformer.resblocks"),
+    ("text_model.final_layer_norm", "ln_final"),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_projection.weight", "text_projection"),
+    ("self_attn", "attn"),
+    ("layer_norm", "ln_"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+)
+
+
+def save_tiny_rewards(folder):
+    """Create the checkpoints below `folder`. Returns `{reward: path}` for all rewards that have files."""
+    paths = {"aesthetic": TINY_AESTHETIC, "clip_score": TINY_CLIP, "pickscore": TINY_CLIP}
+    for name in ("hpsv2", "hpsv2.1", "imagereward"):
+        (folder / name).mkdir()
+        paths[name] = str(folder / name)
+    save_hpsv2(folder / "hpsv2", "HPS_v2_compressed.pt")
+    save_hpsv2(folder / "hpsv2.1", "HPS_v2.1_compressed.pt")
+    save_imagereward(folder / "imagereward")
+    return paths
+
+
+def save_hpsv2(folder, file_name):
+    """Save the CLIP of assets/tiny-aesthetic as an open_clip checkpoint, with its tokenizer."""
+    state, projections = {}, {}
+    for key, value in CLIPModel.from_pretrained(TINY_CLIP).state_dict().items():
+        for old, new in OPEN_CLIP_NAMES:
+            key = key.replace(old, new)
+        if key in ("visual.proj", "text_projection"):
+            value = value.T
+        match = re.fullmatch(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)", key)
+        if match:
+            projections.setdefault(f"{match[1]}in_proj_{match[3]}", {})[match[2]] = value
+        else:
+            state[key] = value
+    state.update({key: torch.cat([parts[x] for x in "qkv"]) for key, parts in projections.items()})
+    vision = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 4}
+    text = {"context_length": 16, "vocab_size": 566, "width": 64, "heads": 4, "layers": 2}
+    model = {"embed_dim": 768, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(TINY_CLIP, file), folder)
+    torch.save({"epoch": 1, "state_dict": state}, folder / file_name)
+
+
+def save_imagereward(folder):
+    """Save a tiny random ImageReward. Returns its vision model, text model, and the weights and biases of its head."""
+    torch.manual_seed(0)  # module fixtures run before conftest.py seeds the test
+    vit = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    bert = {**sizes, "max_position_embeddings": 64, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary += [f"##{letter}" for letter in vocabulary[5:]]
+    bert["vocab_size"] = len(vocabulary)
+    vision = BlipVisionModel(
+        BlipVisionConfig(**vit, intermediate_size=128, layer_norm_eps=1e-6, initializer_range=0.2)
+    )
+    config = BlipTextConfig(**bert, encoder_hidden_size=32, is_decoder=True, bos_token_id=None, initializer_range=0.2)
+    text = BlipTextModel(config, add_pooling_layer=False)
+    head = {}
+    for layer, (rows, columns) in zip((0, 2, 4, 6, 7), ((1024, 24), (128, 1024), (64, 128), (16, 64), (1, 16))):
+        head[f"mlp.layers.{layer}.weight"] = torch.randn(rows, columns) / columns**0.5
+        head[f"mlp.layers.{layer}.bias"] = torch.randn(rows) / 10
+    state = {f"blip.text_encoder.{key}": value for key, value in text.state_dict().items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
+    # Key names of transformers' vision tower -> BLIP's, applied in this order.
+    names = (
+        ("embeddings.patch_embedding", "patch_embed.proj"),
+        ("embeddings.class_embedding", "cls_token"),
+        ("embeddings.position_embedding", "pos_embed"),
+        ("post_layernorm", "norm"),
+        ("encoder.layers", "blocks"),
+        ("layer_norm", "norm"),
+        ("self_attn.projection", "attn.proj"),
+        ("self_attn", "attn"),
+    )
+    for key, value in vision.state_dict().items():
+        for old, new in names:
+            key = key.replace(old, new)
+        state[f"blip.visual_encoder.{key}"] = value
+    torch.save({**state, **head, "blip.text_proj.weight": torch.zeros(4, 24)}, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps({**bert, "encoder_width": 768}))
+    (folder / "vit_config.json").write_text(json.dumps(vit))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    return vision.eval(), text.eval(), list(head.values())

@@ -1,0 +1,127 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Input that only shows to be bad with the model, the reward and the prompts at hand: refused before anything is written."""
+
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from rlr_testing import DIGITS, LORA, TINY_AESTHETIC, TINY_SD, refused, tiny_pipeline, train
+from safetensors.torch import load_file, save_file
+
+from diffusers import DDIMScheduler
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        # Rewards
+        (["--reward", "os:system:2"], "reward 'os:system:2' fails on two random images: TypeError"),
+        (["--reward", "aesthetic,nowhere.py:f"], "reward 'nowhere.py:f' cannot be imported: there is no file"),
+        (["--reward", "aesthetic@v1"], "reward 'aesthetic@v1': the folder .* has no revisions"),
+        (["--reward_path", "aesthetic=/nowhere"], "'aesthetic=/nowhere': no such folder"),
+        (
+            ["--heldout_reward", "clip_score", "--feature_model", "/nowhere"],
+            "--feature_model '/nowhere' holds no config",
+        ),
+        # Estimators that need another reward or chain
+        (["--gradient_estimator", "draft_lv", "--reward", "jpeg_compressibility"], "not differentiable.*draft_lv"),
+        (["--gradient_estimator", "full_bp", "--reward", "jpeg_compressibility"], "not differentiable.*full_bp"),
+        (
+            ["--gradient_estimator", "truncated_bp", "--reward", "jpeg_compressibility"],
+            "not differentiable.*truncated",
+        ),
+        (["--gradient_estimator", "alignprop", "--reward", "aesthetic,jpeg_compressibility"], "not differentiable"),
+        (["--branches", "2"], "--branches 2 is for black boxes"),
+        (
+            ["--gradient_estimator", "rlr_paper", "--subchain_length", "3"],
+            "--subchain_length 3: a sub-chain of 3 of 3",
+        ),
+        (["--gradient_estimator", "rlr_paper", "--subchain_range", "1", "2"], "may start at 2..2 .*, not at 1..2"),
+        (["--scheduler", "euler_ancestral", "--gradient_estimator", "ddpo"], "adds no noise at step 1 from the end"),
+        (["--scheduler", "ddpm", "--reward", "jpeg_compressibility"], "adds no noise at step 1 from the end"),
+        (["--scheduler", "dpm_sde", "--kl_weight", "1"], "adds no noise at step 1 from the end"),
+        # Precision in which two means cannot be compared
+        (["--kl_weight", "1", "--mixed_precision", "bf16"], "--kl_weight 1.0 needs --mixed_precision no .*: in bf16"),
+        (["--kl_weight", "1", "--allow_tf32"], "--kl_weight 1.0 needs .* no --allow_tf32: in TF32 rounding outweighs"),
+        (
+            ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2", "--mixed_precision", "bf16"],
+            "--num_inner_epochs 2 needs --mixed_precision no .*: in bf16",
+        ),
+        # Models and adapters
+        (
+            ["--pretrained_model_name_or_path", "/nowhere"],
+            "--pretrained_model_name_or_path '/nowhere' cannot be loaded",
+        ),
+        (["--adapter_path", "/nowhere"], "--adapter_path '/nowhere' cannot be loaded"),
+        (["--lora_layers", "to_k, to_nothing"], "--lora_layers 'to_k, to_nothing': .* has no layer 'to_nothing'"),
+        (["--baseline_vae", "/nowhere", "--baseline", "predicted_x0"], "--baseline_vae '/nowhere' cannot be loaded"),
+        (
+            ["--baseline_vae", f"{TINY_SD}/vae"],
+            "--baseline_vae .*vae' cannot be loaded: its config.json says AutoencoderKL, and AutoencoderTiny is",
+        ),
+        (["--num_inference_steps", "1000"], "--num_inference_steps 1000: .* reach beyond"),
+        (["--num_inference_steps", "2000"], "--num_inference_steps 2000: .*2000 cannot be larger"),
+        (["--height", "40", "--width", "36"], "images of 40 x 36 pixels: not multiples of 8"),
+        (["--resolution", "36"], "images of 36 x 36 pixels: not multiples of 8"),
+        # Prompts
+        (["--prompts", ""], "prompts '': no such file"),
+        (["--prompts", "nowhere.txt"], "prompts 'nowhere.txt': no such file"),
+        (["--prompts", os.devnull], "no such file"),
+        # Folders
+        (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint 'checkpoint-7' does not exist"),
+        (["--output_dir", "/proc/no/folder"], "--output_dir '/proc/no/folder' cannot be made: No such file"),
+        (["--output_dir", DIGITS], "--output_dir '.*digits.txt' is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, flags, message):
+    assert re.search(message, refused(tmp_path / "out", capsys, *flags))
+
+
+def test_a_model_without_noise_at_its_last_step_is_refused_where_noise_is_needed(tmp_path, capsys):
+    model = tmp_path / "model"
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    pipeline.save_pretrained(model)
+    flags = ["--pretrained_model_name_or_path", str(model)]
+    sums = ["--reward", "aesthetic,jpeg_compressibility"]
+    for bad in (["--gradient_estimator", "ddpo"], ["--reward", "jpeg_compressibility"], sums):
+        assert "no noise at step 1 from the end" in refused(tmp_path / "out", capsys, *flags, *bad)
+    assert len(train(tmp_path / "out", *flags)) == 2
+
+
+def test_noise_prediction_from_pure_noise_is_refused(tmp_path, capsys):
+    """A model of noise prediction on a schedule that starts without signal, whose first step divides by zero."""
+    pipeline = tiny_pipeline()
+    config = {**pipeline.scheduler.config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipeline.scheduler = DDIMScheduler.from_config(config)
+    pipeline.save_pretrained(tmp_path / "model")
+    message = refused(tmp_path / "out", capsys, "--pretrained_model_name_or_path", str(tmp_path / "model"))
+    assert re.search(r"step 3 from the end \(timestep 999\): the step is not finite", message)
+
+
+def test_a_reward_that_fails_stops_the_run_with_the_step_and_the_prompt(tmp_path):
+    """A real failure: a head with NaN in it."""
+    broken = tmp_path / "reward"
+    shutil.copytree(TINY_AESTHETIC, broken)
+    state = load_file(broken / "aesthetic_head.safetensors")
+    state["layers.7.bias"] = torch.full_like(state["layers.7.bias"], float("nan"))
+    save_file(state, broken / "aesthetic_head.safetensors")
+    with pytest.raises(SystemExit, match="step 1: reward 'aesthetic' returned nan for prompt 'a [a-z]+ [a-z]+'"):
+        train(tmp_path / "out", "--reward_path", f"aesthetic={broken}")
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+    assert not (tmp_path / "out" / LORA).exists()

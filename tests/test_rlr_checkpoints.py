@@ -1,0 +1,180 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints and resuming: a resumed run ends in the weights of one that was never interrupted."""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rlr_testing import BASE, LORA, TINY_CLIP, metrics_of, same_adapter, train
+from rlr_training.checkpoints import check_same_run, configuration, save_checkpoint
+from rlr_training.errors import RunError
+from train_rlr_sd import parse_args
+
+
+HELD_OUT = ["--heldout_reward", "clip_score", "--heldout_steps", "1", "--num_heldout_images", "8"]
+HELD_OUT += ["--feature_model", TINY_CLIP]
+
+
+def checkpoints(directory):
+    """All that looks like a checkpoint, also what should not be there: a partial one."""
+    return {name for name in os.listdir(directory) if name.startswith(("checkpoint", "partial"))}
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The output folder of four steps with checkpoints after the second and the fourth; copy it to change it."""
+    folder = tmp_path_factory.mktemp("run") / "four_steps"
+    train(folder, "--checkpointing_steps", "2", "--max_train_steps", "4")
+    return folder
+
+
+# With six steps those that are swept are drawn. With one image per step the baseline is the running mean of rewards, and
+# ddpo divides by the largest deviation so far. The held-out reward is best after the first step and then falls.
+@pytest.mark.parametrize(
+    "also",
+    [
+        ["--num_inference_steps", "6", "--train_batch_size", "3"],
+        ["--train_batch_size", "1", "--lr_scheduler", "linear"],
+        ["--gradient_estimator", "ddpo", "--baseline", "predicted_x0"],
+        ["--gradient_estimator", "rlr_paper", "--subchain_length", "1"],
+        [
+            *("--reward", "jpeg_compressibility:-1", "--learning_rate", "0.3", "--ema_decay", "0.5", *HELD_OUT),
+            *("--early_stop_patience", "2"),
+        ],
+    ],
+    ids=lambda flags: " ".join(flags[:4]),
+)
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, also):
+    flags = ["--checkpointing_steps", "2", "--max_train_steps", "4", "--learning_rate", "1e-3", *also]
+    straight = train(tmp_path / "straight", *flags)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4", ignore_errors=True)
+    resumed = train(tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
+    # Early stopping counts the scoring before the checkpoint.
+    assert [line["step"] for line in resumed] == ([1, 2, 3] if "--heldout_reward" in also else [1, 2, 3, 4])
+    times = {"seconds", "images_per_second"}
+    for a, b in zip(straight, resumed):
+        assert {key: a[key] for key in a.keys() - times} == {key: b[key] for key in b.keys() - times}
+    assert len(straight) == len(resumed) and same_adapter(tmp_path / "straight", tmp_path / "resumed")
+    if "--ema_decay" in also:
+        assert same_adapter(tmp_path / "straight" / "ema", tmp_path / "resumed" / "ema")
+        assert not same_adapter(tmp_path / "straight", tmp_path / "straight" / "ema")
+    if "--heldout_reward" in also:
+        assert straight[-1]["drift"] > 0  # from the base model, not from the adapter of the checkpoint
+
+
+def test_only_the_latest_checkpoints_are_kept(tmp_path):
+    flags = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    train(tmp_path, *flags, "--max_train_steps", "3")
+    assert checkpoints(tmp_path) == {"checkpoint-2", "checkpoint-3"}
+    # The adapter is in it, and not the whole network.
+    assert {LORA, "optimizer.bin", "rlr_state.json"} <= set(os.listdir(tmp_path / "checkpoint-3"))
+    assert not os.path.exists(tmp_path / "checkpoint-3" / "model.safetensors")
+    train(tmp_path, *flags, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert checkpoints(tmp_path) == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_a_run_resumes_from_a_checkpoint_by_its_name_and_removes_it_as_diffusers_does(tmp_path, four_steps):
+    out = tmp_path / "out"
+    shutil.copytree(four_steps, out)
+    flags = ["--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", "2"]
+    metrics = train(out, "--checkpointing_steps", "2", "--max_train_steps", "8", *flags)
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    assert checkpoints(out) == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path, four_steps):
+    out = tmp_path / "out"
+    shutil.copytree(four_steps, out)
+    path = out / "checkpoint-4" / "rlr_state.json"
+    state = json.loads(path.read_text())
+    del state["transport"], state["clipping"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(SystemExit, match="cannot resume .* earlier version, which did not keep clipping, transport"):
+        train(out, "--max_train_steps", "5", "--resume_from_checkpoint", "latest")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(tmp_path, four_steps):
+    out = tmp_path / "out"
+    shutil.copytree(four_steps, out)
+    before = {name: (out / name).read_bytes() for name in (LORA, "metrics.jsonl", "README.md")}
+    (out / "checkpoint-final").mkdir()
+    (out / "checkpoint-9").mkdir()  # not whole: it does not count as the latest
+    flags = ["--max_train_steps", "6", "--resume_from_checkpoint"]
+    for bad, message in (
+        (["--max_train_steps", "3", "--resume_from_checkpoint", "latest"], "--max_train_steps 3 ends before"),
+        ([*flags, "checkpoint-2"], "'.*checkpoint-4' is newer"),
+        ([*flags, "checkpoint-9"], "does not exist; whole checkpoints in .*: checkpoint-2, checkpoint-4"),
+        ([*flags, "latest", "--num_inference_steps", "4"], "configuration: num_inference_steps was 3 and is 4$"),
+        (
+            [*flags, "latest", "--rank", "2", "--seed", "1"],
+            "another configuration: rank was 4 and is 2; seed was 0 and",
+        ),
+        ([*flags, "latest", "--use_dora"], "use_dora was False and is True"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train(out, *bad)
+        assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_a_run_resumes_in_another_folder_if_there_is_no_run_in_it(tmp_path, four_steps):
+    point = ["--resume_from_checkpoint", str(four_steps / "checkpoint-4"), "--max_train_steps", "5"]
+    assert [line["step"] for line in train(tmp_path, *point)] == [5]
+    with pytest.raises(SystemExit, match="already holds a run"):
+        train(tmp_path, *point, "--max_train_steps", "7")
+    assert len(metrics_of(tmp_path)) == 1
+
+
+def test_an_unfinished_line_of_a_killed_run_is_removed(tmp_path, four_steps):
+    out = tmp_path / "out"
+    shutil.copytree(four_steps, out)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "rew')
+    resumed = train(out, "--resume_from_checkpoint", "latest", "--max_train_steps", "5")
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5]
+
+
+def test_the_precision_of_accelerates_configuration_is_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    train(tmp_path, "--checkpointing_steps", "1", "--max_train_steps", "1")
+    assert json.loads((tmp_path / "training_args.json").read_text())["mixed_precision"] == "bf16"
+    assert "--mixed_precision bf16" in (tmp_path / "README.md").read_text()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(SystemExit, match="configuration: mixed_precision was 'bf16' and is 'no'$"):
+        train(tmp_path, "--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+
+
+@pytest.mark.parametrize("held_out", [[], HELD_OUT], ids=["", "held_out"])
+def test_validation_prompts_may_change_on_resume_unless_held_out_images_are_of_them(tmp_path, held_out):
+    before, after = (
+        configuration(parse_args([*BASE, *held_out, *flags]), 1)
+        for flags in ([], ["--validation_prompts", "a red one"])
+    )
+    (tmp_path / "rlr_state.json").write_text(json.dumps({"config": before}))
+    if not held_out:
+        check_same_run(after, tmp_path)
+        return
+    with pytest.raises(ValueError, match="validation_prompts was None and is .'a red one'.$"):
+        check_same_run(after, tmp_path)
+
+
+def test_ranks_with_different_adapters_are_not_saved(tmp_path):
+    accelerator = SimpleNamespace(gather=lambda values: torch.cat([values, values + 1]))
+    with pytest.raises(RunError, match=r"the ranks' adapters differ, \[4.0, 5.0\]"):
+        save_checkpoint(accelerator, SimpleNamespace(output_dir=tmp_path), 1, [torch.nn.Parameter(torch.ones(4))])
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,194 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Images of fixed seeds: held-out rewards, early stopping, validation, the comparison with the base model."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, generate
+from rlr_training.plots import caption, plot_before_after
+from train_rlr_sd import parse_args
+
+
+HELD_OUT = ["--heldout_reward", "clip_score", "--heldout_steps", "1", "--num_heldout_images", "8"]
+HELD_OUT += ["--feature_model", TINY_CLIP]
+
+
+def images_of(adapter, prompts):
+    """What `generate` draws with the adapter of a folder in a plain pipeline."""
+    model = tiny_model()
+    model.pipeline.load_lora_weights(adapter, weight_name=LORA)
+    return generate(model, prompts, parse_args(BASE), 4)
+
+
+# generate
+
+
+def test_an_image_depends_on_its_place_and_not_on_the_batches():
+    model, args = tiny_model(), parse_args([*BASE, "--negative_prompt", "a blue one"])
+    prompts = ["a red one", "a blue two", "a green three"]
+    whole = generate(model, prompts, args, 3)
+    torch.testing.assert_close(generate(model, prompts, args, 2), whole, rtol=0, atol=1e-4)
+    assert (generate(model, prompts, args, 3, first_seed=HELDOUT_SEED) - whole).abs().max() > 0.1
+    # As the pipeline itself draws it, clamped to [0, 1].
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = model.pipeline.scheduler
+    expected = pipeline(
+        prompts[1],
+        negative_prompt="a blue one",
+        num_inference_steps=3,
+        guidance_scale=5.0,
+        eta=1.0,
+        generator=torch.Generator().manual_seed(1_000_001),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(whole[1:2], expected, rtol=0, atol=1e-4)
+
+
+def test_images_need_not_be_square():
+    args = parse_args([*BASE, "--height", "48", "--width", "32"])
+    assert generate(tiny_model(), ["a red one"], args, 1).shape == (1, 3, 48, 32)
+
+
+# Held-out rewards
+
+
+def test_held_out_rewards_stop_the_run_and_the_best_adapter_is_kept(tmp_path, caplog):
+    """Trained for small files, which no prompt asks for: the agreement with the prompts falls at once."""
+    flags = ["--reward", "jpeg_compressibility:-1", "--learning_rate", "0.3", "--max_train_steps", "9"]
+    metrics = train(tmp_path, *flags, *HELD_OUT, "--early_stop_patience", "2", "--checkpointing_steps", "1")
+    held = [line["heldout_mean"] for line in metrics]
+    best = int(np.argmax(held))
+    assert len(metrics) == best + 1 + 2 < 9
+    reason = f"stopped early after step {len(metrics)}: the held-out reward has not risen above {held[best]:.4f}"
+    assert reason in caplog.text
+    assert "base model on 8 images: heldout_mean" in caplog.text
+    for line in metrics:
+        assert 0 < line["diversity"] < 2 and 0 <= line["drift"] < 2 and line["heldout_std"] > 0
+        assert line["heldout_trained_mean"] != line["heldout_mean"]
+    assert same_adapter(tmp_path / "best", tmp_path / f"checkpoint-{best + 1}")
+    assert not same_adapter(tmp_path / "best", tmp_path)
+
+
+def test_early_stopping_counts_scorings_without_a_new_best():
+    stopping = EarlyStopping(2)
+    assert stopping.update(5, -1.0) == (True, None) and stopping.update(10, -1.0) == (False, None)
+    assert stopping.update(15, -0.5) == (True, None) and stopping.update(20, -0.7) == (False, None)
+    resumed = EarlyStopping(2)
+    resumed.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
+    is_best, reason = resumed.update(25, -0.6)
+    assert not is_best and "after step 25" in reason and "-0.5000 of step 15 in 2 scorings" in reason
+    never, fresh = EarlyStopping(None), EarlyStopping(1)
+    assert [never.update(step, -step)[1] for step in range(9)] == [None] * 9
+    fresh.load_state_dict(json.loads(json.dumps(EarlyStopping(1).state_dict())))
+    assert fresh.update(1, -1e9) == (True, None)
+
+
+# The moving average
+
+
+@pytest.fixture(scope="module")
+def averaged_run(tmp_path_factory):
+    """A run with a moving average that is far from the adapter, with validation and held-out images at its end."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path_factory.mktemp("run") / "averaged"
+    flags = ["--ema_decay", "0.5", "--learning_rate", "0.1", "--max_train_steps", "3", "--report_to", "tensorboard"]
+    flags += [
+        "--validation_steps",
+        "3",
+        "--num_validation_images",
+        "2",
+        "--validation_prompts",
+        "a red one",
+        "a blue two",
+    ]
+    metrics = train(out, *flags, *HELD_OUT, "--heldout_steps", "3")
+    (folder,) = (out / "logs").rglob("rlr-sd")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return out, metrics, events
+
+
+def test_validation_images_are_of_the_moving_average(averaged_run):
+    out, _, events = averaged_run
+    (event,) = events.Images("validation")
+    assert event.step == 3 and "reward_mean" in events.Tags()["scalars"]
+    shown = torch.tensor(np.array(Image.open(io.BytesIO(event.encoded_image_string)))).permute(2, 0, 1) / 255
+    prompts = ["a red one", "a red one", "a blue two", "a blue two"]
+    # TensorBoard keeps a batch as one image, a row.
+    average, trained = (torch.cat(list(images_of(folder, prompts)), dim=2) for folder in (out / "ema", out))
+    assert (shown - average).abs().max() < 0.01 < (shown - trained).abs().max()
+
+
+def test_held_out_rewards_and_the_best_adapter_are_of_the_moving_average(averaged_run):
+    out, metrics, _ = averaged_run
+    assert same_adapter(out / "best", out / "ema") and not same_adapter(out / "best", out)
+    assert "heldout_mean" in metrics[2] and "heldout_mean" not in metrics[1]
+
+
+def test_the_run_continues_with_the_adapter_and_not_with_its_average(averaged_run, tmp_path):
+    """The same run without an average ends in the same adapter."""
+    train(tmp_path, "--learning_rate", "0.1", "--max_train_steps", "3")
+    assert same_adapter(averaged_run[0], tmp_path)
+
+
+# Validation, and the comparison with the base model
+
+
+def test_validation_in_half_precision(tmp_path):
+    """Where the network under training and the VAE have different types."""
+    flags = ["--report_to", "tensorboard", "--validation_steps", "1", "--num_validation_images", "1"]
+    train(tmp_path, *flags, "--mixed_precision", "bf16", "--max_train_steps", "1", "--validation_prompts", "a red one")
+    assert list((tmp_path / "logs").rglob("events.*"))
+
+
+def test_base_and_tuned_model_are_compared_on_the_same_images(tmp_path, capsys):
+    flags = ["--learning_rate", "1e-2", "--num_eval_images", "3", "--validation_prompts", "a red one", "a blue two"]
+    train(tmp_path, *flags, "--reward", "aesthetic,clip_score:5", "--validation_steps", "9")
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["num_images"] == 3
+    assert results["gain"]["mean"] == pytest.approx(results["tuned"]["mean"] - results["base"]["mean"], abs=1e-5)
+    assert results["gain"]["mean"] != 0 and 0 < results["gain"]["standard_error"]
+    for name in ("base", "tuned"):
+        members = {member: row[name]["mean"] for member, row in results["members"].items()}
+        assert results[name]["mean"] == pytest.approx(members["aesthetic"] + 5 * members["clip_score"], rel=1e-5)
+    printed = capsys.readouterr().out
+    assert f"base aesthetic,clip_score:5: {results['base']['mean']:.4f} mean" in printed
+    assert f"gain {results['gain']['mean']:+.4f} with a standard error of" in printed
+    assert f"{results['tuned']['mean']:.4f}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_comparison_without_memory_left_loses_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, torch\n\ndef red(images, prompts):\n"
+        f"    if os.path.exists({str(tmp_path / 'out' / LORA)!r}):\n        raise torch.OutOfMemoryError('none left')\n"
+        "    return images[:, 0].mean((1, 2))\n"
+    )
+    with pytest.raises(SystemExit, match="the comparison with the base model has failed: none left"):
+        train(tmp_path / "out", "--reward", f"{tmp_path}/mine.py:red", "--num_eval_images", "2")
+    assert (tmp_path / "out" / LORA).exists()
+
+
+def test_prompts_are_shown_as_they_are_written_above_the_images(tmp_path):
+    """Also those that matplotlib would take for formulas, or could not read as one."""
+    images = {name: torch.rand(3, 3, 8, 8) for name in ("base", "tuned")}
+    scores = {name: torch.rand(3) for name in images}
+    plot_before_after(images, scores, [r"one of $5 or $6", r"$\frac$", "a {red} #_^ one"], tmp_path / "images.png")
+    assert np.asarray(Image.open(tmp_path / "images.png")).std() > 5
+    assert caption("a " + "very " * 500 + "long one").count("\n") == 2  # shortened to three lines

@@ -77,7 +77,7 @@ def load_scans():
 
 
 def paint(ink, colors, generator, jitter=0.06):
-    """Ink maps (B, 1, H, W) in [0, 1] and color indices (B,) -> pictures (B, 3, H, W) in [0, 1] on black."""
+    """Ink maps (B, 1, H, W) in [0, 1] and color indices (B,) -> images (B, 3, H, W) in [0, 1] on black."""
     rgb = torch.tensor(list(COLORS.values()))[colors]
     rgb = (rgb + jitter * torch.randn(rgb.shape, generator=generator)).clamp(0, 1)
     return ink * rgb[:, :, None, None]
@@ -100,15 +100,15 @@ def vary(ink, generator):
 
 
 def ink_of(images):
-    """Ink map (B, H, W) in [0, 1] of pictures (B, 3, H, W): the strongest channel of each pixel."""
+    """Ink map (B, H, W) in [0, 1] of images (B, 3, H, W): the strongest channel of each pixel."""
     return images.amax(1)
 
 
 class Quality:
     """What the aesthetic head is trained to see: half boldness, half left-right symmetry, on a scale of 1 to 10.
 
-    boldness is the mean ink of a picture, symmetry is 1 - sum|ink - mirrored ink| / (2 sum ink). Each is mapped so
-    that the 1st and 99th percentile of the real pictures land on 0 and 1 and then cut to that range.
+    boldness is the mean ink of an image, symmetry is 1 - sum|ink - mirrored ink| / (2 sum ink). Each is mapped so
+    that the 1st and 99th percentile of the real images land on 0 and 1 and then cut to that range.
     """
 
     def __init__(self, images):
@@ -122,7 +122,7 @@ class Quality:
         return boldness, symmetry
 
     def __call__(self, images):
-        """Pictures (B, 3, H, W) in [0, 1] -> quality (B,) in [1, 10]."""
+        """Images (B, 3, H, W) in [0, 1] -> quality (B,) in [1, 10]."""
         unit = [((q - a) / (b - a)).clamp(0, 1) for q, a, b in zip(self.parts(images), self.low, self.high)]
         return 1 + 9 * sum(unit) / 2
 
@@ -131,10 +131,8 @@ def real_quality():
     """The quality scale as the assets use it: fitted on every training scan in every color."""
     ink, _ = load_scans()
     generator = torch.Generator().manual_seed(0)
-    pictures = [
-        paint(ink[:NUM_TRAIN_DIGITS], torch.full((NUM_TRAIN_DIGITS,), c), generator) for c in range(len(COLORS))
-    ]
-    return Quality(torch.cat(pictures))
+    images = [paint(ink[:NUM_TRAIN_DIGITS], torch.full((NUM_TRAIN_DIGITS,), c), generator) for c in range(len(COLORS))]
+    return Quality(torch.cat(images))
 
 
 def make_tokenizer():
@@ -269,7 +267,7 @@ def train_vae(out, steps):
 
 
 def train_unet(out, steps):
-    """Predict the noise in the latents of the real pictures; one caption in ten is empty for classifier-free guidance."""
+    """Predict the noise in the latents of the real images; one caption in ten is empty for classifier-free guidance."""
     torch.manual_seed(2)
     generator = torch.Generator().manual_seed(2)
     clip_directory = os.path.join(out, "tiny-aesthetic", "clip")
@@ -341,26 +339,26 @@ def train_unet(out, steps):
     ).save_pretrained(os.path.join(out, "tiny-sd"))
 
 
-def to_tensor(pictures):
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
+def to_tensor(images):
+    return torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2).float() / 255
 
 
 def read_digits(images):
-    """Digits (B,) that a support vector machine fitted on all real scans reads from pictures (B, 3, 32, 32)."""
+    """Digits (B,) that a support vector machine fitted on all real scans reads from images (B, 3, 32, 32)."""
     ink, labels = load_scans()
     svm = SVC(gamma=2.0).fit(F.avg_pool2d(ink, 4).flatten(1).numpy(), labels.numpy())
     return torch.from_numpy(svm.predict(F.avg_pool2d(ink_of(images)[:, None], 4).flatten(1).numpy()))
 
 
 def read_colors(images):
-    """Index into COLORS (B,) of the color nearest in direction to the ink-weighted mean of pictures (B, 3, H, W)."""
+    """Index into COLORS (B,) of the color nearest in direction to the ink-weighted mean of images (B, 3, H, W)."""
     mean = F.normalize((images * ink_of(images)[:, None]).mean((2, 3)), dim=1)
     return (mean @ F.normalize(torch.tensor(list(COLORS.values())), dim=1).T).argmax(1)
 
 
 @torch.no_grad()
 def measure(out):
-    """The figures of the model cards: of the autoencoder and CLIP on held-out scans, of the pipeline on 500 pictures."""
+    """The figures of the model cards: of the autoencoder and CLIP on held-out scans, of the pipeline on 500 images."""
     figures = {}
     aesthetic_directory = os.path.join(out, "tiny-aesthetic")
     pipeline = StableDiffusionPipeline.from_pretrained(os.path.join(out, "tiny-sd"))
@@ -381,14 +379,14 @@ def measure(out):
     figures["rank_correlation"] = spearmanr(scores, quality(images)).statistic
     figures["best_real"], figures["real_mean"] = scores.max().item(), scores.mean().item()
 
-    pictures, captions = [], []
+    drawn, captions = [], []
     pipeline.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, 500, 50), desc="pictures"):
+    for start in tqdm(range(0, 500, 50), desc="images"):
         prompts = [CAPTIONS[i % len(CAPTIONS)] for i in range(start, start + 50)]
         generator = torch.Generator().manual_seed(start)
-        pictures += pipeline(prompts, num_inference_steps=50, guidance_scale=5.0, eta=1.0, generator=generator).images
+        drawn += pipeline(prompts, num_inference_steps=50, guidance_scale=5.0, eta=1.0, generator=generator).images
         captions += [i % len(CAPTIONS) for i in range(start, start + 50)]
-    images, captions = to_tensor(pictures), torch.tensor(captions)
+    images, captions = to_tensor(drawn), torch.tensor(captions)
     figures["digit_accuracy"] = (read_digits(images) == captions % 10).float().mean().item()
     figures["color_accuracy"] = (read_colors(images) == captions // 10).float().mean().item()
     scores = reward(images, [""] * len(images))
@@ -398,7 +396,7 @@ def measure(out):
         figures[f"{name}_parameters"] = model.num_parameters()
 
     grid = np.concatenate(
-        [np.concatenate([np.asarray(p) for p in pictures[row : row + 10]], axis=1) for row in range(0, 60, 10)]
+        [np.concatenate([np.asarray(p) for p in drawn[row : row + 10]], axis=1) for row in range(0, 60, 10)]
     )
     Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.NEAREST).save(
         os.path.join(out, "tiny-sd", "samples.png")
@@ -413,10 +411,10 @@ tags: [text-to-image, stable-diffusion]
 ---
 # tiny-sd: a Stable Diffusion that draws colored digits
 
-![one picture of each caption](samples.png)
+![one image of each caption](samples.png)
 
 A `StableDiffusionPipeline` with the classes and the folder layout of Stable Diffusion v1.4, small enough to be trained
-and fine-tuned on a CPU: pictures of 32 x 32 pixels, latents of 4 x 8 x 8.
+and fine-tuned on a CPU: images of 32 x 32 pixels, latents of 4 x 8 x 8.
 
 **Data.** The handwritten digits that scikit-learn carries (`load_digits`: 1,797 scans of 8 x 8 pixels from the UCI ML
 repository, CC BY 4.0), enlarged bicubically, painted in six colors with a little jitter, captioned "a red seven". The
@@ -425,16 +423,16 @@ last 297 scans (after one seeded shuffle) are held out of all training.
 **Recipe** (`make assets`, seeded). VAE: {vae_parameters:,} parameters, 2,500 steps of batch 64, squared error and 1e-4
 of the KL term. Text encoder: the text tower of `../tiny-aesthetic/clip`, frozen. U-Net: {unet_parameters:,} parameters,
 6,000 steps of batch 64 at a peak learning rate of 2e-3, noise prediction on Stable Diffusion's schedule, 10 % empty
-captions, exponential moving average of .999. Prompts outside the 60 captions mean nothing to it.
+captions, exponential moving average of .999. It does not know prompts outside the 60 captions.
 
-**Figures**, 500 pictures at guidance 5, eta 1, 50 steps:
+**Figures**, 500 images at guidance 5, eta 1, 50 steps:
 
 | | |
 |---|---|
-| digit read right by a support vector machine fitted on the real scans | {digit_accuracy:.1%} |
-| color right | {color_accuracy:.1%} |
+| digit recognized by a support vector machine fitted on the real scans | {digit_accuracy:.1%} |
+| color recognized | {color_accuracy:.1%} |
 | aesthetic reward of `../tiny-aesthetic`, mean and standard deviation | {base_mean:.2f}, {base_std:.2f} |
-| VAE mean squared error on held-out pictures in [-1, 1] | {vae_mse:.5f} |
+| VAE mean squared error on held-out images in [-1, 1] | {vae_mse:.5f} |
 """
 
 AESTHETIC_CARD = """---
@@ -442,29 +440,29 @@ library_name: transformers
 license: apache-2.0
 tags: [image-feature-extraction, reward-model]
 ---
-# tiny-aesthetic: a small CLIP and an aesthetic head on top of it
+# tiny-aesthetic: a small CLIP with an aesthetic head
 
 The layout of the LAION aesthetic predictor: `clip/` is a transformers `CLIPModel` ({clip_parameters:,} parameters, 32 x
 32 pixels, projection to 768), `aesthetic_head.safetensors` the affine head with the keys `layers.{{0,2,4,6,7}}`.
 
-**What it scores.** A quantity that can be computed from the picture: half boldness (mean ink) and half left-right
-symmetry (1 - sum|ink - mirrored ink| / 2 sum ink), each mapped so that the 1st and 99th percentile of the real pictures
+**What it scores.** A quantity that can be computed from the image: half boldness (mean ink) and half left-right
+symmetry (1 - sum|ink - mirrored ink| / 2 sum ink), each mapped so that the 1st and 99th percentile of the real images
 land on 0 and 1, on a scale of 1 to 10; ink is the strongest channel of a pixel. See `Quality` in
 `tools/make_tiny_assets.py`.
 
-**Data and recipe** (`make assets`, seeded). The pictures of `../tiny-sd` with strokes made thinner, thicker, blurred,
-shifted and more symmetric than the scans are; 3,000 steps of 60 pictures, one of each caption, contrastive loss plus .3 of
+**Data and recipe** (`make assets`, seeded). The images of `../tiny-sd` with strokes made thinner, thicker, blurred,
+shifted and more symmetric than the scans are; 3,000 steps of 60 images, one of each caption, contrastive loss plus .3 of
 the head's squared error, both towers and the head trained together: captions alone do not tell CLIP about strokes.
 
 **Figures.**
 
 | | |
 |---|---|
-| rank correlation of score and quantity, 297 held-out real pictures | {rank_correlation:.3f} |
-| rank correlation of score and quantity, 500 pictures of tiny-sd | {base_rank_correlation:.3f} |
-| mean score of held-out real pictures, and the best of them | {real_mean:.2f}, {best_real:.2f} |
-| mean score of tiny-sd's pictures | {base_mean:.2f} |
-| held-out pictures whose own caption is the nearest of all 60 | {clip_top1:.1%} |
+| rank correlation of score and quantity, 297 held-out real images | {rank_correlation:.3f} |
+| rank correlation of score and quantity, 500 images of tiny-sd | {base_rank_correlation:.3f} |
+| mean score of held-out real images, and the best of them | {real_mean:.2f}, {best_real:.2f} |
+| mean score of tiny-sd's images | {base_mean:.2f} |
+| held-out images whose own caption is the nearest of all 60 | {clip_top1:.1%} |
 """
 
 

@@ -1,4 +1,4 @@
-# The two commands of the README, and what they are made of. PYTHON may name any Python >= 3.11.
+# Commands for trying and developing the project. PYTHON may be any Python >= 3.11.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 		--max_train_steps 40 --num_eval_images 120 --seed 0 \
 		--output_dir demo-output
 
-# Of one thread each, see tests/conftest.py.
+# Two processes of one thread each, see tests/conftest.py.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2
 

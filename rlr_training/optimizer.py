@@ -170,6 +170,8 @@ def averaged(optimization):
     if ema is not None:
         ema.store(trainable)
         ema.copy_to(trainable)
-    yield
-    if ema is not None:
-        ema.restore(trainable)
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(trainable)

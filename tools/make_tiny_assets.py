@@ -13,13 +13,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train the embedded models in assets/ from nothing: a small Stable Diffusion, its CLIP and its aesthetic head.
+"""Train the embedded models in assets/ from scratch: a small Stable Diffusion, its CLIP and its aesthetic head.
 
     make assets
 
-The data are the 1,797 handwritten digits that scikit-learn carries (8x8 scans, UCI ML hand-written digits), enlarged to
-32x32 and coloured, with captions such as "a red seven". The models have the real classes and the directory layout of
-Stable Diffusion v1.4, so whatever trains on assets/tiny-sd trains on the full-size pipeline by changing a path.
+The data are the 1,797 handwritten digits of scikit-learn (8x8 scans, UCI ML hand-written digits), enlarged to 32x32 and
+colored, with captions such as "a red seven". The models have the classes and the folder layout of Stable Diffusion v1.4, so
+a command that trains assets/tiny-sd trains the full-size pipeline when its path is changed.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def paint(ink, colors, generator, jitter=0.06):
 
 
 def vary(ink, generator):
-    """Vary the hand: stroke weight, size of the blur, position and strength, beyond what the scans themselves show."""
+    """Vary the handwriting beyond that of the scans: weight and strength of the strokes, symmetry and position."""
     count = len(ink)
     gamma = torch.exp(torch.empty(count, 1, 1, 1).uniform_(-1.0, 1.0, generator=generator))
     thick = F.max_pool2d(F.avg_pool2d(ink, 3, 1, 1), 5, 1, 2)
@@ -105,10 +105,10 @@ def ink_of(images):
 
 
 class Quality:
-    """What the aesthetic head is trained to see: half boldness, half left-right symmetry, on a scale of 1 to 10.
+    """What the aesthetic head is trained to predict: half boldness, half left-right symmetry, on a scale of 1 to 10.
 
-    boldness is the mean ink of an image, symmetry is 1 - sum|ink - mirrored ink| / (2 sum ink). Each is mapped so
-    that the 1st and 99th percentile of the real images land on 0 and 1 and then cut to that range.
+    Boldness is the mean ink of an image, symmetry is 1 - sum|ink - mirrored ink| / (2 sum ink). Each is mapped so
+    that the 1st and 99th percentile of the real images become 0 and 1, then clipped to that range.
     """
 
     def __init__(self, images):
@@ -128,7 +128,7 @@ class Quality:
 
 
 def real_quality():
-    """The quality scale as the assets use it: fitted on every training scan in every color."""
+    """`Quality` as the assets use it, fitted on every training scan in every color."""
     ink, _ = load_scans()
     generator = torch.Generator().manual_seed(0)
     images = [paint(ink[:NUM_TRAIN_DIGITS], torch.full((NUM_TRAIN_DIGITS,), c), generator) for c in range(len(COLORS))]
@@ -136,7 +136,7 @@ def real_quality():
 
 
 def make_tokenizer():
-    """A CLIPTokenizer over all bytes whose merges make one token of every word the captions use."""
+    """A CLIPTokenizer over all bytes that makes one token of every word in the captions."""
     words = ["a", *DIGITS, *COLORS]
     letters = sorted(ByteLevel.alphabet())
     merges = []
@@ -153,7 +153,7 @@ def make_tokenizer():
     )
     split = [word for word in words if len(tokenizer(word).input_ids) != 3]
     if split:
-        raise RuntimeError(f"the order of the merges breaks up {split}: list those words earlier")
+        raise RuntimeError(f"the order of the merges splits {split}: list those words earlier")
     return tokenizer
 
 
@@ -174,7 +174,7 @@ def draw_batch(ink, labels, generator):
 
 
 def train_clip(out, steps):
-    """Contrastive training on the 60 captions; the vision tower learns the quality through the head at the same time."""
+    """Train CLIP contrastively on the 60 captions, together with the head, which predicts the quality."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     tokenizer = make_tokenizer()
@@ -225,7 +225,7 @@ def train_clip(out, steps):
 
 
 def train_vae(out, steps):
-    """Reconstruction with a slight pull of the posterior to the standard normal; the scale factor is 1 / std."""
+    """Train the autoencoder on reconstruction with a small KL term; its scaling factor is 1 / std of the latents."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
     vae = AutoencoderKL(
@@ -267,7 +267,7 @@ def train_vae(out, steps):
 
 
 def train_unet(out, steps):
-    """Predict the noise in the latents of the real images; one caption in ten is empty for classifier-free guidance."""
+    """Train the U-Net on noise prediction; one caption in ten is empty, for classifier-free guidance."""
     torch.manual_seed(2)
     generator = torch.Generator().manual_seed(2)
     clip_directory = os.path.join(out, "tiny-aesthetic", "clip")
@@ -340,25 +340,26 @@ def train_unet(out, steps):
 
 
 def to_tensor(images):
+    """PIL images -> (B, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(p) for p in images])).permute(0, 3, 1, 2).float() / 255
 
 
 def read_digits(images):
-    """Digits (B,) that a support vector machine fitted on all real scans reads from images (B, 3, 32, 32)."""
+    """Digits (B,) that a support vector machine, fitted on all real scans, recognizes in images (B, 3, 32, 32)."""
     ink, labels = load_scans()
     svm = SVC(gamma=2.0).fit(F.avg_pool2d(ink, 4).flatten(1).numpy(), labels.numpy())
     return torch.from_numpy(svm.predict(F.avg_pool2d(ink_of(images)[:, None], 4).flatten(1).numpy()))
 
 
 def read_colors(images):
-    """Index into COLORS (B,) of the color nearest in direction to the ink-weighted mean of images (B, 3, H, W)."""
+    """Indices (B,) into COLORS of the colors closest in direction to the ink-weighted means of images (B, 3, H, W)."""
     mean = F.normalize((images * ink_of(images)[:, None]).mean((2, 3)), dim=1)
     return (mean @ F.normalize(torch.tensor(list(COLORS.values())), dim=1).T).argmax(1)
 
 
 @torch.no_grad()
 def measure(out):
-    """The figures of the model cards: of the autoencoder and CLIP on held-out scans, of the pipeline on 500 images."""
+    """The figures of the model cards: autoencoder and CLIP on held-out scans, the pipeline on 500 images."""
     figures = {}
     aesthetic_directory = os.path.join(out, "tiny-aesthetic")
     pipeline = StableDiffusionPipeline.from_pretrained(os.path.join(out, "tiny-sd"))
@@ -447,12 +448,12 @@ The layout of the LAION aesthetic predictor: `clip/` is a transformers `CLIPMode
 
 **What it scores.** A quantity that can be computed from the image: half boldness (mean ink) and half left-right
 symmetry (1 - sum|ink - mirrored ink| / 2 sum ink), each mapped so that the 1st and 99th percentile of the real images
-land on 0 and 1, on a scale of 1 to 10; ink is the strongest channel of a pixel. See `Quality` in
+become 0 and 1, on a scale of 1 to 10. Ink is the strongest channel of a pixel. See `Quality` in
 `tools/make_tiny_assets.py`.
 
 **Data and recipe** (`make assets`, seeded). The images of `../tiny-sd` with strokes made thinner, thicker, blurred,
 shifted and more symmetric than the scans are; 3,000 steps of 60 images, one of each caption, contrastive loss plus .3 of
-the head's squared error, both towers and the head trained together: captions alone do not tell CLIP about strokes.
+the head's squared error. Both towers and the head are trained together, because captions say nothing about strokes.
 
 **Figures.**
 
@@ -468,13 +469,13 @@ the head's squared error, both towers and the head trained together: captions al
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="assets", help="Folder that receives tiny-sd/ and tiny-aesthetic/.")
+    parser.add_argument("--out", default="assets", help="Folder for tiny-sd/ and tiny-aesthetic/. Default: assets.")
     parser.add_argument(
         "--parts",
         nargs="+",
         default=["clip", "vae", "unet", "cards"],
         choices=["clip", "vae", "unet", "cards"],
-        help="What to build; the U-Net needs the CLIP and the VAE of an earlier run, the cards need all three.",
+        help="What to make. The U-Net needs CLIP and VAE, the cards need all three, from this run or an earlier one.",
     )
     args = parser.parse_args()
     if "clip" in args.parts:

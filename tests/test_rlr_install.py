@@ -20,7 +20,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,6 +46,8 @@ print(json.dumps({"code": code, "files": [sys.modules[name].__file__ for name in
 
 
 def project():
+    import tomllib  # not above, where ruff would sort it by whether its target version of Python knows it
+
     with open(ROOT / "pyproject.toml", "rb") as file:
         return tomllib.load(file)
 

@@ -251,7 +251,7 @@ def claim_output_dir(args, accelerator, config, resume_path, tracker):
     """Make the output folder, and the repository on the Hub.
 
     Returns:
-        (repository on the Hub, licence of the base model), `None` where there is none, and on all ranks but the first.
+        (repository on the Hub, license of the base model), `None` where there is none, and on all ranks but the first.
 
     Raises:
         ValueError: if the folder or the repository cannot be had.

@@ -211,6 +211,20 @@ def test_layers_of_a_text_encoder_are_refused(tmp_path, folder, tuned):
     assert str(tmp_path) in str(error.value) and not trainable(model)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key, value: (key, value.repeat(1, 2)), "size mismatch"),
+        (lambda key, value: (key.replace("attn1", "attn9"), value), "the unet has no layer '.*attn9"),
+    ],
+    ids=["sizes", "layers"],
+)
+def test_a_lora_of_another_network_is_refused(tmp_path, folder, tuned, change, message):
+    save_file(dict(change(key, value) for key, value in layers_of(tuned).items()), tmp_path / LORA_FILE)
+    with pytest.raises(ValueError, match=f"cannot be loaded: (.|\n)*{message}"):
+        load_lora(load_model(folder), str(tmp_path))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
 def test_a_source_that_cannot_be_read_is_named(tmp_path, content):
     source = tmp_path / "lora"

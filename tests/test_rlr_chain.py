@@ -58,8 +58,8 @@ def conditions_of(batch_size=3):
 
 
 def scheduler_of(name, num_steps=6, **settings):
-    """A scheduler of `SCHEDULERS` with the betas of Stable Diffusion, set to some steps."""
-    scheduler = make_scheduler(name, {**BETAS, **settings})
+    """A scheduler of `SCHEDULERS` with the configuration of Stable Diffusion, set to some steps."""
+    scheduler = make_scheduler(name, {**BETAS, "set_alpha_to_one": False, **settings})
     scheduler.set_timesteps(num_steps)
     return scheduler
 
@@ -119,7 +119,7 @@ def test_the_chain_takes_the_steps_of_every_scheduler(name, prediction_type):
             scheduler_steps(scheduler, eta=1.0)
         return
     chain = assert_same_chain(scheduler)
-    assert all(chain.sigma(k) > 0 for k in range(2, 7))
+    assert all(chain.sigma(k) > 0 for k in range(2, 7)) and (chain.sigma(1) > 0) == (name == "ddim")
     if chain.sigma(1) == 0:  # the last step then ends in what it predicts
         mean, x_0 = chain.predict(1, torch.randn(SHAPE, dtype=torch.float64))
         torch.testing.assert_close(x_0, mean, rtol=1e-3, atol=1e-3)
@@ -200,7 +200,7 @@ def test_a_scheduler_may_be_asked_in_the_middle_of_a_run():
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_sigma_is_that_of_the_ddim_paper(eta):
     """Equation 16 of huggingface.co/papers/2010.02502, from the cumulative alphas."""
-    scheduler = scheduler_of("ddim", 10, steps_offset=0, set_alpha_to_one=False)
+    scheduler = scheduler_of("ddim", 10, steps_offset=0)
     steps, alphas = scheduler_steps(scheduler, eta), scheduler.alphas_cumprod.double()
     for step, timestep in zip(steps, scheduler.timesteps.tolist()):
         a_t, a_prev = alphas[timestep], alphas[max(timestep - 100, 0)]
@@ -327,12 +327,18 @@ def test_conditions_have_no_graph_into_a_text_encoder(steps):
     assert encoder.weight.grad is None and chain.call.weight.grad is not None
 
 
-def test_the_prediction_has_the_precision_of_the_latents(steps):
-    conditions = {name: value.float() for name, value in conditions_of().items()}
-    chain = toy_chain(steps, conditions, conditions)
-    chain.call = lambda x, timestep, conditions: torch.ones_like(x, dtype=torch.bfloat16)
-    assert chain.mean(2, torch.randn(SHAPE)).dtype == torch.float32
-    assert chain.predict(2, torch.randn(SHAPE, dtype=torch.float64))[1].dtype == torch.float64
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_guidance_has_the_precision_of_the_latents(steps, dtype):
+    """Whatever the network is in."""
+    conditions, negative = conditions_of(), conditions_of()
+    chain, x, (_, step, _) = toy_chain(steps, conditions, negative), torch.randn(SHAPE, dtype=dtype), steps
+    network = chain.call
+    chain.call = lambda x, timestep, conditions: network(x, timestep, conditions).bfloat16()
+    e, e_negative = (chain.call(step.input_scale * x, 500, one).to(dtype) for one in (conditions, negative))
+    mean, x_0 = chain.predict(2, x)
+    guided = e_negative + 5.0 * (e - e_negative)
+    torch.testing.assert_close(mean, step.x_from_x * x + step.x_from_e * guided)
+    torch.testing.assert_close(x_0, step.x0_from_x * x + step.x0_from_e * guided)
 
 
 def test_renoising_repeats_the_last_step_from_another_noise(steps):

@@ -161,11 +161,20 @@ def with_other_weights(folder):
     edit_json(folder / "unet" / "config.json", {"block_out_channels": [32, 32]})
 
 
+def with_a_cut_text_encoder(folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def with_another_text_encoder(folder):
+    (folder / "text_encoder" / "config.json").unlink()
+
+
 def without_index(folder):
     (folder / "model_index.json").unlink()
 
 
-def with_broken_index(folder):
+def with_a_broken_index(folder):
     (folder / "model_index.json").write_text("{")
 
 
@@ -174,12 +183,22 @@ def without_class(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [without_weights, with_cut_weights, with_other_weights, without_index, with_broken_index, without_class]
+    ("damage", "message"),
+    [
+        (without_weights, "no file named diffusion_pytorch_model"),
+        (with_cut_weights, "Unable to load weights"),
+        (with_other_weights, "shape"),
+        (with_a_cut_text_encoder, "header"),
+        (with_another_text_encoder, "mismatched"),
+        (without_index, "no file named model_index.json"),
+        (with_a_broken_index, "not a valid JSON"),
+        (without_class, "its model_index.json does not name a pipeline"),
+    ],
 )
-def test_a_damaged_model_is_named(tmp_path, damage):
+def test_a_damaged_model_is_named(tmp_path, damage, message):
     shutil.copytree(TINY_SD, tmp_path / "model")
     damage(tmp_path / "model")
-    with pytest.raises(ValueError, match="model' cannot be loaded: .+"):
+    with pytest.raises(ValueError, match=f"model' cannot be loaded: (.|\n)*{message}"):
         load_model(str(tmp_path / "model"))
 
 

@@ -122,7 +122,7 @@ def restore_lora(model, directory):
     Raises:
         ValueError: if they are not of this LoRA.
     """
-    layers, _ = model.pipeline.lora_state_dict(directory)
+    layers, _ = model.pipeline.lora_state_dict(directory, weight_name=LORA_FILE)
     set_lora(model, layers)
 
 

@@ -42,6 +42,14 @@ MAY_CHANGE = (
 )
 
 
+# Flags that the script had before and their defaults; `...` where the value does not matter.
+FORMER_FLAGS = {
+    **{"subchain_sampling": "uniform", "zo_scale": 0.02, "baseline_steps": None},
+    "enable_xformers_memory_efficient_attention": False,
+    **{name: ... for name in ("local_rank", "memory_budget_gb", "half_order_gb", "zeroth_order_gb")},
+}
+
+
 def checkpoints_of(output_dir):
     """The whole checkpoints of an output folder as {step: path}, in order."""
     names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
@@ -142,10 +150,15 @@ def check_same_run(config, resume_path):
     differing = [
         f"{name} was {before.get(name)!r} and is {config.get(name)!r}"
         for name in sorted(before.keys() | config.keys())
-        if name not in may_change and before.get(name) != config.get(name)
+        if name not in may_change and not _is_former(name, before) and before.get(name) != config.get(name)
     ]
     if differing:
         raise ValueError(f"cannot resume from {resume_path!r} with another configuration: {'; '.join(differing)}")
+
+
+def _is_former(name, before):
+    """Whether a flag is gone that the checkpoint's run did not use."""
+    return name in FORMER_FLAGS and FORMER_FLAGS[name] in (..., before.get(name))
 
 
 def register_state(accelerator, model, config, sampler, rlr, others, ema=None):

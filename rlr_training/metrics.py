@@ -75,7 +75,7 @@ def _describe_calls(args, rlr, schedule, images):
         f"{forwards} forward + {swept} with backward"
         + (" (on average)" if is_drawn else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
-        + (", at first" if args.sweep_fraction == "auto" and schedule.fraction < 1 else "")
+        + (", at first" if args.sweep_fraction == "auto" and min(schedule.probabilities.values()) < 1 else "")
     )
 
 

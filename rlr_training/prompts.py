@@ -75,6 +75,7 @@ def load_training_prompts(args):
     """
     if args.dataset_name is None:
         prompts = load_prompts("simple_animals" if args.prompts is None else args.prompts)
+        levels_of(args.prompts, prompts)  # raises on every rank, before a model is loaded
         return prompts[: args.max_prompts]
     try:
         dataset = _open_dataset(args)

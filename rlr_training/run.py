@@ -111,7 +111,8 @@ def prepare(args, script, tracker, defaults):
         schedule = rlr.draw_schedule()
         network = to_device(args, accelerator, model, baseline_vae)
         chain = make_chain(args, accelerator, model, network)
-        rlr.check_chain(chain, schedule)
+        with naming(f"--scheduler {args.scheduler}, --reward {args.reward!r}:"):
+            rlr.check_chain(chain, schedule)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
 
     chain_of = with_prompts(args, accelerator, model, chain)
@@ -135,6 +136,8 @@ def prepare(args, script, tracker, defaults):
     )
     start(args, run, config, resume_path, tracker)
     print_plan(accelerator, args, rlr, schedule, len(prompts), trainable)
+    if heldout is not None:
+        heldout.measure_base(model)
     return run
 
 
@@ -268,7 +271,7 @@ def claim_output_dir(args, accelerator, config, resume_path, tracker):
 
 
 def start(args, run, config, resume_path, tracker):
-    """Seed the ranks, open the trackers, resume from a checkpoint, and look at the base model's held-out images."""
+    """Seed the ranks, open the trackers, and resume from a checkpoint."""
     accelerator, optimization = run.accelerator, run.optimization
     others = {"clipping": optimization.clipping, "early_stopping": run.stopping}
     register_state(accelerator, run.model, config, run.sampler, run.rlr, others, optimization.ema)
@@ -279,8 +282,6 @@ def start(args, run, config, resume_path, tracker):
         load_checkpoint(accelerator, resume_path)
     if accelerator.is_main_process:
         trim_metrics(args.output_dir, run.first_step)
-    if run.heldout is not None:
-        run.heldout.measure_base(run.model)
 
 
 def save_result(args, run, step):

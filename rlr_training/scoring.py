@@ -75,7 +75,7 @@ class BatchScorer:
         args: of the script, for --decode_batch_size and --reward_offload.
         accelerator: whose loss scale protects the gradient in float16.
         model, rewards: as for `score_latents`.
-        prompts: B of them.
+        prompts: B of them; of latents (S B, ...) image i has the prompt i mod B.
         vae: decodes instead of the model's own.
 
     Attributes:
@@ -92,10 +92,11 @@ class BatchScorer:
 
     def __call__(self, x_0, with_gradient):
         args, device, scale = self.args, self.accelerator.device, loss_scale(self.accelerator)
+        prompts = self.prompts * (len(x_0) // len(self.prompts))
         try:
             with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
                 scores, reward_grad = score_latents(
-                    *(self.model, self.rewards, x_0, self.prompts, args.decode_batch_size, with_gradient, scale),
+                    *(self.model, self.rewards, x_0, prompts, args.decode_batch_size, with_gradient, scale),
                     vae=self.vae,
                 )
         except ValueError as error:

@@ -13,6 +13,8 @@
 # limitations under the License.
 """From rewards to advantages, over the images of all batches and ranks of an optimizer step."""
 
+import random
+
 import torch
 
 from .baselines import PredictedReward, RunningReward, leave_one_out, normalize, per_prompt
@@ -31,13 +33,16 @@ class Advantages:
 
     def __init__(self, settings, num_steps):
         self.settings = settings
+        # Tells this process from the others in what `gather` returns; the global generators are left alone.
+        self.mark = random.SystemRandom().getrandbits(62)
         self.running = {part: RunningReward() for part in PARTS}
         self.predictors = {part: PredictedReward(num_steps) for part in PARTS}
 
     def compare(self, batches):
         """Set `advantages`, `mean_advantage` and `kl_weight` of the batches, then update the baselines."""
         settings, sizes = self.settings, [len(batch.rewards) for batch in batches]
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        marks = settings.gather(torch.tensor([self.mark], device=batches[0].rewards.device)).tolist()
+        rank = marks.index(self.mark)
         mine = slice(rank * sum(sizes), (rank + 1) * sum(sizes))
         rewards = settings.gather(torch.cat([batch.rewards for batch in batches]))
         # The images of a batch share its weight perturbation, so the batch is compared with other batches.

@@ -203,4 +203,6 @@ class DenoisingChain:
 
     def renoise(self, x_0, noise):
         """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, ...) each."""
+        if self.add_noise is None:
+            raise ValueError("the chain has no add_noise, which re-noising needs")
         return self.add_noise(x_0, noise)

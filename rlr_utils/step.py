@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 from . import estimators
-from .advantages import Advantages
-from .batch import Batch, prompt_numbers
+from .advantages import PARTS, Advantages
+from .batch import Batch, checked_rewards, prompt_numbers
 from .branching import branch
 from .kl import GaussianKL
 from .mixing import AdaptiveMixing, Transport
@@ -190,7 +190,8 @@ class RLRStep:
                 result the rewards (B,) of the part without.
             generator: as in `rlr_utils.rollout`.
             prompts: B strings, for baseline="per_prompt".
-            score_predictions: `score` for predicted images, such as one with a cheaper decoder; default: `score`.
+            score_predictions: like `score`, for the predicted images of all steps at once, (S B, ...), of which image i has
+                the prompt i mod B; such as one with a cheaper decoder. Default: `score`, once for every step.
 
         Returns:
             Batch, with `x_0`, `rewards` and `trajectory`.
@@ -214,8 +215,8 @@ class RLRStep:
         # DRaFT-LV takes its gradient at other noises of the same images.
         with_gradient = self.differentiable and settings.estimator not in ("ddpo", "draft_lv")
         rewards, black_box, reward_grad = self._scored(score, trajectory.latents[0], with_gradient)
-        predicted = self._predicted(trajectory, score_predictions or score) if predict else None
-        groups = None if prompts is None else prompt_numbers(prompts, rewards.device)
+        predicted = self._predicted(trajectory, score, score_predictions) if predict else None
+        groups = prompt_numbers(prompts, rewards.device) if settings.baseline == "per_prompt" else None
         return Batch(
             chain, score, trajectory, schedule, rewards, black_box, reward_grad, predicted, groups, perturbation
         )
@@ -228,30 +229,33 @@ class RLRStep:
         """
         with torch.enable_grad():
             rewards, reward_grad, *rest = score(x_0, with_gradient)
-        if rewards.shape != x_0.shape[:1]:
-            raise ValueError(f"score returned rewards of shape {tuple(rewards.shape)} for a batch of {len(x_0)}")
+        rewards = checked_rewards(rewards, "rewards", x_0)
         if with_gradient and (reward_grad is None or reward_grad.shape != x_0.shape):
             found = None if reward_grad is None else tuple(reward_grad.shape)
             raise ValueError(f"score returned a gradient of shape {found} for latents of {tuple(x_0.shape)}")
         if self.differentiable and self.black_box and not rest:
             raise ValueError("score returned no third result, the rewards of the part without a gradient")
-        rewards = rewards.detach()
-        black_box = rest[0].detach() if rest else rewards if self.black_box else torch.zeros_like(rewards)
-        if black_box.shape != rewards.shape:
-            raise ValueError(
-                f"score returned a third result of shape {tuple(black_box.shape)} for a batch of {len(x_0)}"
-            )
+        if rest:
+            black_box = checked_rewards(rest[0], "a third result", x_0)
+        else:
+            black_box = rewards if self.black_box else torch.zeros_like(rewards)
         return rewards, black_box, reward_grad.detach() if with_gradient else None
 
-    def _predicted(self, trajectory, score):
+    def _predicted(self, trajectory, score, score_predictions):
         """The rewards of the images predicted at each step, {"total", "black_box"} -> (B, T + 1), NaN where none was."""
         x_0 = trajectory.latents[0]
-        dtype = torch.promote_types(x_0.dtype, torch.float32)
-        total, black_box = torch.full((2, len(x_0), self.num_steps + 1), torch.nan, dtype=dtype, device=x_0.device)
-        for k, x_0 in trajectory.predictions.items():
-            total[:, k], black_box[:, k], _ = self._scored(score, x_0)
+        steps, predictions = list(trajectory.predictions), list(trajectory.predictions.values())
         trajectory.predictions.clear()
-        return {"total": total, "black_box": black_box}
+        if score_predictions is None:
+            total, black_box = map(torch.cat, zip(*(self._scored(score, x)[:2] for x in predictions)))
+        else:
+            total, black_box, _ = self._scored(score_predictions, torch.cat(predictions))
+        dtype = torch.promote_types(x_0.dtype, torch.float32)
+        shape = self.num_steps + 1, len(x_0)
+        predicted = {part: torch.full(shape, torch.nan, dtype=dtype, device=x_0.device) for part in PARTS}
+        for part, scores in (("total", total), ("black_box", black_box)):
+            predicted[part][steps] = scores.view(len(steps), len(x_0)).to(dtype)
+        return {part: by_step.T for part, by_step in predicted.items()}
 
     # reward -> advantages -> sweep
 
@@ -353,7 +357,10 @@ class RLRStep:
         """Update the statistics that the next schedule depends on, from all batches and ranks."""
         if seen:
             # At each step the mean over those batches that have swept it.
-            statistics = SweepStatistics(*self.settings.gather(torch.stack(seen)).nanmean(0))
+            gathered = self.settings.gather(torch.stack(seen))
+            if gathered.isinf().any():  # float16 has overflowed, and the optimizer will skip the step
+                return
+            statistics = SweepStatistics(*gathered.nanmean(0))
             for learner in (self.adaptive, self.subchain, self.transport):
                 learner.update(statistics)
 

@@ -109,6 +109,17 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path, four_steps):
         train(out, "--max_train_steps", "5", "--resume_from_checkpoint", "latest")
 
 
+def test_a_checkpoint_of_a_script_with_more_flags_is_resumed_if_it_did_not_use_them(tmp_path):
+    config = configuration(parse_args([]), 1)
+    before = {**config, "zo_scale": 0.02, "subchain_sampling": "uniform", "baseline_steps": None, "local_rank": 3}
+    before.update(memory_budget_gb=24.0, enable_xformers_memory_efficient_attention=False)
+    (tmp_path / "rlr_state.json").write_text(json.dumps({"config": before}))
+    check_same_run(config, str(tmp_path))
+    (tmp_path / "rlr_state.json").write_text(json.dumps({"config": {**before, "zo_scale": 0.5}}))
+    with pytest.raises(ValueError, match="configuration: zo_scale was 0.5 and is None$"):
+        check_same_run(config, str(tmp_path))
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(tmp_path, four_steps):
     out = tmp_path / "out"
     shutil.copytree(four_steps, out)

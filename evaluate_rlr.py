@@ -158,17 +158,16 @@ def write(output_dir, results, grid, grid_prompts):
 @errors_in_one_line(SCRIPT, MEMORY_SAVERS)
 def main(args):
     # Here and not above, so that --help and errors of the command line do not wait for heavy libraries.
-    import torch
     from accelerate import PartialState
     from reward_models.features import load_features
     from rlr_training.comparison import load_adapters, load_real, measure
     from rlr_training.evaluation import load_base, set_size
     from rlr_training.output_dir import check_writable
+    from rlr_training.processes import frozen_dtype
     from rlr_training.prompts import load_prompts
     from rlr_training.scoring import load_reward_sum
 
     device = PartialState().device
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[args.mixed_precision]
     with bad_input_ends_the_run():
         check_writable(args.output_dir)
         if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite_output_dir:
@@ -180,7 +179,7 @@ def main(args):
         rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)
-        model = load_base(args, dtype)
+        model = load_base(args, frozen_dtype(args.mixed_precision))
         model.pipeline.to(device)
         set_size(args, model)
         names = load_adapters(model.pipeline, args.adapters, args.cache_dir)

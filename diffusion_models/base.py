@@ -153,16 +153,26 @@ class DiffusionModel:
         )
 
 
+class UNetModel(DiffusionModel):
+    """What pipelines with a U-Net and an AutoencoderKL share."""
+
+    @classmethod
+    def check(cls, pipeline):
+        found, wanted = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
+        if found != wanted:
+            raise ValueError(f"the VAE has latents of {found} channels, the U-Net of {wanted}")
+
+    def latents_shape(self, batch_size, size):
+        height, width = (side // self.pipeline.vae_scale_factor for side in size)
+        return batch_size, self.pipeline.unet.config.in_channels, height, width
+
+    def decode(self, latents, vae=None):
+        return decode_latents(vae or self.pipeline.vae, latents)
+
+
 def _last_step_noised(scheduler, timestep, x_0, noise):
     """x_1 of the scheduler's forward process, for its last timestep, (1,)."""
     return scheduler.add_noise(x_0, noise, timestep)
-
-
-def check_latents(pipeline):
-    """Raise ValueError if the VAE of a pipeline with a U-Net has other latents than the U-Net."""
-    found, wanted = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
-    if found != wanted:
-        raise ValueError(f"the VAE has latents of {found} channels, the U-Net of {wanted}")
 
 
 def encode_prompt(pipeline, prompts, device):
@@ -170,12 +180,6 @@ def encode_prompt(pipeline, prompts, device):
     with torch.no_grad():
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         return pipeline.encode_prompt(prompts, device=device, **options)[::2]
-
-
-def unet_latents_shape(pipeline, batch_size, size):
-    """(B, C, h, w) of a pipeline with a U-Net."""
-    height, width = (side // pipeline.vae_scale_factor for side in size)
-    return batch_size, pipeline.unet.config.in_channels, height, width
 
 
 def decode_latents(vae, latents):

@@ -63,5 +63,5 @@ class PromptEmbeds:
             with offload_models(*self.model.text_encoders, device=self.device):
                 nothing = self.model.embed_nothing(self.device)
             if nothing is not None:
-                return {name: value.to(self.device) for name, value in nothing.items()}
+                return nothing
         return self([negative_prompt or ""])

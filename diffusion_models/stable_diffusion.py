@@ -13,10 +13,10 @@
 # limitations under the License.
 """Stable Diffusion 1.x and 2.x: a U-Net under one CLIP text encoder, for noise and v prediction."""
 
-from .base import DiffusionModel, check_latents, decode_latents, encode_prompt, unet_latents_shape
+from .base import UNetModel, encode_prompt
 
 
-class StableDiffusion(DiffusionModel):
+class StableDiffusion(UNetModel):
     """`StableDiffusionPipeline`; its conditions are "prompt_embeds" (B, L, D)."""
 
     pipeline_class = "StableDiffusionPipeline"
@@ -28,17 +28,11 @@ class StableDiffusion(DiffusionModel):
     def check(cls, pipeline):
         if pipeline.unet.config.addition_embed_type == "text_time":
             raise ValueError("the U-Net is of Stable Diffusion XL, and model_index.json says StableDiffusionPipeline")
-        check_latents(pipeline)
+        super().check(pipeline)
 
     def embed(self, prompts, device=None):
         return {"prompt_embeds": encode_prompt(self.pipeline, prompts, device or self.network.device)[0]}
 
-    def latents_shape(self, batch_size, size):
-        return unet_latents_shape(self.pipeline, batch_size, size)
-
     def call(self, network, x, timestep, conditions, static):
         embeds = conditions["prompt_embeds"]
         return network(x.to(embeds.dtype), timestep, encoder_hidden_states=embeds).sample
-
-    def decode(self, latents, vae=None):
-        return decode_latents(vae or self.pipeline.vae, latents)

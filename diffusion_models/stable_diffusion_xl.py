@@ -15,10 +15,10 @@
 
 import torch
 
-from .base import DiffusionModel, check_latents, decode_latents, encode_prompt, unet_latents_shape
+from .base import UNetModel, encode_prompt
 
 
-class StableDiffusionXL(DiffusionModel):
+class StableDiffusionXL(UNetModel):
     """`StableDiffusionXLPipeline` with both text encoders.
 
     Its conditions are "prompt_embeds" (B, L, D) and the pooled "add_text_embeds" (B, D').
@@ -34,7 +34,7 @@ class StableDiffusionXL(DiffusionModel):
             raise ValueError("the U-Net is not of Stable Diffusion XL, and model_index.json says it is")
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError("it does not have both text encoders: use a base model of SDXL, not a refiner")
-        check_latents(pipeline)
+        super().check(pipeline)
 
     def embed(self, prompts, device=None):
         embeds, pooled = encode_prompt(self.pipeline, prompts, device or self.network.device)
@@ -49,14 +49,8 @@ class StableDiffusionXL(DiffusionModel):
         # As in the pipeline: original size, crop and target size of images that are not cropped.
         return {"time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)}
 
-    def latents_shape(self, batch_size, size):
-        return unet_latents_shape(self.pipeline, batch_size, size)
-
     def call(self, network, x, timestep, conditions, static):
         embeds, pooled = conditions["prompt_embeds"], conditions["add_text_embeds"]
         time_ids = static["time_ids"].to(embeds.dtype).expand(len(x), -1)
         added = {"text_embeds": pooled, "time_ids": time_ids}
         return network(x.to(embeds.dtype), timestep, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
-
-    def decode(self, latents, vae=None):
-        return decode_latents(vae or self.pipeline.vae, latents)

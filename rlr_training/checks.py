@@ -14,17 +14,17 @@
 """What is wrong with the arguments of a training script, as far as it shows without loading a model."""
 
 import math
+from dataclasses import fields
 from importlib.util import find_spec
 
 from diffusion_models.levels import levels_of_steps
 from reward_models import parse_reward, parse_reward_paths
 from rlr_utils import Settings
-from rlr_utils.settings import check_settings
+from rlr_utils.settings import NEED_GRADIENT, check_settings
 
 from .errors import naming
 
 
-NEED_NOISE = ("rlr", "rlr_paper", "ddpo")
 # Flags that have another name than the keyword of `RLRStep`.
 FLAGS = {"estimator": "gradient_estimator", "num_steps": "num_inference_steps"}
 
@@ -36,19 +36,8 @@ def flag_of(keyword):
 
 def rlr_settings(args):
     """The keywords of `RLRStep` that the flags set."""
-    same_name = (
-        *(
-            "mixing",
-            "baseline",
-            "sweep_fraction",
-            "truncation_steps",
-            "lv_samples",
-            "subchain_length",
-            "subchain_range",
-        ),
-        *("rest", "branches", "num_inner_epochs", "ppo_clip_range", "kl_weight", "keep_graphs"),
-    )
-    return {"estimator": args.gradient_estimator, **{name: getattr(args, name) for name in same_name}}
+    flags = {field.name: FLAGS.get(field.name, field.name) for field in fields(Settings)}
+    return {keyword: getattr(args, flag) for keyword, flag in flags.items() if hasattr(args, flag)}
 
 
 def check_args(args, default_of):
@@ -70,7 +59,7 @@ def check_args(args, default_of):
 def _check_noise(args):
     if args.eta < 1 and args.scheduler != "ddim":
         raise ValueError(f"--eta {args.eta} is for --scheduler ddim, and {args.scheduler} has a noise of its own")
-    if args.eta == 0 and args.gradient_estimator in NEED_NOISE:
+    if args.eta == 0 and args.gradient_estimator not in NEED_GRADIENT:
         raise ValueError(f"--eta 0 leaves no noise in the chain, which {args.gradient_estimator} needs: use --eta 1")
     if args.eta == 0 and args.kl_weight > 0:
         raise ValueError(

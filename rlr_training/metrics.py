@@ -70,12 +70,13 @@ def _describe_calls(args, rlr, schedule, images):
     calls = rlr.expected_calls(schedule)
     guided = 2 if args.guidance_scale > 1 else 1
     forwards, swept = (round(guided * images * number) for number in (calls.forward, calls.swept))
-    is_drawn = args.branches or args.gradient_estimator == "alignprop" or min(schedule.probabilities.values()) < 1
+    leaves_out = min(schedule.probabilities.values()) < 1
+    is_drawn = leaves_out or args.branches or args.gradient_estimator == "alignprop"
     return (
         f"{forwards} forward + {swept} with backward"
         + (" (on average)" if is_drawn else "")
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
-        + (", at first" if args.sweep_fraction == "auto" and min(schedule.probabilities.values()) < 1 else "")
+        + (", at first" if args.sweep_fraction == "auto" and leaves_out else "")
     )
 
 

@@ -65,7 +65,7 @@ def make_accelerator(args):
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
         )
     args.mixed_precision = accelerator.mixed_precision
-    _check_precision(args, accelerator)
+    _check_precision(args)
     return accelerator
 
 
@@ -81,7 +81,7 @@ def set_up_logging(is_main_process):
             library.utils.logging.set_verbosity_error()
 
 
-def _check_precision(args, accelerator):
+def _check_precision(args):
     """Refuse half precision and TF32 where two means of a step are compared, and switch TF32 off there.
 
     TF32 has no more digits than float16. torch uses it for convolutions, and accelerate with --compile for matrix products.
@@ -92,7 +92,7 @@ def _check_precision(args, accelerator):
         comparing = f"--num_inner_epochs {args.num_inner_epochs}"
     else:
         return
-    if frozen_dtype(accelerator) != torch.float32 or args.allow_tf32:
+    if frozen_dtype(args.mixed_precision) != torch.float32 or args.allow_tf32:
         used = "TF32" if args.allow_tf32 else args.mixed_precision
         raise ValueError(
             f"{comparing} needs --mixed_precision no and no --allow_tf32: in {used} rounding outweighs the difference of the"
@@ -103,9 +103,9 @@ def _check_precision(args, accelerator):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def frozen_dtype(accelerator):
-    """The dtype of the frozen models under mixed precision; what is trained stays in float32."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+def frozen_dtype(mixed_precision):
+    """The dtype of the frozen models under a --mixed_precision; what is trained stays in float32."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
 def to_device(args, accelerator, model, baseline_vae):
@@ -167,9 +167,8 @@ def stopping_after_a_step(accelerator):
         if asked is None:
             asked = time.monotonic()
             accelerator.set_trigger()
-        elif (
-            time.monotonic() - asked > 2
-        ):  # torchrun at once passes on what the terminal has already sent to the ranks
+        # Within two seconds it is the same one: torchrun passes on what the terminal has already sent to the ranks.
+        elif time.monotonic() - asked > 2:
             raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -103,9 +103,9 @@ def prepare(args, script, tracker, defaults):
         rewards, heldout = load_run_rewards(args, prompts, accelerator)
         set_num_steps(args, accelerator, len(prompts))
         resume_path, first_step = find_start(args, accelerator)
-        model = load_base(args, frozen_dtype(accelerator))
+        model = load_base(args, frozen_dtype(args.mixed_precision))
         config = fit_to_model(args, accelerator, model, prompts, resume_path)
-        baseline_vae = load_baseline_vae(args, frozen_dtype(accelerator))
+        baseline_vae = load_baseline_vae(args, frozen_dtype(args.mixed_precision))
         trainable = add_adapter(args, model)
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
         schedule = rlr.draw_schedule()
@@ -115,11 +115,15 @@ def prepare(args, script, tracker, defaults):
             rlr.check_chain(chain, schedule)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
 
-    chain_of = with_prompts(args, accelerator, model, chain)
-    if is_compiled_module(network) and not compiles(
-        args, model, chain_of(prompts[:1] * args.train_batch_size), schedule
-    ):
-        chain_of = with_prompts(args, accelerator, model, make_chain(args, accelerator, model, model.network))
+    embeds = PromptEmbeds(model, accelerator.device)
+    negative = embeds.negative(args.negative_prompt)
+
+    def chain_of(prompts):
+        return chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
+
+    trial = prompts[:1] * args.train_batch_size
+    if is_compiled_module(network) and not compiles(args, model, chain_of(trial), schedule):
+        chain = make_chain(args, accelerator, model, model.network)
     command = command_of(args, defaults, accelerator.num_processes, script)
     run = Run(
         *(accelerator, model, rlr, chain_of),
@@ -237,13 +241,6 @@ def make_chain(args, accelerator, model, network):
     return model.make_chain(network, args.num_inference_steps, size, device=accelerator.device, **options)
 
 
-def with_prompts(args, accelerator, model, chain):
-    """`chain_of(prompts) -> DenoisingChain`, the chain under a batch of prompts and the negative prompt."""
-    embeds = PromptEmbeds(model, accelerator.device)
-    negative = embeds.negative(args.negative_prompt)
-    return lambda prompts: chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
-
-
 def make_sampler(args, accelerator, prompts):
     """`PromptSampler` of this rank."""
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
@@ -335,7 +332,7 @@ def compare_at_the_end(args, run, step):
     if args.num_eval_images == 0:
         return []
     try:
-        base = load_base(args, frozen_dtype(run.accelerator))
+        base = load_base(args, frozen_dtype(args.mixed_precision))
         base.pipeline.to(run.accelerator.device)
         results = compare_with_base(args, run.rewards, run.sampler.prompts, base)
         run.save_card(step, results)

@@ -44,15 +44,18 @@ class Advantages:
         marks = settings.gather(torch.tensor([self.mark], device=batches[0].rewards.device)).tolist()
         rank = marks.index(self.mark)
         mine = slice(rank * sum(sizes), (rank + 1) * sum(sizes))
-        rewards = settings.gather(torch.cat([batch.rewards for batch in batches]))
+        rewards = {
+            part: settings.gather(torch.cat([getattr(batch, name) for batch in batches]))
+            for part, name in PARTS.items()
+        }
         # The images of a batch share its weight perturbation, so the batch is compared with other batches.
         means = settings.gather(torch.stack([batch.rewards.mean() for batch in batches]))
         means = leave_one_out(means, self.running["total"].mean)[rank * len(batches) :].tolist()
-        advantages, kl_weight = {part: self._of(part, batches) for part in PARTS}, settings.kl_weight
+        advantages, kl_weight = {part: self._of(part, rewards[part], batches) for part in PARTS}, settings.kl_weight
         if settings.estimator == "ddpo":
             # In units of the rewards' standard deviation, as is then the price of the divergence.
             advantages["total"], kl_weight = (
-                normalize(value, rewards, self.running["total"].largest_std)
+                normalize(value, rewards["total"], self.running["total"].largest_std)
                 for value in (advantages["total"], kl_weight)
             )
         by_batch = {part: values[..., mine].split(sizes, -1) for part, values in advantages.items()}
@@ -60,11 +63,10 @@ class Advantages:
             batch.advantages = {part: values[i] for part, values in by_batch.items()}
             batch.mean_advantage, batch.kl_weight = means[i], kl_weight
 
-    def _of(self, part, batches):
-        """(N,) or (T + 1, N) over the N images of all ranks; the baseline of the part is then updated."""
+    def _of(self, part, rewards, batches):
+        """(N,) or (T + 1, N) from the rewards (N,) of a part over all ranks; the baseline of the part is then updated."""
         gather, baseline = self.settings.gather, self.settings.baseline
         running, predictor = self.running[part], self.predictors[part]
-        rewards = gather(torch.cat([getattr(batch, PARTS[part]) for batch in batches]))
         if baseline == "none":
             advantages = rewards
         elif baseline == "per_prompt":

@@ -105,7 +105,7 @@ def check_settings(settings, num_steps, name=str):
     """Refuse settings that are out of range or do not go together.
 
     Args:
-        settings: `Settings`, or anything with its attributes.
+        settings: `Settings`.
         num_steps: T.
         name: `name(keyword) -> str`, what the message calls a keyword; a script passes its flags' names.
 
@@ -128,10 +128,12 @@ def check_settings(settings, num_steps, name=str):
     for keyword in ("zo_scale", "ppo_clip_range"):
         if getattr(settings, keyword) <= 0:
             raise ValueError(f"{name(keyword)} {getattr(settings, keyword)} must be positive")
-    for keyword, low in (("mixing", 0), ("sweep_fraction", None)):
+    for keyword, interval, fits in (
+        ("mixing", "[0, 1]", lambda value: 0 <= value <= 1),
+        ("sweep_fraction", "(0, 1]", lambda value: 0 < value <= 1),
+    ):
         value = getattr(settings, keyword)
-        if value != "auto" and not (isinstance(value, (int, float)) and (0 <= value <= 1) and (low == 0 or value > 0)):
-            interval = "[0, 1]" if low == 0 else "(0, 1]"
+        if value != "auto" and not (isinstance(value, (int, float)) and fits(value)):
             raise ValueError(f"{name(keyword)} {value!r} is neither auto nor a number in {interval}")
     if settings.estimator == "truncated_bp" and not 1 <= settings.truncation_steps <= num_steps:
         raise ValueError(

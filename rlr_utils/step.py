@@ -134,14 +134,14 @@ class RLRStep:
     def expected_calls(self, schedule):
         """The `Calls` of the network that an image takes on average, where each guided call counts as one."""
         settings, num_steps = self.settings, self.num_steps
-        swept = self.swept_steps(schedule)
+        swept, probabilities = self.swept_steps(schedule), schedule.probabilities
         if settings.branches:
             return Calls(num_steps + 1 + settings.branches * (num_steps - 1), swept)
-        kept = sum(p for k, p in schedule.probabilities.items() if k <= settings.keep_graphs)
         if settings.estimator == "alignprop":  # whose K is uniform in 1..T
-            reached = schedule._replace(stop_after=num_steps).probabilities.items()
-            swept = sum((num_steps - k + 1) / num_steps * p for k, p in reached)
-            kept = sum((num_steps - k + 1) / num_steps * p for k, p in reached if k <= settings.keep_graphs)
+            whole = schedule._replace(stop_after=num_steps).probabilities
+            probabilities = {k: (num_steps - k + 1) / num_steps * p for k, p in whole.items()}
+            swept = sum(probabilities.values())
+        kept = sum(p for k, p in probabilities.items() if k <= settings.keep_graphs)
         return Calls(num_steps - kept + (swept if settings.kl_weight > 0 else 0), swept)
 
     def check_chain(self, chain, schedule):

@@ -19,7 +19,7 @@ import os
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusion_models import as_model, load_model
+from diffusion_models import load_model
 from safetensors.torch import load_file
 from train_rlr_sd import main, parse_args
 
@@ -53,16 +53,6 @@ def tiny_pipeline(dtype=torch.float32):
 def tiny_model(**options):
     """The embedded pipeline as `DiffusionModel`."""
     return load_model(TINY_SD, **options)
-
-
-def chain_of(pipeline, num_steps, prompts, negative_prompt="", size=(32, 32), **options):
-    """The chain of a pipeline of diffusers under some prompts, without negative ones where `negative_prompt` is `None`."""
-    model = as_model(pipeline)
-    chain = model.make_chain(model.network, num_steps, size, **options)
-    negative = None
-    if negative_prompt is not None:
-        negative = (model.embed_nothing() if negative_prompt == "" else None) or model.embed([negative_prompt])
-    return chain.conditioned_on(model.embed(prompts), negative)
 
 
 def metrics_of(folder):

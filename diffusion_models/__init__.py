@@ -50,9 +50,11 @@ def as_model(pipeline):
     """The `DiffusionModel` of a pipeline that is loaded already.
 
     Raises:
-        ValueError: if its family is not supported.
+        ValueError: if its family is not supported, or its components are not what the family expects.
     """
-    return family_of(type(pipeline).__name__)(pipeline)
+    family = family_of(type(pipeline).__name__)
+    family.check(pipeline)
+    return family(pipeline)
 
 
 def load_model(source, *, dtype=None, scheduler="ddim", vae=None, revision=None, variant=None, cache_dir=None):

@@ -94,9 +94,18 @@ class DiffusionModel:
 
     @property
     def default_size(self):
-        """(height, width) that the model was trained on, in pixels."""
-        side = self.network.config.sample_size * self.pipeline.vae_scale_factor
-        return side, side
+        """(height, width) that the model was trained on, in pixels.
+
+        Raises:
+            ValueError: if the network's configuration does not say it.
+        """
+        size = self.network.config.sample_size
+        if size is None:
+            raise ValueError(
+                f"the {self.trained}'s config.json has no sample_size: give the size, as with --resolution"
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
 
     def check_size(self, size):
         """Raise ValueError for a size that the model cannot draw."""
@@ -153,14 +162,49 @@ class DiffusionModel:
         )
 
 
+# Entries of a U-Net's configuration under which it takes more than latents, a timestep and prompts. The pipelines of the
+# families here feed none of them, or, for the first, in another way than the chain.
+OTHER_INPUTS = {
+    "time_cond_proj_dim": "an embedding of the guidance scale, since its guidance was distilled",
+    "class_embed_type": "class labels",
+    "num_class_embeds": "class labels",
+    "encoder_hid_dim_type": "embeddings of another kind of encoder",
+}
+
+
 class UNetModel(DiffusionModel):
-    """What pipelines with a U-Net and an AutoencoderKL share."""
+    """What pipelines with a U-Net and an AutoencoderKL share.
+
+    Attributes:
+        added: of the U-Net's configuration, the `addition_embed_type` that the family feeds.
+    """
+
+    added = None
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        for tokenizer, encoder in _tokenizers(pipeline):
+            # A tokenizer whose configuration does not say it takes any length, to which prompts could not be padded.
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
 
     @classmethod
     def check(cls, pipeline):
-        found, wanted = pipeline.vae.config.latent_channels, pipeline.unet.config.in_channels
-        if found != wanted:
-            raise ValueError(f"the VAE has latents of {found} channels, the U-Net of {wanted}")
+        unet, vae = pipeline.unet.config, pipeline.vae.config
+        for entry, needed in OTHER_INPUTS.items():
+            if unet[entry] is not None:
+                raise ValueError(f"the U-Net needs {needed} ({entry} in its config.json), which is not supported")
+        if unet.addition_embed_type != cls.added:
+            raise ValueError(
+                f"model_index.json says {cls.pipeline_class}, whose U-Net has the addition_embed_type {cls.added!r}, and this"
+                f" one has {unet.addition_embed_type!r}"
+            )
+        if unet.in_channels != unet.out_channels:
+            raise ValueError(
+                f"the U-Net takes {unet.in_channels} channels and predicts {unet.out_channels}: not a text-to-image model"
+            )
+        if vae.latent_channels != unet.in_channels:
+            raise ValueError(f"the VAE has latents of {vae.latent_channels} channels, the U-Net of {unet.in_channels}")
+        _check_text(pipeline)
 
     def latents_shape(self, batch_size, size):
         height, width = (side // self.pipeline.vae_scale_factor for side in size)
@@ -168,6 +212,27 @@ class UNetModel(DiffusionModel):
 
     def decode(self, latents, vae=None):
         return decode_latents(vae or self.pipeline.vae, latents)
+
+
+def _tokenizers(pipeline):
+    """Each tokenizer of a Stable Diffusion pipeline with its text encoder."""
+    parts = pipeline.components
+    names = [(f"tokenizer{suffix}", f"text_encoder{suffix}") for suffix in ("", "_2")]
+    return [(parts[one], parts[other]) for one, other in names if parts.get(one) and parts.get(other)]
+
+
+def _check_text(pipeline):
+    """Raise ValueError if tokenizers, text encoders and U-Net do not fit together."""
+    pairs, widths = _tokenizers(pipeline), pipeline.unet.config.cross_attention_dim
+    for tokenizer, encoder in pairs:
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer knows {len(tokenizer)} tokens, its text encoder only {encoder.config.vocab_size}"
+            )
+    widths, given = {widths} if isinstance(widths, int) else set(widths), sum(e.config.hidden_size for _, e in pairs)
+    if widths != {given}:
+        wanted = " and ".join(map(str, sorted(widths)))
+        raise ValueError(f"the U-Net reads embeddings of width {wanted}, and prompts are embedded in {given}")
 
 
 def _last_step_noised(scheduler, timestep, x_0, noise):

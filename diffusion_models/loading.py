@@ -60,10 +60,10 @@ def load_pipeline(family, source, dtype, scheduler, vae, **hub):
             source, dtype={"default": dtype, "vae": torch.float32}, **components, **hub
         )
         family.check(pipeline)
+        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
         if not pipeline.vae.config.force_upcast or family.vae_in_half_precision:
             # Not diffusers' own `to`, which warns of modules to be kept in float32, of which there are none.
             torch.nn.Module.to(pipeline.vae, dtype)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     # The memory format in which convolutions are fastest on a CPU.
     for name in (family.trained, "vae"):

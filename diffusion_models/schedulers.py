@@ -23,9 +23,52 @@ SCHEDULERS = {
 }
 
 
+# What a network may predict on a schedule of betas.
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
 def make_scheduler(name, config):
-    """The scheduler of a key of `SCHEDULERS`, from the configuration of another scheduler."""
+    """The scheduler of a key of `SCHEDULERS`, from the configuration of another scheduler.
+
+    Raises:
+        ValueError: as `check_noise_schedule` does, and for a beta schedule that the new scheduler does not know.
+    """
     import diffusers
 
+    check_noise_schedule(config)
     class_name, settings = SCHEDULERS[name]
-    return getattr(diffusers, class_name).from_config(config, **settings)
+    try:
+        return getattr(diffusers, class_name).from_config(config, **settings)
+    except NotImplementedError as error:
+        raise ValueError(f"the configuration of its scheduler: {error}") from error
+
+
+def check_noise_schedule(config):
+    """Refuse a scheduler whose levels of noise do not come from betas at whole timesteps.
+
+    diffusers would take the configuration all the same: of an EDM or flow-matching scheduler the others use no entry, and
+    their own default betas would be those of no model.
+
+    Args:
+        config: of a scheduler.
+
+    Raises:
+        ValueError: naming its class.
+    """
+    prediction_type = config.get("prediction_type", "epsilon")
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        problem = "has no schedule of betas"
+    elif config.get("use_flow_sigmas") or prediction_type == "flow_prediction":
+        problem = "is set to flow matching"
+    elif config.get("timestep_type") == "continuous":
+        problem = "is set to continuous timesteps"
+    elif prediction_type not in PREDICTION_TYPES:
+        problem = f"has the prediction_type {prediction_type!r}, not one of {', '.join(PREDICTION_TYPES)}"
+    elif "original_inference_steps" in config:  # LCM, TCD
+        problem = "is for a model that was distilled to a few steps"
+    else:
+        return
+    raise ValueError(
+        f"its scheduler, {config.get('_class_name', type(config).__name__)}, {problem}: the chain needs a model that was"
+        " trained to remove noise at levels given by betas, as Stable Diffusion was"
+    )

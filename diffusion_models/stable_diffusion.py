@@ -24,12 +24,6 @@ class StableDiffusion(UNetModel):
     components = {"safety_checker": None, "requires_safety_checker": False}
     vae_in_half_precision = True
 
-    @classmethod
-    def check(cls, pipeline):
-        if pipeline.unet.config.addition_embed_type == "text_time":
-            raise ValueError("the U-Net is of Stable Diffusion XL, and model_index.json says StableDiffusionPipeline")
-        super().check(pipeline)
-
     def embed(self, prompts, device=None):
         return {"prompt_embeds": encode_prompt(self.pipeline, prompts, device or self.network.device)[0]}
 

@@ -27,14 +27,21 @@ class StableDiffusionXL(UNetModel):
     pipeline_class = "StableDiffusionXLPipeline"
     name = "stable-diffusion-xl"
     components = {"add_watermarker": False}
+    added = "text_time"
 
     @classmethod
     def check(cls, pipeline):
-        if pipeline.unet.config.addition_embed_type != "text_time":
-            raise ValueError("the U-Net is not of Stable Diffusion XL, and model_index.json says it is")
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError("it does not have both text encoders: use a base model of SDXL, not a refiner")
         super().check(pipeline)
+        unet, pooled = pipeline.unet.config, pipeline.text_encoder_2.config.projection_dim
+        # Six numbers: the original size, the crop and the target size, as `static` gives them. A refiner takes five.
+        given = 6 * unet.addition_time_embed_dim + pooled
+        if unet.projection_class_embeddings_input_dim != given:
+            raise ValueError(
+                f"the U-Net reads {unet.projection_class_embeddings_input_dim} numbers of size and pooled prompt, and SDXL"
+                f" has {given}: use a base model of SDXL"
+            )
 
     def embed(self, prompts, device=None):
         embeds, pooled = encode_prompt(self.pipeline, prompts, device or self.network.device)

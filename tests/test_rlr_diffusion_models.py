@@ -23,10 +23,11 @@ import torch
 from diffusion_models import FAMILIES, SCHEDULERS, as_model, load_model, make_scheduler
 from diffusion_models.loading import load_vae
 from rlr_models import FOLDERS, edit_json, tiny_sdxl
-from rlr_testing import ROOT, TINY_SD, train
+from rlr_testing import ROOT, TINY_SD, refused, train
 from rlr_utils import scheduler_steps
 
-from diffusers import AutoencoderKL, DiffusionPipeline
+import diffusers
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 
 @pytest.fixture(params=FOLDERS)
@@ -63,7 +64,12 @@ def test_a_model_has_the_scheduler_that_is_asked_for(folder, name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_keeps_what_its_configuration_says_but_does_not_clip(name):
-    config = {"beta_end": 0.01, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    config = {
+        "beta_end": 0.01,
+        "beta_schedule": "linear",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
     scheduler = make_scheduler(name, {**config, "clip_sample": True, "solver_order": 2})
     assert all(scheduler.config[key] == value for key, value in config.items())
     scheduler.set_timesteps(4)
@@ -120,8 +126,11 @@ def test_a_pipeline_of_no_family_is_refused_with_what_is_supported(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("StableDiffusionPipeline", "the U-Net is not of Stable Diffusion XL, and model_index.json says it is"),
-        ("StableDiffusionXLPipeline", "the U-Net is of Stable Diffusion XL, and .* says StableDiffusionPipeline"),
+        ("StableDiffusionPipeline", "it does not have both text encoders: use a base model of SDXL"),
+        (
+            "StableDiffusionXLPipeline",
+            "model_index.json says StableDiffusionPipeline, whose .* addition_embed_type None, and this one has 'text_time'",
+        ),
     ],
 )
 def test_a_model_index_that_names_the_other_family_is_refused(tmp_path, name, message):
@@ -138,6 +147,124 @@ def test_a_refiner_is_refused(tmp_path, missing):
         ValueError, match="refiner' cannot be loaded: it does not have both .*: use a base model of SDXL"
     ):
         load_model(refiner)
+
+
+FOREIGN_SCHEDULERS = [
+    (diffusers.EDMEulerScheduler(), "has no schedule of betas"),
+    (diffusers.EDMDPMSolverMultistepScheduler(), "has no schedule of betas"),
+    (diffusers.FlowMatchEulerDiscreteScheduler(), "has no schedule of betas"),
+    (diffusers.IPNDMScheduler(), "has no schedule of betas"),
+    (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "is set to flow matching"),
+    (
+        diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        "is set to flow matching",
+    ),
+    (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "is set to continuous timesteps"),
+    (diffusers.DDPMScheduler(prediction_type="score"), "has the prediction_type 'score'"),
+    (diffusers.LCMScheduler(), "is for a model that was distilled"),
+    (diffusers.TCDScheduler(), "is for a model that was distilled"),
+]
+
+
+@pytest.mark.parametrize(
+    "scheduler, problem", FOREIGN_SCHEDULERS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_scheduler_of_another_kind_is_refused_by_name(tmp_path, scheduler, problem):
+    """diffusers would make a DDIM of it, with betas that the model never saw."""
+    scheduler.save_pretrained(tmp_path)
+    with open(tmp_path / "scheduler_config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    for name in SCHEDULERS:
+        with pytest.raises(ValueError, match=f"^its scheduler, {type(scheduler).__name__}, {problem}.*needs a model"):
+            make_scheduler(name, config)
+
+
+def test_a_model_with_a_scheduler_of_another_kind_is_refused(tmp_path, folder, capsys):
+    model = changed(folder, tmp_path / "model", scheduler=["diffusers", "EDMEulerScheduler"])
+    diffusers.EDMEulerScheduler().save_pretrained(f"{model}/scheduler")
+    message = "model' cannot be loaded: its scheduler, EDMEulerScheduler, has no schedule of betas: the chain needs"
+    assert message in refused(tmp_path / "out", capsys, "--pretrained_model_name_or_path", model)
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete"]
+)
+def test_the_schedulers_of_stable_diffusion_models_are_taken_with_their_betas(name):
+    betas = {"beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "scaled_linear"}
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**betas)
+    expected = torch.linspace(0.001**0.5, 0.01**0.5, 1000) ** 2
+    torch.testing.assert_close(make_scheduler("ddim", scheduler.config).betas, expected)
+
+
+@pytest.mark.parametrize(
+    "entry, value, message",
+    [
+        ("time_cond_proj_dim", 16, "needs an embedding of the guidance scale, since its guidance was distilled"),
+        ("class_embed_type", "timestep", "needs class labels .class_embed_type in its config.json"),
+        ("num_class_embeds", 3, "needs class labels"),
+        ("encoder_hid_dim_type", "image_proj", "needs embeddings of another kind of encoder"),
+        ("addition_embed_type", "text", "addition_embed_type .*, and this one has 'text'"),
+        ("in_channels", 9, "the U-Net takes 9 channels and predicts 4: not a text-to-image model"),
+        ("out_channels", 8, "the U-Net takes 4 channels and predicts 8: not a text-to-image model"),
+        ("cross_attention_dim", 48, "the U-Net reads embeddings of width 48, and prompts are embedded in (64|96)"),
+        ("cross_attention_dim", [48, 64], "the U-Net reads embeddings of width 48 and 64, and prompts"),
+    ],
+)
+def test_a_unet_with_inputs_that_the_chain_does_not_feed_is_refused(folder, entry, value, message):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.unet.register_to_config(**{entry: value})
+    with pytest.raises(ValueError, match=message):
+        as_model(pipeline)
+
+
+def test_an_inpainting_model_is_refused(tmp_path, capsys):
+    """Its U-Net has the channels of a mask and of a masked image too."""
+    pipeline = DiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 9})
+    pipeline.save_pretrained(tmp_path / "model")
+    message = refused(tmp_path / "out", capsys, "--pretrained_model_name_or_path", str(tmp_path / "model"))
+    assert "model' cannot be loaded: the U-Net takes 9 channels and predicts 4: not a text-to-image model" in message
+
+
+def test_a_unet_that_reads_other_numbers_of_sdxl_is_refused():
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl())
+    pipeline.unet.register_to_config(projection_class_embeddings_input_dim=5 * 8 + 24)
+    with pytest.raises(
+        ValueError, match="reads 64 numbers of size and pooled prompt, and SDXL has 72: use a base model"
+    ):
+        as_model(pipeline)
+
+
+def test_a_tokenizer_with_more_tokens_than_its_encoder_is_refused(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.tokenizer.add_tokens(["<my-cat>"])
+    size = len(pipeline.tokenizer)
+    with pytest.raises(ValueError, match=f"the tokenizer knows {size} tokens, its text encoder only {size - 1}"):
+        as_model(pipeline)
+
+
+def test_a_tokenizer_that_does_not_say_its_length_has_that_of_the_text_encoder(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "model")
+    for tokenizer in (tmp_path / "model").glob("tokenizer*"):
+        edit_json(tokenizer / "tokenizer_config.json", {"model_max_length": None})
+    model, whole = load_model(str(tmp_path / "model")), load_model(folder)
+    length = whole.pipeline.text_encoder.config.max_position_embeddings
+    assert model.pipeline.tokenizer.model_max_length == length == whole.pipeline.tokenizer.model_max_length
+    for name, embeds in model.embed(["a red seven"]).items():
+        assert torch.equal(embeds, whole.embed(["a red seven"])[name])
+
+
+def test_the_size_may_have_two_sides_or_be_missing(tmp_path, capsys):
+    shutil.copytree(TINY_SD, tmp_path / "model")
+    flags = ["--pretrained_model_name_or_path", str(tmp_path / "model")]
+    edit_json(tmp_path / "model" / "unet" / "config.json", {"sample_size": [8, 6]})
+    model = load_model(str(tmp_path / "model"))
+    assert model.default_size == (32, 24)
+    train(tmp_path / "out", *flags, "--max_train_steps", "1")
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["width"] == 24
+    edit_json(tmp_path / "model" / "unet" / "config.json", {"sample_size": None})
+    assert "has no sample_size: give the size" in refused(tmp_path / "none", capsys, *flags)
+    train(tmp_path / "none", *flags, "--max_train_steps", "1", "--resolution", "32")
 
 
 def test_a_vae_with_other_channels_is_refused(folder):

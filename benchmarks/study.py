@@ -56,6 +56,7 @@ from bench_runs import load_base_model, train
 from reward_models import parse_reward
 from rlr_training.scoring import score_latents
 from study_plan import (
+    ESTIMATORS,
     LEARNING_RATES,
     REWARDS,
     SEEDS,
@@ -237,6 +238,8 @@ def run(input_args=None):
     parser.add_argument("--budget", type=float, default=50.0, help="Seconds of bare calls of a run.")
     parser.add_argument("--batch_size", type=int, default=16, help="Images of an optimizer step.")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS), help="Rewards to run.")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS), help="What to run.")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Run only so many of the five seeds.")
     add_workers_flag(parser)
     args = parse_benchmark(parser, input_args)
     settings = Settings(args.budget, args.batch_size, num_steps=20, num_images=64)
@@ -254,7 +257,9 @@ def run(input_args=None):
         write_csv(rows, results.prices, results.header)
     prices = {row["call"]: row["seconds"] for row in read_csv(results.prices)}
     if not args.report:
-        estimators, seeds = {reward: estimators_of(reward) for reward in args.rewards}, SEEDS
+        estimators, seeds = {}, SEEDS[: args.seeds]
+        for reward in args.rewards:
+            estimators[reward] = [name for name in estimators_of(reward) if name in args.estimators]
         if args.quick:
             estimators, seeds = {"rough": ["rlr, predicted_x0"]}, SEEDS[:2]
         with worker_pool(args.workers) as pool:

@@ -83,7 +83,7 @@ ESTIMATORS = {
 # The baseline that "rlr" has by default for a reward gets no row of its own; for others it is leave-one-out.
 DEFAULT_BASELINE = {"rough": None, "black box": "rlr, predicted_x0"}
 # At .02 estimators that need a gradient ruin the images of smooth and rough rewards, so that a comparison means nothing.
-LEARNING_RATES = (2.5e-3, 5e-3, 1e-2)
+LEARNING_RATES = (5e-3, 1e-2, 1.4e-2)
 TUNING_SEED = 100
 SEEDS = range(5)
 

@@ -285,8 +285,8 @@ def add_training_flags(parser, output_dir):
         "--max_grad_norm",
         type=number_or_auto,
         default="auto",
-        help="Clip gradients to this norm. auto: clip to the 10th percentile of the run's norms so far and divide by it, so"
-        " that the unit of the reward does not matter.",
+        help="Clip gradients to this norm. auto: divide them by the median norm of the last 20 steps, so that the unit of the"
+        " reward does not matter, and clip outliers; see docs/training.md.",
     )
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's configuration.")
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere and later.")

@@ -14,8 +14,10 @@
 """The optimizer, its learning rate, and what happens to a gradient before it gets there."""
 
 import math
+import statistics
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Optional
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from accelerate.logging import get_logger
@@ -29,38 +31,52 @@ from .errors import RunError
 
 logger = get_logger(__name__, log_level="INFO")
 
-# The loss scale starts at 2^10 and is halved at each overflow: where it gets here, the scale is not the problem.
-SMALLEST_LOSS_SCALE = 2.0**-10
+# So many steps in a row without a finite gradient end the run. In float16 the loss scale is halved at each: from 2^10, where
+# it starts, to 1, where it is not the problem.
+MOST_SKIPPED = 10
 
 
 class GradientClipping:
-    """What the gradient of an optimizer step is multiplied by: it is clipped to a norm that is given or learned.
+    r"""What the gradient of an optimizer step is multiplied by.
 
     A reward has a unit of its own, and so has its gradient: no fixed norm fits an aesthetic score, a file size and a
     cosine. And gradients through a chain are heavy-tailed, so that Adam's second moments would remember an outlier for a
-    thousand steps. With "auto" the limit is the 10th percentile of the norms so far (AutoClip,
-    huggingface.co/papers/2007.14469), without those that are negligible: where all rewards of a batch are equal, as with a
-    rare success, its gradient is 0 up to rounding. The gradient is also divided by the limit, so that a clipped gradient has
-    norm 1: an outlier among the first batches sets the percentile itself, and would else weigh more in the second moments
-    than any later batch.
+    thousand steps. With "auto" the gradient g_t, of norm n_t, is multiplied by
+
+        min(1, b_t / n_t) / s_t
+
+    where the scale s_t is the median of the last 20 norms before n_t, and the bound b_t the larger of 2 s_t and the 99th
+    percentile of the last 200. Both are known before the gradient is drawn. So all but outliers are multiplied by a number
+    that does not depend on them, and their mean keeps its direction. To divide each gradient by its own norm would weigh a
+    rare large gradient as little as a frequent small one, and may turn the mean around.
+
+    Negligible norms, below a thousandth of that percentile, are left out: where all rewards of a batch are equal, as with a
+    rare success, its gradient is 0 up to rounding. The very first gradient is divided by its own norm, for want of others.
 
     Args:
         max_norm: the largest norm, or "auto".
     """
 
+    SCALE_WINDOW, BOUND_WINDOW, PERCENTILE, LEAST_BOUND = 20, 200, 0.99, 2.0
+
     def __init__(self, max_norm):
         self.max_norm, self.norms = max_norm, []
 
     def factor(self, norm):
-        """What a gradient of this norm is to be multiplied by; 1 where the norm is 0 or not finite. "auto" learns the norm."""
+        """What a gradient of this norm, which is finite, is to be multiplied by. "auto" remembers the norm."""
         if self.max_norm != "auto":
             return self.max_norm / max(norm, self.max_norm)
-        if not math.isfinite(norm):  # float16 has overflowed, and the step is skipped
-            return 1.0
-        self.norms.append(norm)
-        norms = torch.tensor(self.norms, dtype=torch.float64)
-        norms = norms[norms > 1e-3 * max(self.norms)]
-        return 1.0 / max(norm, norms.quantile(0.1).item()) if len(norms) > 0 else 1.0
+        usual = [past for past in self.norms if past > 1e-3 * self._percentile(self.norms)]
+        self.norms = [*self.norms[1 - self.BOUND_WINDOW :], norm]
+        if not usual:
+            return 1 / norm if norm > 0 else 1.0
+        scale = statistics.median_low(usual[-self.SCALE_WINDOW :])
+        bound = max(self._percentile(usual), self.LEAST_BOUND * scale)
+        return bound / max(norm, bound) / scale
+
+    def _percentile(self, norms):
+        """Rounded down to one of the norms: the largest of up to 100 never counts, since it may be an outlier."""
+        return sorted(norms)[int(self.PERCENTILE * (len(norms) - 1))]
 
     def state_dict(self):
         return {"norms": self.norms}
@@ -69,7 +85,8 @@ class GradientClipping:
         self.norms = state["norms"]
 
 
-class Optimization(NamedTuple):
+@dataclass
+class Optimization:
     """The parameters of the adapter, and what changes them.
 
     Attributes:
@@ -77,6 +94,7 @@ class Optimization(NamedTuple):
         optimizer, lr_scheduler: prepared by accelerate.
         clipping: `GradientClipping`.
         ema: diffusers' `EMAModel` of the parameters, or `None`.
+        skipped: how many steps in a row were skipped up to now, because their gradient was not finite.
     """
 
     trainable: list
@@ -84,6 +102,7 @@ class Optimization(NamedTuple):
     lr_scheduler: Any
     clipping: GradientClipping
     ema: Optional[EMAModel]
+    skipped: int = 0
 
 
 def images_of_a_step(args, accelerator):
@@ -127,40 +146,51 @@ def loss_scale(accelerator):
     return accelerator.scaler.scale(torch.ones((), device=accelerator.device)).item()
 
 
-def average_gradients(accelerator, trainable, clipping):
-    """Average the gradients over the ranks and clip them; returns their norm before clipping.
-
-    Raises:
-        RunError: for a gradient that is not finite. In fp16 the step is skipped instead, until the loss scale is tiny.
-    """
+def average_gradients(accelerator, trainable):
+    """Average the gradients over the ranks, and take out the loss scale; returns their norm."""
     gradients = [p.grad for p in trainable]
     vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
-    grad_norm = accelerator.clip_grad_norm_(trainable, math.inf).item()  # which takes out the loss scale
-    if not math.isfinite(grad_norm):
-        if accelerator.scaler is None:
-            raise RunError(f"the gradient is not finite ({grad_norm})")
-        scale = loss_scale(accelerator)
-        if scale < SMALLEST_LOSS_SCALE:
-            raise RunError(f"float16 overflows even at a loss scale of {scale:g}: use --mixed_precision bf16 or no")
-        logger.warning(
-            f"float16 overflows at a loss scale of {scale:g}: this step is skipped, the next has half of it"
-        )
-    torch._foreach_mul_(gradients, clipping.factor(grad_norm))
-    return grad_norm
+    return accelerator.clip_grad_norm_(trainable, math.inf).item()
 
 
 def optimizer_step(accelerator, optimization):
     """Average, clip and apply the gradients, then clear them; returns their norm before clipping.
 
+    A step whose gradient is not finite is skipped with a warning.
+
     Raises:
-        RunError: as `average_gradients` does.
+        RunError: if it is the tenth in a row.
     """
-    grad_norm = average_gradients(accelerator, optimization.trainable, optimization.clipping)
-    optimization.optimizer.step()
+    grad_norm = average_gradients(accelerator, optimization.trainable)
+    is_finite = math.isfinite(grad_norm)
+    optimization.skipped = 0 if is_finite else optimization.skipped + 1
+    if is_finite:
+        torch._foreach_mul_([p.grad for p in optimization.trainable], optimization.clipping.factor(grad_norm))
+    else:
+        report_skipped(accelerator, grad_norm, optimization.skipped)
+    if is_finite or accelerator.scaler is not None:  # the scaler skips the step itself, and halves its scale
+        optimization.optimizer.step()
     optimization.optimizer.zero_grad()
-    if optimization.ema is not None:
+    if is_finite and optimization.ema is not None:
         optimization.ema.step(optimization.trainable)
     return grad_norm
+
+
+def report_skipped(accelerator, grad_norm, skipped):
+    """Warn of a gradient that is not finite, or end the run.
+
+    Args:
+        skipped: how many in a row were not finite.
+
+    Raises:
+        RunError: from the tenth on.
+    """
+    problem, remedy = f"the gradient is not finite ({grad_norm})", "a smaller --learning_rate"
+    if accelerator.scaler is not None:
+        problem, remedy = f"float16 overflows at a loss scale of {loss_scale(accelerator):g}", "--mixed_precision bf16"
+    if skipped >= MOST_SKIPPED:
+        raise RunError(f"{problem}, as in the {skipped - 1} steps before: use {remedy}")
+    logger.warning(f"{problem}: this step is skipped")
 
 
 @contextmanager

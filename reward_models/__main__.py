@@ -34,7 +34,12 @@ def parse_args(input_args=None):
         + "\n\nyour own reward: package.module:callable or path/to/file.py:callable",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="Image files.")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="Image files. Transparent parts are white; of animations the first frame counts.",
+    )
     parser.add_argument(
         "--reward",
         required=True,
@@ -105,10 +110,9 @@ def main(args):
         prompts = read_prompts(args, terms)
         for path in args.images:
             open_image(path).close()  # report an unreadable file before any image is scored
-        device = PartialState().device
-        rewards = load_rewards(
-            terms, parse_reward_paths(args.reward_path), device=device, prompts=(prompts[0], prompts[-1])
-        )
+        device, size = PartialState().device, read_image(args.images[0]).shape[-2:]
+        paths, ends = parse_reward_paths(args.reward_path), (prompts[0], prompts[-1])
+        rewards = load_rewards(terms, paths, device=device, size=size, prompts=ends)
         rows = []
         for path, prompt in zip(tqdm(args.images, desc="Images"), prompts):
             scores = rewards(read_image(path).to(device), [prompt])

@@ -19,11 +19,10 @@ SD 1.x scores 5 to 6.
 import os
 
 import torch
-from transformers import CLIPModel
 
 from .base import ScoreHead, check_batch
-from .clip import CLIP_ID, image_embeds
-from .loading import existing_file, hub_file, load_into, load_pretrained, load_state_dict
+from .clip import CLIP_ID, image_embeds, load_clip
+from .loading import existing_file, hub_file, load_into, load_state_dict
 
 
 HEAD_ID, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -50,15 +49,22 @@ class AestheticReward(torch.nn.Module):
 def load(path, revision, device, dtype):
     """Load from the Hub, or from a folder with `clip/` (a transformers CLIPModel) and one of `HEAD_FILES`.
 
-    `revision` is that of the head's repository.
+    `revision` is that of the head's repository. The head takes embeddings of the CLIP's projection_dim.
     """
     if path is None:
         clip_path, head_file = CLIP_ID, hub_file(HEAD_ID, HEAD_FILE, revision)
     else:
         head_file = existing_file(path, *HEAD_FILES)
         clip_path = os.path.dirname(existing_file(os.path.join(path, "clip"), "config.json"))
-    head = ScoreHead(768)
-    load_into(head, load_state_dict(head_file), head_file)
-    clip = load_pretrained(CLIPModel, clip_path, dtype=dtype)
+    state = load_state_dict(head_file)
+    clip = load_clip(clip_path, dtype)
+    head = ScoreHead(clip.config.projection_dim)
+    first = state.get("layers.0.weight", head.layers[0].weight)
+    if first.dim() == 2 and first.shape[1] != clip.config.projection_dim:
+        raise ValueError(
+            f"{head_file!r} takes embeddings of {first.shape[1]} numbers, and the CLIP of {clip_path!r} makes"
+            f" {clip.config.projection_dim} (its projection_dim)"
+        )
+    load_into(head, state, head_file)
     clip.text_model = clip.text_projection = None  # not used
     return AestheticReward(clip, head.to(torch.promote_types(dtype, torch.float32))).to(device)

@@ -150,20 +150,33 @@ class WeightedSum:
             if problem is not None:
                 raise ValueError(f"reward {name!r} {problem}")
             if backward and result.requires_grad:  # otherwise the score is a constant, with gradient zero
-                gradient += weight * torch.autograd.grad(result.sum(), images, materialize_grads=True)[0]
-            scores[name] = result.detach().to(images.device).float()
+                gradient += weight * getattr(reward, "gradient", score_gradient)(result, images)
+            scores[name] = result.detach().float().to(images.device)
             sums[reward.differentiable] = sums[reward.differentiable] + weight * scores[name]
         return Scores(sums[True], sums[False], scores, gradient)
 
 
+def score_gradient(scores, images):
+    """The gradient (B, 3, H, W) of the sum of scores (B,) with respect to the images."""
+    return torch.autograd.grad(scores.sum(), images, materialize_grads=True)[0]
+
+
 def find_problem(scores, prompts):
-    """Describe why `scores` is not a tensor with one finite number per prompt. Returns `None` if it is one."""
+    """Describe why `scores` is not a tensor with one finite float32 number per prompt. Returns `None` if it is one.
+
+    The tensor may be on any device and of any real type.
+    """
     if not isinstance(scores, torch.Tensor):
         return f"returned a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},)"
     if scores.shape != (len(prompts),):
         return f"returned a tensor of shape {tuple(scores.shape)} instead of ({len(prompts)},)"
-    bad = ~torch.isfinite(scores.detach())
+    if scores.is_meta:
+        return "returned a tensor on the device 'meta', which has no numbers"
+    if scores.is_complex():
+        return f"returned complex numbers ({scores.dtype}) instead of real ones"
+    values = scores.detach().float()
+    bad = ~torch.isfinite(values)
     if bad.any():
         i = bad.nonzero()[0].item()
-        return f"returned {scores[i].item()} for prompt {prompts[i]!r}"
+        return f"returned {values[i].item()} for prompt {prompts[i]!r}"
     return None

@@ -14,15 +14,16 @@
 """Code shared by the rewards built on CLIP: preprocessing, embeddings, and the similarity of image and prompt."""
 
 import functools
+import json
 import os
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .base import check_batch
-from .loading import existing_file, has_file, one_line_errors
+from .loading import existing_file, has_file, load_pretrained, one_line_errors
 
 
 CLIP_ID = "openai/clip-vit-large-patch14"
@@ -90,12 +91,17 @@ def image_embeds(clip, images, preprocess=preprocess_clip):
 
 
 class ClipAgreement(torch.nn.Module):
-    """R = s cos(f(image), g(prompt)), where f and g are the projected embeddings of a CLIPModel and s is a scale."""
+    """R = s cos(f(image), g(prompt)), where f and g are the projected embeddings of a CLIPModel and s is a scale.
+
+    Raises:
+        ValueError: if the tokenizer does not fit the model, see `check_tokenizer`.
+    """
 
     differentiable = True
 
     def __init__(self, clip, tokenizer, preprocess=preprocess_clip, scale=1.0):
         super().__init__()
+        check_tokenizer(tokenizer, clip.config.text_config)
         self.clip = clip
         self.tokenizer = tokenizer
         self.preprocess = preprocess
@@ -117,6 +123,27 @@ class ClipAgreement(torch.nn.Module):
         return self.scale * F.cosine_similarity(embeds, text_embeds.to(embeds.dtype))
 
 
+def load_clip(source, dtype, revision=None):
+    """Load the transformers CLIPModel of a folder or Hub repository.
+
+    Raises:
+        ValueError: if it is another model, is damaged, or its weights do not fit its configuration. The message names
+            the source.
+    """
+    with one_line_errors(source):
+        config, _ = CLIPConfig.get_config_dict(source, revision=revision)
+        kind = config.get("model_type", "clip")
+        if kind != "clip":
+            raise ValueError(f"its config.json describes a model of type {kind!r}, not 'clip'")
+        for name, default in (("text_config", CLIPTextConfig()), ("vision_config", CLIPVisionConfig())):
+            tower = config.get(name) or {}
+            # A default number of heads would fit the weights, whose shapes do not depend on it, but not the scores.
+            has_default_width = tower.get("hidden_size", default.hidden_size) == default.hidden_size
+            if "num_attention_heads" not in tower and not has_default_width:
+                raise ValueError(f"the {name} of its config.json has no num_attention_heads")
+    return load_pretrained(CLIPModel, source, revision=revision, dtype=dtype)
+
+
 def load_tokenizer(source, revision=None):
     """Load the CLIP tokenizer of a folder or Hub repository.
 
@@ -127,6 +154,31 @@ def load_tokenizer(source, revision=None):
         existing_file(source, *TOKENIZER_FILES)  # without these files transformers would create an empty tokenizer
     with one_line_errors(source):
         return CLIPTokenizer.from_pretrained(source, revision=revision)
+
+
+def check_tokenizer(tokenizer, text_config):
+    """Check that a CLIP tokenizer makes the tokens that a text encoder reads.
+
+    Raises:
+        ValueError: if its ids are not those of the encoder's embeddings, its merges are incomplete, or it does not end a
+            prompt with the token at which the encoder reads the embedding. The message names the tokenizer's source.
+    """
+    size, vocabulary = text_config.vocab_size, tokenizer.get_vocab()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    unmade = vocabulary.keys() - {"".join(pair) for pair in merges} - tokenizer.get_added_vocab().keys()
+    unmade = [token for token in unmade if len(token.removesuffix("</w>")) > 1]
+    # Older configurations say 2, and transformers then looks for the highest id.
+    end = size - 1 if text_config.eos_token_id == 2 else text_config.eos_token_id
+    last = tokenizer("").input_ids[-1]
+    if sorted(vocabulary.values()) != list(range(size)):
+        problem = f"its {len(vocabulary)} tokens do not have the ids 0 to {size - 1} of the text encoder"
+    elif unmade:
+        problem = f"it has no merges for {len(unmade)} of its tokens, such as {min(unmade)!r}"
+    elif last != end:
+        problem = f"it ends prompts with the token {last}, and the text encoder looks for the token {end}"
+    else:
+        return
+    raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} does not fit: {problem}")
 
 
 def tokenizer_source(path):

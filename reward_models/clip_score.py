@@ -15,15 +15,12 @@
 
 import os
 
-from transformers import CLIPModel
-
-from .clip import CLIP_ID, ClipAgreement, load_tokenizer
-from .loading import existing_file, load_pretrained
+from .clip import CLIP_ID, ClipAgreement, load_clip, load_tokenizer
+from .loading import existing_file
 
 
 def load(path, revision, device, dtype):
     """Load from the Hub, or from a folder with a transformers CLIPModel and its tokenizer."""
     source = CLIP_ID if path is None else os.path.dirname(existing_file(path, "config.json"))
     tokenizer = load_tokenizer(source, revision)
-    clip = load_pretrained(CLIPModel, source, revision=revision, dtype=dtype)
-    return ClipAgreement(clip, tokenizer).to(device)
+    return ClipAgreement(load_clip(source, dtype, revision), tokenizer).to(device)

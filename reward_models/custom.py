@@ -18,11 +18,11 @@ import importlib.util
 import logging
 import os
 import sys
-import traceback
 
 import torch
 
-from .base import find_problem
+from .base import find_problem, score_gradient
+from .user_code import UserCode
 
 
 logger = logging.getLogger(__name__)
@@ -31,99 +31,118 @@ logger = logging.getLogger(__name__)
 class CustomReward(torch.nn.Module):
     """A user's callable `(images, prompts) -> (B,)` with the attribute `differentiable`.
 
-    Its forward pass turns every exception of the callable, except running out of memory, into a ValueError that names
-    the reward.
+    Every exception of the callable, except running out of memory, becomes a ValueError that names the reward.
+
+    Args:
+        name: for messages.
+        function: the callable.
+        code: `UserCode` that it runs in.
+        differentiable: whether its scores have a gradient.
     """
 
-    def __init__(self, name, function, differentiable):
+    def __init__(self, name, function, code, differentiable):
         super().__init__()
         self.name = name
         self.function = function
+        self.code = code
         self.differentiable = differentiable
 
     def forward(self, images, prompts):
-        try:
+        with self.code.running(f"reward {self.name!r} fails"):
             # Without a gradient the callable gets a copy, so that in-place changes do not reach other rewards.
             return self.function(images if images.requires_grad else images.clone(), prompts)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise ValueError(f"reward {self.name!r} fails: {describe_error(error)}") from error
+
+    def gradient(self, scores, images):
+        """See `score_gradient`, which runs the user's code if it has a backward pass of its own."""
+        with self.code.running(f"reward {self.name!r} fails in its backward pass"):
+            return score_gradient(scores, images)
 
 
-def describe_error(error):
-    """Describe an exception, with the line that raised it unless that line is in this file."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    own = place.filename == __file__ or place.filename.startswith("<")
-    where = "" if own else f" ({os.path.basename(place.filename)}, line {place.lineno})"
-    return f"{type(error).__name__}: {error}{where}"
+def find_module(name, attribute):
+    """The spec of a module, which is not imported yet, though the packages that it is in are.
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    spec = None
+    with UserCode("").running("cannot be imported"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):  # something that a package imports
+                raise
+    if spec is None:
+        raise ValueError(f"cannot be imported: there is no module {name!r} (for a file, write {name}.py:{attribute})")
+    return spec
 
 
 def import_callable(name):
     """Import the callable that `package.module:callable` or `path/to/file.py:callable` names.
 
+    A file can import the modules that lie beside it. Of a class, the callable is an instance.
+
+    Returns:
+        (callable, `UserCode` that it runs in).
+
     Raises:
-        ValueError: if the module does not exist, cannot be imported, or has no such callable.
+        ValueError: if the module does not exist, cannot be imported, or has no such callable, or if its class takes
+            arguments.
     """
     module_name, _, attribute = name.rpartition(":")
     is_file = module_name.endswith(".py")
     if is_file and not os.path.isfile(module_name):
         raise ValueError(f"cannot be imported: there is no file {module_name!r}")
-    try:
+    if is_file:
+        stem = os.path.splitext(os.path.basename(module_name))[0]
+        spec = importlib.util.spec_from_file_location(f"custom_reward_{stem}", module_name)
+    else:
+        spec = find_module(module_name, attribute)
+    code = UserCode(os.path.dirname(spec.origin or ""), imports_neighbours=is_file)
+    with code.running("cannot be imported"):
         if is_file:
-            stem = os.path.splitext(os.path.basename(module_name))[0]
-            spec = importlib.util.spec_from_file_location(f"custom_reward_{stem}", module_name)
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
-            problem = f"there is no module {module_name!r} (for a file, write {module_name}.py:{attribute})"
-        else:
-            problem = describe_error(error)
-        raise ValueError(f"cannot be imported: {problem}") from error
-    function = getattr(module, attribute, None)
+        function = getattr(module, attribute, None)
+    if isinstance(function, type):
+        with code.running("cannot be used: making an instance of the class without arguments fails"):
+            function = function()
     if not callable(function):
         raise ValueError(f"cannot be used: {module_name!r} has no callable {attribute!r}")
-    return function
+    return function, code
 
 
-def score_random_images(function, images, prompts):
+def score_random_images(reward, images, prompts, kind="random images"):
     """Score the two random images on which a custom reward is tested.
 
     Raises:
         ValueError: if the callable fails, or does not return a (B,) tensor of finite numbers.
         torch.OutOfMemoryError: if the callable runs out of memory.
     """
-    try:
-        scores = function(images, prompts)
-    except torch.OutOfMemoryError:  # says nothing about the reward
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise ValueError(f"fails on two random images: {describe_error(error)}") from error
+    with reward.code.running(f"fails on two {kind}"):
+        scores = reward.function(images, prompts)
     problem = find_problem(scores, prompts)
     if problem is not None:
         raise ValueError(f"is not a reward: it {problem}")
     return scores
 
 
-def has_gradient(function, images, prompts):
+def has_gradient(reward, images, prompts):
     """Whether the scores have a gradient with respect to the images that is not zero everywhere."""
     images = images.clone().requires_grad_()
     try:
-        scores = score_random_images(function, images, prompts)
+        scores = score_random_images(reward, images, prompts, kind="random images that require a gradient")
         if not scores.requires_grad:
             return False
-        (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError):
+        with reward.code.running("fails in its backward pass on two random images"):
+            return bool(score_gradient(scores, images).any())
+    except ValueError as error:
         # Black boxes often fail on images that require a gradient (Tensor.numpy does), or use an operation that has no
         # backward pass.
+        logger.info(f"reward {reward.name!r} {error}")
         return False
-    return gradient is not None and bool(gradient.any())
 
 
 def load_custom(name, device, size, prompts):
@@ -134,7 +153,8 @@ def load_custom(name, device, size, prompts):
 
     Args:
         name: `package.module:callable` or `path/to/file.py:callable`. The callable maps images (B, 3, H, W) in [0, 1]
-            and B prompts to a (B,) tensor. A torch module is frozen and moved to `device`.
+            and B prompts to a (B,) tensor. Of a class, an instance is made without arguments. A torch module is frozen
+            and moved to `device`.
         device: device of the random images, and of the callable if it is a torch module.
         size: height and width of the random images in pixels.
         prompts: two prompts.
@@ -143,16 +163,18 @@ def load_custom(name, device, size, prompts):
         ValueError: if the callable cannot be imported or is not a valid reward. The caller puts the reward's name in
             front of the message.
     """
-    function = import_callable(name)
+    function, code = import_callable(name)
     declared = getattr(function, "differentiable", None)
-    reward = CustomReward(name, function, declared).to(device).eval().requires_grad_(False)
+    if declared is not None and not isinstance(declared, bool):
+        raise ValueError(f"cannot be used: its attribute differentiable is {declared!r}, not True or False")
+    reward = CustomReward(name, function, code, declared).to(device).eval().requires_grad_(False)
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
-        score_random_images(function, images.clone(), prompts)
+        score_random_images(reward, images.clone(), prompts)
     if declared is None:
-        reward.differentiable = has_gradient(function, images, prompts)
+        reward.differentiable = has_gradient(reward, images, prompts)
         result = "have a gradient" if reward.differentiable else "have no gradient: a black box"
         logger.info(f"reward {name!r}, tried on two random images: its scores {result}")
-    elif declared and not has_gradient(function, images, prompts):
+    elif declared and not has_gradient(reward, images, prompts):
         raise ValueError("says it is differentiable, but its scores have no gradient")
     return reward

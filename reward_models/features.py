@@ -20,10 +20,9 @@ import os
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPModel
 
-from .clip import CLIP_ID, image_embeds
-from .loading import existing_file, load_pretrained
+from .clip import CLIP_ID, image_embeds, load_clip
+from .loading import existing_file
 
 
 class ClipFeatures(torch.nn.Module):
@@ -48,7 +47,7 @@ def load_features(path=None, device="cpu"):
         ValueError: if the model cannot be loaded.
     """
     source = CLIP_ID if path is None else os.path.dirname(existing_file(path, "config.json"))
-    clip = load_pretrained(CLIPModel, source, dtype=torch.float32)
+    clip = load_clip(source, torch.float32)
     clip.text_model = clip.text_projection = None  # not used
     return ClipFeatures(clip).to(device).eval().requires_grad_(False)
 

@@ -19,7 +19,16 @@ import os
 from transformers import CLIPConfig, CLIPModel
 
 from .clip import ClipAgreement, load_tokenizer, preprocess_letterbox, tokenizer_source
-from .loading import existing_file, has_file, hub_file, load_pretrained, load_state_dict, read_json, rename_keys
+from .loading import (
+    existing_file,
+    has_file,
+    hub_file,
+    load_pretrained,
+    load_state_dict,
+    one_line_errors,
+    read_json,
+    rename_keys,
+)
 
 
 MODEL_ID = "xswu/HPSv2"
@@ -103,13 +112,15 @@ def load(path, revision, device, dtype, file_name="HPS_v2_compressed.pt"):
     another size. R = cos(f(image), g(prompt)), without a scale.
     """
     file = hub_file(MODEL_ID, file_name, revision) if path is None else existing_file(path, file_name)
-    architecture = VIT_H_14
+    config = clip_config(VIT_H_14)
     if has_file(path, "open_clip_config.json"):
-        architecture = read_json(os.path.join(path, "open_clip_config.json"))["model_cfg"]
-    checkpoint = load_state_dict(file)
-    if "state_dict" not in checkpoint:
-        raise ValueError(f"{file!r} does not fit: missing ['state_dict']")
-    config, state = clip_config(architecture), clip_state(checkpoint["state_dict"])
+        config_file = os.path.join(path, "open_clip_config.json")
+        content = read_json(config_file)
+        with one_line_errors(config_file):
+            config = clip_config(content["model_cfg"])
+    state = load_state_dict(file, "state_dict")
+    with one_line_errors(file):
+        state = clip_state(state)
     clip = load_pretrained(CLIPModel, file, config=config, state_dict=state, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer_source(path))
     return ClipAgreement(clip, tokenizer, preprocess_letterbox).to(device)

@@ -90,6 +90,50 @@ class ImageReward(torch.nn.Module):
         return (self.head(states[:, 0].to(wide)) - MEAN) / STD
 
 
+def make_vision_config(vit):
+    """The configuration of a vision tower with the entries of `VIT_L_16`."""
+    sizes = {name: vit[name] for name in VIT_L_16}
+    return BlipVisionConfig(**sizes, intermediate_size=4 * vit["hidden_size"], layer_norm_eps=1e-6)
+
+
+def make_text_config(bert, image_width):
+    """The configuration of a text tower, from med_config.json, whose cross-attention reads states of `image_width`.
+
+    Raises:
+        ValueError: if it has fewer than `MAX_TOKENS` positions.
+    """
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = BlipTextConfig(
+        **{name: bert[name] for name in (*names, "max_position_embeddings", "hidden_act", "layer_norm_eps")},
+        # The file has the width of a ViT-B. The authors' code uses the width of the vision tower instead.
+        encoder_hidden_size=image_width,
+        # Creates the cross-attention layers. Attention is still not causal: BlipTextModel.forward has its own
+        # `is_decoder`, which is false by default.
+        is_decoder=True,
+        bos_token_id=None,
+    )
+    if config.max_position_embeddings < MAX_TOKENS:
+        raise ValueError(f"max_position_embeddings is below {MAX_TOKENS}, the length of a prompt")
+    return config
+
+
+def load_tokenizer(source, vocab_size):
+    """Load the BERT tokenizer of a folder or Hub repository.
+
+    Args:
+        vocab_size: of the text tower. The authors' has two tokens more than BERT's vocabulary.
+
+    Raises:
+        ValueError: if it cannot be loaded, or is not of that size. The message names the source.
+    """
+    with one_line_errors(source):
+        tokenizer = BertTokenizer.from_pretrained(source)
+        ids = sorted(tokenizer.get_vocab().values())
+        if ids not in (list(range(vocab_size)), list(range(vocab_size - 2))):
+            raise ValueError(f"its vocabulary of {len(ids)} tokens does not fit a text tower of {vocab_size}")
+    return tokenizer
+
+
 def load(path, revision, device, dtype):
     """Load from the Hub, or from a folder with `ImageReward.pt` and `med_config.json`.
 
@@ -100,20 +144,16 @@ def load(path, revision, device, dtype):
         file, config_file = (hub_file(MODEL_ID, name, revision) for name in ("ImageReward.pt", "med_config.json"))
     else:
         file, config_file = (existing_file(path, name) for name in ("ImageReward.pt", "med_config.json"))
+    vision_config = make_vision_config(VIT_L_16)
+    if has_file(path, "vit_config.json"):
+        vit_file = os.path.join(path, "vit_config.json")
+        vit = read_json(vit_file)
+        with one_line_errors(vit_file):
+            vision_config = make_vision_config(vit)
     bert = read_json(config_file)
-    vit = read_json(os.path.join(path, "vit_config.json")) if has_file(path, "vit_config.json") else VIT_L_16
-    tokenizer_source = path if has_file(path, "vocab.txt") else TOKENIZER_ID
-    vision_config = BlipVisionConfig(**vit, intermediate_size=4 * vit["hidden_size"], layer_norm_eps=1e-6)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text_config = BlipTextConfig(
-        **{name: bert[name] for name in (*names, "max_position_embeddings", "hidden_act", "layer_norm_eps")},
-        # The file has the width of a ViT-B. The authors' code uses the width of the vision tower instead.
-        encoder_hidden_size=vit["hidden_size"],
-        # Creates the cross-attention layers. Attention is still not causal: BlipTextModel.forward has its own
-        # `is_decoder`, which is false by default.
-        is_decoder=True,
-        bos_token_id=None,
-    )
+    with one_line_errors(config_file):
+        text_config = make_text_config(bert, vision_config.hidden_size)
+    tokenizer = load_tokenizer(path if has_file(path, "vocab.txt") else TOKENIZER_ID, text_config.vocab_size)
 
     parts = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
     for key, value in load_state_dict(file).items():
@@ -126,8 +166,6 @@ def load(path, revision, device, dtype):
     vision_state = rename_keys(vision_state, RENAMES)
     head = ScoreHead(text_config.hidden_size)
     load_into(head, head_state, file)
-    with one_line_errors(tokenizer_source):
-        tokenizer = BertTokenizer.from_pretrained(tokenizer_source)
     vision = load_pretrained(BlipVisionModel, file, config=vision_config, state_dict=vision_state, dtype=dtype)
     text = load_pretrained(
         BlipTextModel, file, config=text_config, state_dict=text_state, dtype=dtype, add_pooling_layer=False

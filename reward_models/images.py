@@ -11,11 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading image files."""
+"""Reading image files: the first frame of each, on white where it is transparent."""
+
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+
+BACKGROUND = "white"
+
+
+@contextmanager
+def naming_the_file(path, problem):
+    """Within it, every failure is a ValueError "PATH PROBLEM: ..."."""
+    try:
+        yield
+    except Exception as error:  # damaged files raise errors of many types
+        raise ValueError(f"{path!r} {problem}: {error}") from error
 
 
 def open_image(path):
@@ -24,24 +38,34 @@ def open_image(path):
     Raises:
         ValueError: if the file is missing, is not an image, or has more than 8 bits per channel. The message names it.
     """
-    try:
+    with naming_the_file(path, "cannot be opened as an image"):
         image = Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path!r} cannot be opened as an image: {error}") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{path!r} has more than 8 bits per channel ({image.mode}): convert it first")
     return image
 
 
+def to_rgb(image):
+    """Convert a PIL image of any mode to RGB, composited on `BACKGROUND` where it is transparent.
+
+    Color profiles are not applied.
+    """
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        # Not `convert("RGB")`, which shows the hidden colors of transparent pixels.
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    return image.convert("RGB")
+
+
 def read_image(path):
     """Read an image file as a tensor (1, 3, H, W) in [0, 1], rotated as its EXIF data says.
+
+    Of an animation, or of several pages, it is the first. Transparent pixels are composited on `BACKGROUND`.
 
     Raises:
         ValueError: see `open_image`; also if the file is damaged. The message names the file.
     """
     image = open_image(path)
-    try:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path!r} cannot be read: {error}") from error
+    with naming_the_file(path, "cannot be read"):
+        pixels = np.array(to_rgb(ImageOps.exif_transpose(image)))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255

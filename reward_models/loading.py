@@ -36,9 +36,9 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 
-# The first match counts. The order matters because GatedRepoError is a subclass of RepositoryNotFoundError, and
-# LocalEntryNotFoundError of EntryNotFoundError.
-HUB_PROBLEMS = (
+# What errors mean whose own messages do not say it. The first match counts. The order matters because GatedRepoError is
+# a subclass of RepositoryNotFoundError, and LocalEntryNotFoundError of EntryNotFoundError.
+PROBLEMS = (
     (GatedRepoError, "the repository is gated: accept its terms on its page and log in with `hf auth login`"),
     (RepositoryNotFoundError, "there is no such repository, or it is private: log in with `hf auth login`"),
     (RevisionNotFoundError, "the repository has no such revision"),
@@ -47,12 +47,15 @@ HUB_PROBLEMS = (
         "the Hub cannot be reached and the files are not in the cache: go online once, or use a local folder",
     ),
     (EntryNotFoundError, "the repository has no such file"),
+    (pickle.UnpicklingError, "not a plain checkpoint of tensors: it would run code, or it is damaged"),
+    (EOFError, "the file is empty, or its end is missing"),
 )
 
 
 def first_line(error):
-    """The first line of an error's message, or the name of its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, with the next one after a colon, or the name of its type without a message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 @contextmanager
@@ -68,9 +71,9 @@ def one_line_errors(source):
         chain = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
-        problem = next((text for kinds, text in HUB_PROBLEMS if any(isinstance(e, kinds) for e in chain)), None)
-        if problem is None and any(isinstance(e, pickle.UnpicklingError) for e in chain):
-            problem = "not a plain checkpoint of tensors: it would run code, or it is damaged"
+        problem = next((text for kinds, text in PROBLEMS if any(isinstance(e, kinds) for e in chain)), None)
+        if problem is None and isinstance(error, KeyError):
+            problem = f"has no entry {error}"
         if problem is None:
             problem = f"cannot be read: {first_line(error)}"
         raise ValueError(f"{source!r}: {problem}") from error
@@ -89,9 +92,16 @@ def existing_file(directory, *names):
 
 
 def read_json(file):
-    """Read a JSON file."""
-    with open(file, encoding="utf-8") as opened:
-        return json.load(opened)
+    """Read a JSON object as a dict.
+
+    Raises:
+        ValueError: if the file does not hold one. The message names the file.
+    """
+    with one_line_errors(file), open(file, encoding="utf-8") as opened:
+        content = json.load(opened)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file!r} does not hold a JSON object")
+    return content
 
 
 def has_file(directory, name):
@@ -119,16 +129,24 @@ def hub_file(repository, name, revision=None):
         return hf_hub_download(repository, name, revision=revision)
 
 
-def load_state_dict(file):
-    """Load a .safetensors or torch checkpoint onto the CPU.
+def load_state_dict(file, entry=None):
+    """Load the state dict of a .safetensors or torch checkpoint onto the CPU.
+
+    Args:
+        entry: key of the state dict in the checkpoint. Default: the checkpoint is the state dict itself.
 
     Raises:
-        ValueError: if the file is damaged, or is a pickle that would run code. The message names the file.
+        ValueError: if the file is damaged, is a pickle that would run code, or holds something else. The message names
+            the file.
     """
     with one_line_errors(file):
-        if file.endswith(".safetensors"):
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        is_safe = file.endswith(".safetensors")
+        state = load_file(file) if is_safe else torch.load(file, map_location="cpu", weights_only=True)
+        if entry is not None and isinstance(state, dict):
+            state = state[entry]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{file!r} does not hold a state dict of tensors")
+    return state
 
 
 def load_pretrained(cls, source, **kwargs):
@@ -154,7 +172,7 @@ def load_pretrained(cls, source, **kwargs):
             )
     finally:
         logging.set_verbosity(verbosity)
-    check_keys(source, info["missing_keys"], info["unexpected_keys"], [key for key, *_ in info["mismatched_keys"]])
+    check_keys(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model
 
 
@@ -168,7 +186,8 @@ def load_into(module, state, source):
         ValueError: if keys are missing, unexpected or of the wrong shape.
     """
     expected = module.state_dict()
-    wrong_shape = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    shapes = [(key, state[key].shape, expected[key].shape) for key in expected.keys() & state.keys()]
+    wrong_shape = [(key, found, wanted) for key, found, wanted in shapes if found != wanted]
     check_keys(source, expected.keys() - state.keys(), state.keys() - expected.keys(), wrong_shape)
     module.load_state_dict(state)
 
@@ -176,11 +195,16 @@ def load_into(module, state, source):
 def check_keys(source, missing, unexpected, wrong_shape):
     """Check that a checkpoint fits a model.
 
+    Args:
+        missing, unexpected: keys.
+        wrong_shape: triples (key, shape in the checkpoint, shape in the model).
+
     Raises:
-        ValueError: if any list of keys is not empty. The message has up to six keys of each kind.
+        ValueError: if any list is not empty. The message has up to six keys of each kind.
     """
     # Older checkpoints store position_ids, which are constants and not weights.
     unexpected = [key for key in unexpected if not key.endswith("position_ids")]
+    wrong_shape = [f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in wrong_shape]
     kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong_shape}
     if any(kinds.values()):
         parts = (

@@ -16,10 +16,9 @@
 import os
 
 import torch
-from transformers import CLIPModel
 
-from .clip import ClipAgreement, load_tokenizer, tokenizer_source
-from .loading import existing_file, load_pretrained
+from .clip import ClipAgreement, load_clip, load_tokenizer, tokenizer_source
+from .loading import existing_file
 
 
 MODEL_ID = "yuvalkirstain/PickScore_v1"
@@ -33,6 +32,6 @@ def load(path, revision, device, dtype):
     """
     source = MODEL_ID if path is None else os.path.dirname(existing_file(path, "config.json"))
     tokenizer = load_tokenizer(tokenizer_source(path))
-    clip = load_pretrained(CLIPModel, source, revision=revision, dtype=dtype)
+    clip = load_clip(source, dtype, revision)
     scale = clip.logit_scale.detach().to(torch.promote_types(dtype, torch.float32)).exp().item()
     return ClipAgreement(clip, tokenizer, scale=scale).to(device)

@@ -79,6 +79,14 @@ def save_hpsv2(folder, file_name):
     torch.save({"epoch": 1, "state_dict": state}, folder / file_name)
 
 
+def split_tokenizer(folder):
+    """Replace a CLIP's tokenizer.json by vocab.json and merges.txt, the layout of the published files."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]))
+
+
 def save_imagereward(folder):
     """Save a tiny random ImageReward. Returns its vision model, text model, and the weights and biases of its head."""
     torch.manual_seed(0)  # module fixtures run before conftest.py seeds the test

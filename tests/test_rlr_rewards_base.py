@@ -62,6 +62,15 @@ def test_constant_scores_have_gradient_zero(constant):
     torch.testing.assert_close(scores.gradient.flatten(1).sum(1), torch.tensor([2.0, 0.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64])
+def test_scores_of_any_real_type_are_summed_in_float32(dtype):
+    reward = lambda images, prompts: torch.tensor([0, 1], dtype=dtype)  # noqa: E731
+    reward.differentiable = False
+    scores = WeightedSum({"mine": (0.5, reward)})(torch.rand(2, 3, 8, 8), ["a", "b"])
+    assert scores.members["mine"].dtype == scores.total.dtype == torch.float32
+    assert scores.total.tolist() == [0, 0.5] and scores.members["mine"].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("result", "problem"),
     [
@@ -71,6 +80,9 @@ def test_constant_scores_have_gradient_zero(constant):
         (torch.ones(2, 1), r"returned a tensor of shape \(2, 1\) instead of \(2,\)"),
         (torch.tensor(1.0), r"returned a tensor of shape \(\) instead of \(2,\)"),
         ([1.0, 2.0], r"returned a list instead of a tensor of shape \(2,\)"),
+        (torch.ones(2, device="meta"), "returned a tensor on the device 'meta', which has no numbers"),
+        (torch.ones(2, dtype=torch.complex64), r"returned complex numbers \(torch.complex64\) instead of real ones"),
+        (torch.tensor([1.0, 1e300], dtype=torch.float64), "returned inf for prompt 'b'"),
     ],
 )
 def test_invalid_scores_are_refused(result, problem):

@@ -15,6 +15,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 from reward_models import REWARDS, load_reward
 from reward_models.__main__ import main, parse_args
-from reward_models.images import read_image
+from reward_models.images import read_image, to_rgb
 from rlr_testing import ROOT, TINY_AESTHETIC, TINY_CLIP
 
 
@@ -92,6 +93,131 @@ def test_images_are_read_as_rgb_and_rotated_by_exif(tmp_path):
     result = read_image(str(tmp_path / "gray.png"))
     expected = torch.from_numpy(np.rot90(pixels, -1).copy()) / 255
     torch.testing.assert_close(result, expected.expand(1, 3, 3, 2))
+
+
+def transparent_pixels(hidden, half):
+    """RGBA pixels (2, 4, 4): opaque gray on the left; on the right transparent of a hidden value, or half transparent."""
+    pixels = np.full((2, 4, 4), 60, dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[:, 2:, :3], pixels[:, 2:, 3] = hidden, 0
+    if half:
+        pixels[1, 2:] = [100, 100, 100, 51]
+    return pixels
+
+
+def save_indexed(path, pixels, **options):
+    """Save an image of a palette, in which the hidden value is the color 1."""
+    image = Image.fromarray((pixels[..., 3] == 0).astype(np.uint8)).convert("P")
+    image.putpalette([60] * 3 + [int(pixels[0, 2, 0])] * 3)
+    image.save(path, **options)
+
+
+# How to save transparent pixels: {name: (can be half transparent, function of a path and pixels)}.
+TRANSPARENT = {
+    "rgba.png": (True, lambda path, pixels: Image.fromarray(pixels).save(path)),
+    "la.png": (True, lambda path, pixels: Image.fromarray(pixels).convert("LA").save(path)),
+    "rgba.webp": (True, lambda path, pixels: Image.fromarray(pixels).save(path, lossless=True, exact=True)),
+    "rgba.tif": (True, lambda path, pixels: Image.fromarray(pixels).save(path)),
+    "la.tif": (True, lambda path, pixels: Image.fromarray(pixels).convert("LA").save(path)),
+    "rgba.ico": (False, lambda path, pixels: Image.fromarray(pixels).save(path, sizes=[(4, 2)])),
+    "rgb.png": (
+        False,
+        lambda path, pixels: Image.fromarray(pixels[..., :3]).save(path, transparency=hidden_in(pixels)),
+    ),
+    "l.png": (
+        False,
+        lambda path, pixels: Image.fromarray(pixels[..., 0]).save(path, transparency=hidden_in(pixels)[0]),
+    ),
+    "p.png": (False, lambda path, pixels: save_indexed(path, pixels, transparency=1)),
+    "p-bytes.png": (False, lambda path, pixels: save_indexed(path, pixels, transparency=b"\xff\x00")),
+    "p.gif": (False, lambda path, pixels: save_indexed(path, pixels, transparency=1)),
+}
+
+
+def hidden_in(pixels):
+    return tuple(int(value) for value in pixels[0, 2, :3])
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_pixels_are_white_whatever_they_hide(name, tmp_path):
+    can_be_half, save = TRANSPARENT[name]
+    expected = np.full((2, 4), 255)
+    expected[:, :2] = 60
+    if can_be_half:
+        expected[1, 2:] = 100 * 51 / 255 + 255 * 204 / 255
+    for hidden in (0, 255):
+        save(tmp_path / name, transparent_pixels(hidden, can_be_half))
+        image = read_image(str(tmp_path / name))
+        assert image.shape == (1, 3, 2, 4)
+        np.testing.assert_allclose(image[0].numpy() * 255, np.broadcast_to(expected, (3, 2, 4)), atol=1.01)
+        np.testing.assert_allclose(image[0, :, 0, 2:], 1)
+
+
+def test_files_that_look_the_same_score_the_same(tmp_path, capsys):
+    paths = []
+    for name, hidden in (("black.png", 0), ("white.png", 255)):
+        paths.append(str(tmp_path / name))
+        Image.fromarray(transparent_pixels(hidden, True).repeat(16, 0).repeat(8, 1)).save(paths[-1])
+    paths.append(str(tmp_path / "opaque.png"))
+    Image.fromarray((read_image(paths[0])[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(paths[-1])
+    main(parse_args(["--reward", "aesthetic", "--reward_path", f"aesthetic={TINY_AESTHETIC}", *paths, "--json"]))
+    first, *others = [row["total"] for row in json.loads(capsys.readouterr().out)]
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "PA"])
+def test_transparent_pixels_of_rare_modes_are_white(mode):
+    """No format that Pillow writes holds these."""
+    for hidden in (0, 255):
+        pixels = np.array(to_rgb(Image.fromarray(transparent_pixels(hidden, False)).convert(mode)))
+        assert (pixels[:, 2:] == 255).all() and (pixels[:, :2] < 70).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_images_of_other_modes_have_the_same_colors(mode):
+    color = (255, 255, 255) if mode == "1" else (90, 90, 90) if mode == "L" else (200, 100, 50)
+    image = Image.new("RGB", (8, 8), color).convert(mode, palette=Image.Palette.ADAPTIVE)
+    assert image.mode == mode
+    np.testing.assert_allclose(np.array(to_rgb(image)), np.broadcast_to(color, (8, 8, 3)), atol=1.01)
+
+
+@pytest.mark.parametrize("name", ["frames.gif", "frames.webp", "frames.png", "pages.tif"])
+def test_the_first_frame_of_several_is_read(name, tmp_path):
+    first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    options = {"lossless": True} if name.endswith("webp") else {}
+    first.save(tmp_path / name, save_all=True, append_images=[second], **options)
+    assert Image.open(tmp_path / name).n_frames == 2
+    torch.testing.assert_close(
+        read_image(str(tmp_path / name)), torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif", "bmp", "ppm", "avif"])
+def test_a_damaged_image_is_named(suffix, tmp_path):
+    file = tmp_path / f"image.{suffix}"
+    Image.fromarray((np.random.default_rng(0).random((24, 32, 3)) * 255).astype(np.uint8)).save(file)
+    content = file.read_bytes()
+    for size in range(0, len(content) * 9 // 10, len(content) // 30):
+        file.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=f"^'{re.escape(str(file))}' cannot be (opened as an image|read): "):
+            read_image(str(file))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_8_bits_are_refused(mode, tmp_path):
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.zeros((4, 4), dtype=dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=rf"deep.tif' has more than 8 bits per channel \({mode}\): convert it first"):
+        read_image(str(tmp_path / "deep.tif"))
+
+
+def test_a_custom_reward_is_tried_at_the_size_of_the_images(tmp_path, image_files, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def f(images, prompts):\n    assert images.shape[2:] == (40, 32)\n    return images.mean((1, 2, 3))\n"
+    )
+    main(parse_args(["--reward", f"{tmp_path}/mine.py:f", image_files[0], "--prompt", "", "--json"]))
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["total"] == pytest.approx(read_image(image_files[0]).mean().item())
 
 
 def test_help_lists_the_rewards_without_heavy_imports():

@@ -14,6 +14,7 @@
 """Loading checkpoints: missing, damaged, unsafe and unsuitable files, and the Hub."""
 
 import io
+import json
 import os
 import pickle
 import re
@@ -24,12 +25,15 @@ import sys
 import pytest
 import torch
 from reward_models import load_reward
+from reward_models.features import load_features
 from rlr_hub import LoopbackHub
 from rlr_testing import ROOT, TINY_AESTHETIC, TINY_CLIP
-from rlr_tiny_rewards import save_tiny_rewards
+from rlr_tiny_rewards import save_tiny_rewards, split_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 
+HPS = "HPS_v2_compressed.pt"
 HEAD = os.path.join(TINY_AESTHETIC, "aesthetic_head.safetensors")
 
 
@@ -84,7 +88,7 @@ def test_a_clip_that_does_not_fit_is_described(tmp_path):
         with pytest.raises(
             ValueError,
             match=r"missing \['visual_projection.weight'\], unexpected \['vision_model.extra.weight'\], wrong shape"
-            r" \['text_projection.weight'\]",
+            r" \['text_projection.weight \(3, 4\) instead of \(768, 64\)'\]",
         ):
             load_reward(name, path=str(folder))
 
@@ -104,14 +108,113 @@ def test_an_aesthetic_head_that_does_not_fit_is_described(aesthetic_folder):
     state["layers.9.bias"] = state.pop("layers.0.bias")
     file = aesthetic_folder / "aesthetic_head.safetensors"
     save_file(state, file)
-    with pytest.raises(ValueError, match=r"missing \['layers.0.bias'\].*\['layers.9.bias'\].*\['layers.7.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"missing \['layers.0.bias'\].*\['layers.9.bias'\].*\['layers.7.weight \(1, 8"
+    ):
         load_reward("aesthetic", path=str(aesthetic_folder))
     file.write_bytes(b"truncated")
     with pytest.raises(ValueError, match="aesthetic_head.safetensors"):
         load_reward("aesthetic", path=str(aesthetic_folder))
 
 
-@pytest.mark.parametrize(("name", "file"), [("hpsv2", "HPS_v2_compressed.pt"), ("imagereward", "ImageReward.pt")])
+def save_narrow_clip(folder, width):
+    """A CLIP like that of assets/tiny-aesthetic with embeddings of another width."""
+    clip = CLIPModel.from_pretrained(TINY_CLIP)
+    clip.config.projection_dim = width
+    clip.visual_projection.weight.data = clip.visual_projection.weight.data[:width].clone()
+    clip.text_projection.weight.data = clip.text_projection.weight.data[:width].clone()
+    clip.save_pretrained(folder)
+
+
+def test_an_aesthetic_head_fits_the_embeddings_of_its_clip(aesthetic_folder):
+    save_narrow_clip(aesthetic_folder / "clip", 512)
+    file = aesthetic_folder / "aesthetic_head.safetensors"
+    shutil.copy(HEAD, file)
+    with pytest.raises(ValueError, match="head.safetensors' takes embeddings of 768 numbers, .*clip' makes 512 "):
+        load_reward("aesthetic", path=str(aesthetic_folder))
+    state = load_file(HEAD)
+    state["layers.0.weight"] = state["layers.0.weight"][:, :512].contiguous()
+    save_file(state, file)
+    reward, images = load_reward("aesthetic", path=str(aesthetic_folder)), torch.rand(2, 3, 32, 32)
+    expected = load_features(str(aesthetic_folder / "clip"))(images)
+    for layer in (0, 2, 4, 6, 7):
+        expected = expected @ state[f"layers.{layer}.weight"].T + state[f"layers.{layer}.bias"]
+    torch.testing.assert_close(reward(images, ["", ""]), expected[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokenizer_may_be_a_vocabulary_and_merges(tmp_path):
+    split_tokenizer(shutil.copytree(TINY_CLIP, tmp_path / "clip"))
+    images, prompts = torch.rand(2, 3, 32, 32), ["A red  seven!", "zebra blue"]
+    scores, expected = (
+        load_reward("clip_score", path=path)(images, prompts) for path in (tmp_path / "clip", TINY_CLIP)
+    )
+    assert torch.equal(scores, expected)
+
+
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+NEW_TOKEN = {"content": "<new>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+NEW_TOKEN = {"id": 566, **NEW_TOKEN, "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "problem"),
+    [
+        ("tokenizer.json", lambda c: c["added_tokens"].append(NEW_TOKEN), "567 tokens do not have the ids 0 to 565"),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].pop("!</w>"), "565 tokens do not have the ids 0 to 565"),
+        ("tokenizer.json", lambda c: c["model"]["merges"].pop(), "has no merges for 1 of its tokens, such as"),
+        ("config.json", lambda c: c["text_config"].update(eos_token_id=7), "with the token 565, .* for the token 7"),
+        ("config.json", lambda c: c.update(model_type="siglip"), "of type 'siglip', not 'clip'"),
+        ("config.json", lambda c: c["vision_config"].update(hidden_size=65), "hidden size"),
+    ],
+)
+def test_parts_of_a_clip_that_do_not_fit_one_another_are_named(file, change, problem, tmp_path):
+    folder = shutil.copytree(TINY_CLIP, tmp_path / "clip")
+    edit_json(folder / file, change)
+    for name in ("clip_score", "pickscore"):
+        with pytest.raises(ValueError, match=f"reward '{name}' cannot be loaded: .*clip'.*{problem}"):
+            load_reward(name, path=str(folder))
+
+
+def test_older_configurations_look_for_the_highest_token(tmp_path):
+    """Their eos_token_id is 2, whatever the tokenizer's."""
+    folder = shutil.copytree(TINY_CLIP, tmp_path / "clip")
+    edit_json(folder / "config.json", lambda content: content["text_config"].update(eos_token_id=2))
+    images, prompts = torch.rand(2, 3, 32, 32), ["a red seven", "a blue two"]
+    scores, expected = (load_reward("clip_score", path=path)(images, prompts) for path in (folder, TINY_CLIP))
+    assert torch.equal(scores, expected)
+
+
+def test_an_imagereward_whose_parts_do_not_fit_one_another_is_refused(tmp_path, tiny_paths):
+    folder = shutil.copytree(tiny_paths["imagereward"], tmp_path / "imagereward")
+    words = (folder / "vocab.txt").read_text()
+    (folder / "vocab.txt").write_text(words + "\nfox")
+    with pytest.raises(ValueError, match="imagereward'.* vocabulary of 58 tokens does not fit a text tower of 57"):
+        load_reward("imagereward", path=str(folder))
+    (folder / "vocab.txt").write_text(words)
+    edit_json(folder / "med_config.json", lambda content: content.update(max_position_embeddings=16))
+    with pytest.raises(ValueError, match="med_config.json'.*max_position_embeddings is below 35"):
+        load_reward("imagereward", path=str(folder))
+    (folder / "med_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="med_config.json' does not hold a JSON object"):
+        load_reward("imagereward", path=str(folder))
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), {"layers.0.weight": 3}, {"state_dict": 3}])
+def test_checkpoints_that_are_no_state_dict_are_refused(content, tmp_path, tiny_paths):
+    for name, file in (("aesthetic", "aesthetic_head.pth"), ("imagereward", "ImageReward.pt"), ("hpsv2", HPS)):
+        folder = shutil.copytree(tiny_paths[name], tmp_path / name)
+        (folder / "aesthetic_head.safetensors").unlink(missing_ok=True)
+        torch.save(content, folder / file)
+        with pytest.raises(ValueError, match=f"reward '{name}' cannot be loaded: .*{file}'"):
+            load_reward(name, path=str(folder))
+
+
+@pytest.mark.parametrize(("name", "file"), [("hpsv2", HPS), ("imagereward", "ImageReward.pt")])
 def test_checkpoints_with_unknown_keys_or_truncated_files_are_described(name, file, tmp_path, tiny_paths):
     folder = shutil.copytree(tiny_paths[name], tmp_path / name)
     checkpoint = torch.load(folder / file, weights_only=True)
@@ -127,7 +230,7 @@ def test_checkpoints_with_unknown_keys_or_truncated_files_are_described(name, fi
         load_reward(name, path=str(folder))
     if name == "hpsv2":
         torch.save({}, folder / file)
-        with pytest.raises(ValueError, match=r"missing \['state_dict'\]"):
+        with pytest.raises(ValueError, match="has no entry 'state_dict'"):
             load_reward(name, path=str(folder))
 
 
@@ -135,7 +238,7 @@ def test_checkpoints_with_unknown_keys_or_truncated_files_are_described(name, fi
     ("name", "file"),
     [
         ("aesthetic", "aesthetic_head.pth"),
-        ("hpsv2", "HPS_v2_compressed.pt"),
+        ("hpsv2", HPS),
         ("imagereward", "ImageReward.pt"),
         ("clip_score", "pytorch_model.bin"),
     ],

@@ -18,7 +18,8 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 demo: $(VENV)/installed
 	rm -rf demo-output
-	$(BIN)/python -m accelerate.commands.launch --num_processes 1 train_rlr_sd.py \
+	$(BIN)/python -m accelerate.commands.launch --num_processes 1 \
+		--num_machines 1 --mixed_precision no --dynamo_backend no train_rlr_sd.py \
 		--pretrained_model_name_or_path assets/tiny-sd \
 		--reward aesthetic --reward_path aesthetic=assets/tiny-aesthetic \
 		--prompts assets/digits.txt --num_inference_steps 20 \

@@ -17,8 +17,8 @@
 
     python evaluate_rlr.py --adapters my-lora --reward aesthetic,clip_score,hpsv2
 
-For every adapter: mean, standard error and win rate of each reward, diversity, drift from the base model, and Frechet
-distances; with --lora_scales the curve of reward against drift. The rewards to look at are those that were not trained on.
+For every adapter: mean, gain and win rate of each reward, diversity, drift from the base model, and Frechet distances; with
+--lora_scales the curve of gain against drift. The rewards to look at are those that were not trained on.
 Prints a table and writes results.json, results.csv, images, plots and report.html into the output folder.
 """
 
@@ -26,7 +26,7 @@ import json
 import math
 import os
 
-from diffusion_models.levels import BOUNDARIES, levels_of_steps
+from diffusion_models.levels import BOUNDARIES
 from diffusion_models.schedulers import SCHEDULERS
 from rlr_training import arguments
 from rlr_training.errors import bad_input_ends_the_run, errors_in_one_line
@@ -44,7 +44,7 @@ def parse_args(input_args=None):
     add(
         "--pretrained_model_name_or_path",
         default="CompVis/stable-diffusion-v1-4",
-        help="Folder of the base model's pipeline, or its name on huggingface.co/models.",
+        help="The base model: folder, name on huggingface.co/models, or a .safetensors file of SD 1.x or XL.",
     )
     add("--pretrained_vae_model_name_or_path", help="A VAE instead of the model's own.")
     add("--revision", help="Revision of the model on the Hub.")
@@ -80,10 +80,12 @@ def parse_args(input_args=None):
     add("--output_dir", default="evaluation", help="Folder for everything that is written.")
     add("--overwrite_output_dir", action="store_true", help="Replace an evaluation that is already there.")
     args = parser.parse_args(input_args)
+    from rlr_training.checks import check_shared_flags
+
     try:
-        levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+        check_shared_flags(args)
     except ValueError as error:
-        parser.error(f"--dcot_boundaries: {error}")
+        parser.error(str(error))
     return args
 
 
@@ -117,7 +119,7 @@ def draw_and_measure(args, model, names, prompts, measured):
     model.pipeline.disable_lora()
     images = generate(model, prompts, args, args.batch_size, desc="base")
     summary, base = measured(images, None)
-    results = {"settings": {**vars(args), "num_images": len(prompts)}, "models": {"base": summary}, "lora_scales": {}}
+    results = {"settings": vars(args), "num_images": len(prompts), "models": {"base": summary}, "lora_scales": {}}
     grid = {"base": images[in_grid]}
     model.pipeline.enable_lora()
     for name in names:
@@ -146,13 +148,14 @@ def write(output_dir, results, grid, grid_prompts):
     plot_grid(grid, grid_prompts, os.path.join(output_dir, "grid.png"))
     plot_gains(results, os.path.join(output_dir, "gains.png"))
     if results["lora_scales"]:
-        files["Reward against drift, by the scale of the adapter"] = "scales.png"
+        files["Gain against drift, by the scale of the adapter"] = "scales.png"
         plot_scales(results, os.path.join(output_dir, "scales.png"))
     images = {title: os.path.join(output_dir, file) for title, file in files.items()}
     write_report(results, images, os.path.join(output_dir, "report.html"))
     # Last: a folder with results.json holds a whole evaluation, which `main` does not write over.
     with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
+    print(f"images, plots and figures are in {os.path.join(output_dir, 'report.html')}")
 
 
 @errors_in_one_line(SCRIPT, MEMORY_SAVERS)
@@ -163,12 +166,14 @@ def main(args):
     from rlr_training.comparison import load_adapters, load_real, measure
     from rlr_training.evaluation import load_base, set_size
     from rlr_training.output_dir import check_writable
-    from rlr_training.processes import frozen_dtype
-    from rlr_training.prompts import load_prompts
+    from rlr_training.processes import frozen_dtype, refuse_engines, set_up_logging
+    from rlr_training.prompts import load_prompts, warn_of_long_prompts
     from rlr_training.scoring import load_reward_sum
 
-    device = PartialState().device
     with bad_input_ends_the_run():
+        refuse_engines(args.mixed_precision)
+        device = PartialState().device
+        set_up_logging(is_main_process=True)
         check_writable(args.output_dir)
         if os.path.exists(os.path.join(args.output_dir, "results.json")) and not args.overwrite_output_dir:
             raise ValueError(
@@ -176,12 +181,13 @@ def main(args):
             )
         prompts = load_prompts(args.prompts)[: args.num_prompts or None]
         prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
-        rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)
         model = load_base(args, frozen_dtype(args.mixed_precision))
         model.pipeline.to(device)
         set_size(args, model)
+        rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
+        warn_of_long_prompts(args.prompts, [*prompts, args.negative_prompt], model.pipeline.tokenizer)
         names = load_adapters(model.pipeline, args.adapters, args.cache_dir)
         os.makedirs(args.output_dir, exist_ok=True)
 

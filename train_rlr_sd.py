@@ -63,7 +63,7 @@ def main(args):
 
     run = prepare(args, SCRIPT, TRACKER, defaults=parse_args([]))
     accelerator, rlr, size = run.accelerator, run.rlr, (args.height, args.width)
-    step, end = run.first_step, None
+    step, end = run.first_step, run.stopping.reason(run.first_step)
     progress = Progress(accelerator, run.first_step, args.max_train_steps)
     with stopping_after_a_step(accelerator), progress:
         while step < args.max_train_steps and end is None:

@@ -115,6 +115,8 @@ def cases(quick):
         vit = {**VIT_L_16, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         bert = {**tower, "vocab_size": 64}
     vit_l = CLIPConfig(vision_config={**tower, "patch_size": 14}, text_config=words, projection_dim=768)
+    for config in (vit_l, vit_h):  # they read the tokens of the embedded tokenizer
+        config.text_config.update({"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id})
     if quick:
         vit_h = vit_l
     return {

@@ -58,21 +58,32 @@ def as_model(pipeline):
 
 
 def load_model(source, *, dtype=None, scheduler="ddim", vae=None, revision=None, variant=None, cache_dir=None):
-    """Load a pipeline as a `DiffusionModel`: frozen, its sampler replaced, its family read from its model_index.json.
+    """Load a pipeline as a `DiffusionModel`: frozen, its sampler replaced, its family found out from the model.
 
     Args:
-        source: folder or Hub repository of a diffusers pipeline.
+        source: folder or Hub repository of a diffusers pipeline, or a single file of Stable Diffusion 1.x or XL.
         dtype: of the networks; default: torch.float32. A VAE that overflows in half precision stays in float32.
         scheduler: a key of `SCHEDULERS`.
         vae: a VAE in float32, to use instead of the model's own.
-        revision, variant, cache_dir: as for `from_pretrained`.
+        revision, variant, cache_dir: as for `from_pretrained`; a file has neither revision nor variant.
 
     Raises:
         ValueError: naming the source, if it cannot be loaded or its family is not supported.
     """
-    from .loading import load_pipeline, loading, pipeline_class_of
+    import torch
 
-    hub = {"revision": revision, "cache_dir": cache_dir}
+    from .loading import finish_pipeline, load_pipeline, loading, read_index
+    from .single_file import download_configuration, is_single_file, load_single_file
+
+    hub, dtype = {"revision": revision, "cache_dir": cache_dir}, dtype or torch.float32
     with loading(source):
-        family = family_of(pipeline_class_of(source, **hub))
-    return family(load_pipeline(family, source, dtype, scheduler, vae, variant=variant, **hub))
+        if is_single_file(source):
+            if revision is not None or variant is not None:
+                raise ValueError("revision and variant are for folders and repositories, not for a single file")
+            folder = download_configuration(source, cache_dir)
+            family = family_of(read_index(folder)["_class_name"])
+            pipeline = load_single_file(family, source, folder, dtype, vae)
+        else:
+            family = family_of(read_index(source, **hub)["_class_name"])
+            pipeline = load_pipeline(family, source, dtype, vae, variant, **hub)
+        return family(finish_pipeline(family, pipeline, dtype, scheduler))

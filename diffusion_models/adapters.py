@@ -11,34 +11,35 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The LoRA of a model: adding one, loading one to train it further, saving it as diffusers does."""
+"""The LoRA of a model: adding one, loading one in any layout, saving it as diffusers and other programs read it."""
 
 import os
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 
 from .loading import loading
+from .lora_files import LORA_FILE, find_lora, read_lora
+from .original_names import original_names
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 
-def add_lora(model, *, rank, alpha, layers, use_dora=False):
+def add_lora(model, *, rank, alpha, layers):
     """Give the network a new LoRA, trainable in float32.
 
     Args:
         model: `DiffusionModel`.
         rank, alpha: of the LoRA; its update is scaled by alpha / rank.
         layers: names of layers of the network.
-        use_dora: train a DoRA (huggingface.co/papers/2402.09353).
 
     Raises:
         ValueError: if the network has none of a layer.
@@ -47,83 +48,160 @@ def add_lora(model, *, rank, alpha, layers, use_dora=False):
         if not any(name == layer or name.endswith(f".{layer}") for name, _ in model.network.named_modules()):
             raise ValueError(f"the {model.trained} has no layer {layer!r}")
     model.network.add_adapter(
-        LoraConfig(
-            r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(layers), use_dora=use_dora
-        )
+        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(layers))
     )
     cast_training_params(model.network, dtype=torch.float32)
 
 
-def lora_file(source, cache_dir=None):
-    """`LORA_FILE` if a folder or Hub repository holds it, else `None`, for adapters under other names.
-
-    Our folders hold others in best/ and ema/ too, between which diffusers could not choose.
-    """
-    if os.path.exists(source):
-        return LORA_FILE if os.path.isfile(os.path.join(source, LORA_FILE)) else None
-    try:
-        hf_hub_download(source, LORA_FILE, cache_dir=cache_dir)
-    except RemoteEntryNotFoundError:
-        return None
-    except LocalEntryNotFoundError:  # the Hub cannot be reached, which loading the adapter will report
-        pass
-    return LORA_FILE
+# Loading
 
 
 def load_lora(model, source, cache_dir=None):
     """Give the network the LoRA of a folder, file or Hub repository, to be trained further in float32.
 
+    Its ranks and its scale are kept. If the layers have different scales, those go into the matrices, and the scale is 1.
+
     Raises:
-        ValueError: if it cannot be loaded, or has layers of other components, which could be neither trained nor saved.
+        ValueError: if it cannot be loaded, is a DoRA, or has layers of other components, which could be neither trained nor
+            saved.
     """
-    pipeline, network = model.pipeline, model.network
     with loading(source):
-        options = {"weight_name": lora_file(source, cache_dir), "cache_dir": cache_dir}
-        # With its configuration, the layers of SDXL are recognised by the names of other trainers, too.
-        layers, _ = pipeline.lora_state_dict(source, unet_config=network.config, **options)
-        others = sorted(key for key in layers if not key.startswith(f"{model.trained}."))
-        if others:
-            raise ValueError(f"it holds more than layers of the {model.trained}, such as {others[0]!r}")
-        pipeline.load_lora_weights(source, adapter_name="default", **options)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-        set_lora(model, layers)  # again: it has been rounded to the network's precision
+        layers = _layers_to_train(model, find_lora(source, cache_dir))
+        model.network.add_adapter(_config_of(layers))
+        cast_training_params(model.network, dtype=torch.float32)
+        _set_layers(model.network, layers)
 
 
-def set_lora(model, layers):
-    """Give the LoRA the weights of a state dict as diffusers saves it, in float32 whatever the network is in.
+def load_adapter(pipeline, source, name, cache_dir=None):
+    """Give a pipeline the LoRA or DoRA of a folder, file or Hub repository under a name, in the precision of its components.
 
     Raises:
-        ValueError: if the LoRA lacks one of the layers, or has it in another size.
+        ValueError: if it cannot be loaded.
     """
-    cast_training_params(model.network, dtype=torch.float32)
-    layers = {key.removeprefix(f"{model.trained}."): value for key, value in layers.items()}
-    layers = convert_unet_state_dict_to_peft(layers)
-    try:
-        result = set_peft_model_state_dict(model.network, layers, adapter_name="default")
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-    if result.unexpected_keys:
-        raise ValueError(f"the {model.trained} has no layer {result.unexpected_keys[0]!r}")
-
-
-def save_lora(model, directory):
-    """Write the LoRA into a folder, as `LORA_FILE`, with its configuration in the metadata."""
-    network = model.network
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
-    model.pipeline.save_lora_weights(
-        directory, **{f"{model.trained}_lora_layers": layers}, **_collate_lora_metadata({model.trained: network})
-    )
+    with loading(source):
+        for component, layers in read_lora(find_lora(source, cache_dir), pipeline).items():
+            network, config = getattr(pipeline, component), _config_of(layers)
+            if component == "unet":
+                network.add_adapter(config, adapter_name=name)
+            else:  # the same of transformers may need another version of peft than diffusers
+                inject_adapter_in_model(config, network, adapter_name=name)
+            _set_layers(network, layers, name)
 
 
 def restore_lora(model, directory):
     """Give the LoRA the weights that `save_lora` wrote into a folder.
 
     Raises:
-        ValueError: if they are not of this LoRA.
+        ValueError: if they cannot be read, or are not of this LoRA.
     """
-    layers, _ = model.pipeline.lora_state_dict(directory, weight_name=LORA_FILE)
-    set_lora(model, layers)
+    path = os.path.join(directory, LORA_FILE)
+    with loading(path):
+        _set_layers(model.network, _layers_to_train(model, path))
+
+
+def _layers_to_train(model, path):
+    """{name: `LayerUpdate`} of a file, for the network."""
+    components = read_lora(path, model.pipeline)
+    others = sorted(components.keys() - {model.trained})
+    if others:
+        raise ValueError(f"it has layers of the {others[0]}, and only the {model.trained} is trained")
+    if any(layer.magnitude is not None for layer in components[model.trained].values()):
+        # peft's gradient holds the norm of the weights fixed.
+        raise ValueError("it is a DoRA, whose gradient peft approximates: use a LoRA")
+    return components[model.trained]
+
+
+def _config_of(layers):
+    """The `LoraConfig` of layers {name: `LayerUpdate`}, with their common scale, or 1 if they have none."""
+    scales = {layer.scale for layer in layers.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    ranks = {name: len(layer.A) for name, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    # peft finds a layer by the end of its name; the ^ makes that the whole name, as diffusers does.
+    others = {f"^{name}": own for name, own in ranks.items() if own != rank}
+    doras = {layer.magnitude is not None for layer in layers.values()}
+    if len(doras) > 1:
+        raise ValueError("some of its layers have the magnitudes of a DoRA, and some do not")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        rank_pattern=others,
+        alpha_pattern={name: scale * own for name, own in others.items()},
+        target_modules=list(layers),
+        use_dora=doras.pop(),
+    )
+
+
+@torch.no_grad()
+def _set_layers(network, layers, adapter="default"):
+    """Write layers {name: `LayerUpdate`} into an adapter that is there, whose own scales take effect.
+
+    Raises:
+        ValueError: if the adapter has other layers, or has them in other sizes.
+    """
+    own = _lora_layers(network, adapter)
+    for name in sorted(own.keys() ^ layers.keys()):
+        raise ValueError(
+            f"the adapter has the layer {name!r}" if name in own else f"the adapter has no layer {name!r}"
+        )
+    for name, layer in layers.items():
+        module = own[name]
+        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        if (A.shape, B.shape) != (layer.A.shape, layer.B.shape):
+            raise ValueError(f"size mismatch for {name!r}: {list(A.shape)} and {list(layer.A.shape)}")
+        A.copy_(layer.A)
+        B.copy_(layer.B * (layer.scale / module.scaling[adapter]))
+        if layer.magnitude is not None:
+            magnitude = module.lora_magnitude_vector[adapter].weight
+            magnitude.copy_(layer.magnitude.reshape(magnitude.shape))
+
+
+def _lora_layers(network, adapter="default"):
+    """{name: peft's layer} of an adapter."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.scaling
+    }
+
+
+# Saving
+
+
+def save_lora(model, directory):
+    """Write the LoRA into a folder, as `LORA_FILE`, with its configuration in the metadata."""
+    network = model.network
+    # All layers in the same names: of a mixture diffusers would take those of its first key only.
+    layers = {
+        key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value
+        for key, value in get_peft_model_state_dict(network).items()
+    }
+    model.pipeline.save_lora_weights(
+        directory, **{f"{model.trained}_lora_layers": layers}, **_collate_lora_metadata({model.trained: network})
+    )
+
+
+def save_kohya(model, directory):
+    """Write the LoRA into a folder that is there, as `KOHYA_FILE`, which ComfyUI and AUTOMATIC1111 load.
+
+    They read the alpha of each layer from a tensor and the kind of the base model from the metadata. Layers of SDXL have
+    the original names there, those of Stable Diffusion the names of diffusers.
+    """
+    network = model.network
+    is_xl, is_2 = network.config.addition_embed_type == "text_time", network.config.cross_attention_dim == 1024
+    names = original_names(network) if is_xl else {}
+    # One alpha for all layers: of several, diffusers takes the most frequent.
+    alpha = float(network.peft_config["default"].lora_alpha)
+    tensors = {}
+    for name, module in _lora_layers(network).items():
+        A, B = (matrices["default"].weight.detach().float().cpu() for matrices in (module.lora_A, module.lora_B))
+        key = "lora_unet_" + names.get(name, name).replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = A.contiguous()
+        tensors[f"{key}.lora_up.weight"] = (B * (module.scaling["default"] * len(A) / alpha)).contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    version = "sdxl_base_v1-0" if is_xl else "sd_v2" if is_2 else "sd_v1"
+    metadata = {"format": "pt", "ss_base_model_version": version, "ss_v2": str(is_2 and not is_xl)}
+    save_file(tensors, os.path.join(directory, KOHYA_FILE), metadata=metadata)
 
 
 @contextmanager

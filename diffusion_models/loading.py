@@ -11,12 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading pipelines and VAEs: what cannot be read is a ValueError of one line that names the folder or repository."""
+"""Reading pipelines and VAEs: what cannot be read is a ValueError of one line that names the file, folder or repository."""
 
+import json
+import os
 from contextlib import contextmanager
+from importlib import import_module
+from inspect import Parameter, signature
 
 import torch
+from packaging.version import parse
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -24,46 +30,84 @@ from diffusers import DiffusionPipeline
 from .schedulers import make_scheduler
 
 
+# Components that images are drawn without.
+NOT_NEEDED = {"feature_extractor": None, "image_encoder": None}
+# Entries of a component's configuration that the shapes of its weights do not show. Without them the libraries would take
+# defaults, which are those of another model.
+ENTRIES = {
+    "scheduler": ("beta_start", "beta_end", "beta_schedule", "prediction_type"),
+    "unet": ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
+    "vae": ("act_fn", "scaling_factor"),
+    "text_encoder": ("eos_token_id", "hidden_act", "num_attention_heads", "num_hidden_layers"),
+    "text_encoder_2": ("eos_token_id", "hidden_act", "num_attention_heads", "num_hidden_layers"),
+}
+# Versions of diffusers from which on they are surely written. The defaults are right for older files.
+SINCE = {"prediction_type": "0.14", "scaling_factor": "0.16"}
+
+
 @contextmanager
 def loading(source):
-    """Within it, what keeps `source` from being loaded is a ValueError."""
+    """Within it, what keeps `source` from being loaded is a ValueError of one line."""
+    with _naming(f"{source!r} cannot be loaded"):
+        yield
+
+
+@contextmanager
+def _naming(what):
+    """Within it, every error but a want of memory is a ValueError of one line that begins with `what`."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{source!r} cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # for a damaged file the libraries raise errors of every type
+        reason = " ".join(str(error).split())
+        if not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{what}: {reason}") from error
 
 
-def pipeline_class_of(source, **hub):
-    """The name of the pipeline class in model_index.json.
+def read_index(source, **hub):
+    """The content of model_index.json.
 
     Raises:
-        ValueError, OSError: if there is no such file or no such name in it.
+        ValueError, OSError: if there is no such file, or it names no pipeline.
     """
-    name = DiffusionPipeline.load_config(source, **hub).get("_class_name")
-    if name is None:
+    index = DiffusionPipeline.load_config(source, **hub)
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError("its model_index.json does not name a pipeline")
-    return name
+    return index
 
 
-def load_pipeline(family, source, dtype, scheduler, vae, **hub):
-    """The frozen pipeline of a `DiffusionModel` subclass, see `diffusion_models.load_model`.
+def load_pipeline(family, source, dtype, vae, variant=None, **hub):
+    """The pipeline of a `DiffusionModel` subclass, of a folder or Hub repository, the VAE in float32.
 
     Raises:
-        ValueError: if it cannot be loaded, or the model is not what the family expects.
+        ValueError: naming the component that cannot be loaded, besides whatever the libraries raise.
     """
-    dtype = torch.float32 if dtype is None else dtype
-    components = dict(family.components)
-    if vae is not None:
-        components["vae"] = vae
-    with loading(source):
-        pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-            source, dtype={"default": dtype, "vae": torch.float32}, **components, **hub
-        )
-        family.check(pipeline)
-        pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
-        if not pipeline.vae.config.force_upcast or family.vae_in_half_precision:
-            # Not diffusers' own `to`, which warns of modules to be kept in float32, of which there are none.
-            torch.nn.Module.to(pipeline.vae, dtype)
+    pipeline_class = getattr(diffusers, family.pipeline_class)
+    given = {**NOT_NEEDED, **family.components, **({} if vae is None else {"vae": vae})}
+    folder = source
+    if not os.path.isdir(source):
+        folder = pipeline_class.download(source, variant=variant, **given, **hub)
+    index, parameters = read_index(folder), signature(pipeline_class).parameters
+    needed = [name for name in parameters if parameters[name].default is Parameter.empty and name not in given]
+    classes = {name: _class_of(name, index, optional=name in pipeline_class._optional_components) for name in needed}
+    components = {**_load_components(classes, folder, dtype, variant), **given}
+    settings = {name: index[name] for name in parameters if name in index and name not in components}
+    return pipeline_class(**components, **settings)
+
+
+def finish_pipeline(family, pipeline, dtype, scheduler):
+    """Check a pipeline that has just been loaded, and make it a frozen one with the scheduler of the chain.
+
+    Raises:
+        ValueError: if it is not what the family expects.
+    """
+    family.check(pipeline)
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    if not pipeline.vae.config.force_upcast or family.vae_in_half_precision:
+        # Not diffusers' own `to`, which warns of modules to be kept in float32, of which there are none.
+        torch.nn.Module.to(pipeline.vae, dtype)
     pipeline.set_progress_bar_config(disable=True)
     # The memory format in which convolutions are fastest on a CPU.
     for name in (family.trained, "vae"):
@@ -74,6 +118,106 @@ def load_pipeline(family, source, dtype, scheduler, vae, **hub):
     return pipeline
 
 
+def _class_of(name, index, optional):
+    """The class of a component in the content of model_index.json, or `None` for an optional one that is not there."""
+    entry = index.get(name)
+    if entry in (None, [None, None]) and optional:
+        return None
+    with _naming(name):
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
+            raise ValueError(f"model_index.json says {json.dumps(entry)}, not a class of diffusers or transformers")
+        return getattr(import_module(entry[0]), entry[1])
+
+
+def _load_components(classes, folder, dtype, variant):
+    """{name: component} of a pipeline's folder, of the classes {name: class, or `None`}.
+
+    They are not left to the pipeline: of weights that lack a tensor, of a tokenizer without a vocabulary and of a
+    configuration without an entry the libraries warn at most.
+
+    Raises:
+        ValueError: naming the component that cannot be loaded.
+    """
+    if variant is not None and not any(_has_variant(os.path.join(folder, name), variant) for name in classes):
+        raise ValueError(f"it has no files of the variant {variant!r}")
+    components = {}
+    for name, component_class in classes.items():
+        with _naming(name):
+            precision = torch.float32 if name == "vae" else dtype
+            components[name] = component_class and _load_part(component_class, folder, name, precision, variant)
+    return components
+
+
+def _load_part(component_class, folder, name, dtype, variant):
+    """A component of a pipeline's folder, with what its configuration and its vocabulary must hold."""
+    path = os.path.join(folder, name)
+    if issubclass(component_class, PreTrainedTokenizerBase):
+        _check_vocabulary(component_class, path)
+        return load_component(component_class, path)
+    written = _read_configuration(path, getattr(component_class, "config_name", "config.json"))
+    options = {"variant": variant} if variant is not None and _has_variant(path, variant) else {}
+    component = load_component(component_class, path, dtype, **options)
+    _check_entries(component, written.get("text_config") or written, ENTRIES.get(name, ()))
+    return component
+
+
+def _has_variant(folder, variant):
+    """Whether a component's folder has weights of a variant, as only some components may."""
+    return os.path.isdir(folder) and any(f".{variant}." in name for name in os.listdir(folder))
+
+
+def _check_vocabulary(tokenizer_class, folder):
+    """Raise ValueError for the folder of a tokenizer without a vocabulary: it would know only special tokens."""
+    names = set(tokenizer_class.vocab_files_names.values())
+    present = {name for name in names if os.path.isfile(os.path.join(folder, name))}
+    whole = tokenizer_class.vocab_files_names.get("tokenizer_file")
+    if whole not in present and present != names - {whole}:
+        raise ValueError(f"its vocabulary is missing, one of the files {', '.join(sorted(names))}")
+
+
+def _read_configuration(folder, name):
+    """The content of a component's configuration file; diffusers would look for other content on the Hub."""
+    with open(os.path.join(folder, name), encoding="utf-8") as file:
+        written = json.load(file)
+    if not isinstance(written, dict):
+        raise ValueError(f"its {name} is not a JSON object")
+    return written
+
+
+def _check_entries(component, written, entries):
+    """Raise ValueError for a configuration that was written without one of some entries, as far as the component has them."""
+    version = parse(str(written.get("_diffusers_version", "0")))
+    for entry in entries:
+        is_newer = version < parse(SINCE.get(entry, "0"))
+        if entry not in written and not is_newer and getattr(component.config, entry, None) is not None:
+            raise ValueError(f"its configuration has no {entry!r}")
+
+
+def load_component(component_class, source, dtype=None, **options):
+    """A scheduler, tokenizer or network of a folder or Hub repository; of a network the weights must be complete.
+
+    Args:
+        component_class: of diffusers or transformers.
+        dtype: of a network.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ValueError: naming a weight that is missing or has no place, besides whatever the libraries raise.
+    """
+    if not issubclass(component_class, torch.nn.Module):
+        return component_class.from_pretrained(source, **options)
+    network, info = component_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise ValueError(
+            f"its weights lack {len(missing)} tensors of {component_class.__name__}, such as {missing[0]!r}"
+        )
+    # Text encoders may come from a whole CLIP, with more than the text model.
+    if unexpected and issubclass(component_class, diffusers.ModelMixin):
+        raise ValueError(f"its config.json has no place for {len(unexpected)} tensors, such as {unexpected[0]!r}")
+    return network
+
+
 def load_vae(source, class_name, dtype, cache_dir=None):
     """An autoencoder of a class of diffusers.
 
@@ -82,7 +226,9 @@ def load_vae(source, class_name, dtype, cache_dir=None):
     """
     vae_class = getattr(diffusers, class_name)
     with loading(source):
-        found = vae_class.load_config(source, cache_dir=cache_dir).get("_class_name")
-        if found != class_name:
-            raise ValueError(f"its config.json says {found}, and {class_name} is needed")
-        return vae_class.from_pretrained(source, cache_dir=cache_dir, dtype=dtype)
+        written = vae_class.load_config(source, cache_dir=cache_dir)
+        if written.get("_class_name") != class_name:
+            raise ValueError(f"its config.json says {written.get('_class_name')}, and {class_name} is needed")
+        vae = load_component(vae_class, source, cache_dir=cache_dir, dtype=dtype)
+        _check_entries(vae, written, ENTRIES["vae"])
+        return vae

@@ -36,7 +36,7 @@ class StableDiffusionXL(UNetModel):
         super().check(pipeline)
         unet, pooled = pipeline.unet.config, pipeline.text_encoder_2.config.projection_dim
         # Six numbers: the original size, the crop and the target size, as `static` gives them. A refiner takes five.
-        given = 6 * unet.addition_time_embed_dim + pooled
+        given = 6 * (unet.addition_time_embed_dim or 0) + pooled
         if unet.projection_class_embeddings_input_dim != given:
             raise ValueError(
                 f"the U-Net reads {unet.projection_class_embeddings_input_dim} numbers of size and pooled prompt, and SDXL"

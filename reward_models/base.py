@@ -178,5 +178,5 @@ def find_problem(scores, prompts):
     bad = ~torch.isfinite(values)
     if bad.any():
         i = bad.nonzero()[0].item()
-        return f"returned {values[i].item()} for prompt {prompts[i]!r}"
+        return f"returned {values[i].item()} for prompt {prompts[i][:80]!r}"
     return None

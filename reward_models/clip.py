@@ -168,10 +168,10 @@ def check_tokenizer(tokenizer, text_config):
     unmade = vocabulary.keys() - {"".join(pair) for pair in merges} - tokenizer.get_added_vocab().keys()
     unmade = [token for token in unmade if len(token.removesuffix("</w>")) > 1]
     # Older configurations say 2, and transformers then looks for the highest id.
-    end = size - 1 if text_config.eos_token_id == 2 else text_config.eos_token_id
+    end = len(vocabulary) - 1 if text_config.eos_token_id == 2 else text_config.eos_token_id
     last = tokenizer("").input_ids[-1]
-    if sorted(vocabulary.values()) != list(range(size)):
-        problem = f"its {len(vocabulary)} tokens do not have the ids 0 to {size - 1} of the text encoder"
+    if len(vocabulary) > size or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        problem = f"its {len(vocabulary)} tokens do not have the ids from 0 on of the text encoder's {size}"
     elif unmade:
         problem = f"it has no merges for {len(unmade)} of its tokens, such as {min(unmade)!r}"
     elif last != end:

@@ -13,6 +13,25 @@
 # limitations under the License.
 """The life of a training run: plain functions that the scripts call, one part of it a file."""
 
+import logging
+import re
+
+
+# Messages of other libraries at every run that say nothing to its user: {logger: how they begin}. They are left out from
+# here, since some come when the library is imported.
+LEFT_OUT = {
+    # Without a package that only layers of 4 bits on the CPU need.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # About image processors, which are loaded with a pipeline and not used.
+    "transformers.utils.import_utils": r"`\w+` requires torchvision",
+    # The end of every long prompt; `prompts.warn_of_long_prompts` has one line for all of them.
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "The following part of your input was truncated",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl": "The following part of your input was truncated",
+}
+for _name, _start in LEFT_OUT.items():
+    logging.getLogger(_name).addFilter(lambda record, start=_start: re.match(start, record.getMessage()) is None)
+
 
 def __getattr__(name):
     # Not imported above, so that the parsers of the scripts do not wait for torch.

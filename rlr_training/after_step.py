@@ -47,18 +47,19 @@ def after_step(args, run, step, line, progress):
         line.update(figures)
     log_metrics(accelerator, args.output_dir, line)
     progress.update(line)
+    stopped = accelerator.check_trigger()
+    is_last = step == args.max_train_steps or reason is not None
+    # What is uploaded can be resumed from, and a finished run can be made longer.
+    pushing = args.push_every is not None and step % args.push_every == 0 and not is_last
+    if step % args.checkpointing_steps == 0 or stopped or pushing or is_last:
+        save_checkpoint(accelerator, args, step, run.optimization.trainable)
     if reason is not None:
         logger.info(reason)
         return reason
-    stopped = accelerator.check_trigger()
-    # What is uploaded can be resumed from.
-    pushing = args.push_every is not None and step % args.push_every == 0 and step < args.max_train_steps
-    if step % args.checkpointing_steps == 0 or stopped or pushing:
-        save_checkpoint(accelerator, args, step, run.optimization.trainable)
     if stopped:
         return STOPPED
     if accelerator.is_main_process:
-        if args.validation_prompts and step % args.validation_steps == 0:
+        if args.validation_prompts and (step % args.validation_steps == 0 or is_last):
             with averaged(run.optimization):
                 log_validation(run.model, args, accelerator, step)
         if pushing:

@@ -38,7 +38,7 @@ def add_model_flags(parser, default):
     add(
         "--pretrained_model_name_or_path",
         default=default,
-        help="Folder of a diffusers pipeline, or its name on huggingface.co/models.",
+        help="Folder of a diffusers pipeline, its name on huggingface.co/models, or a .safetensors file of SD 1.x or XL.",
     )
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model files, such as fp16.")
@@ -50,7 +50,6 @@ def add_model_flags(parser, default):
     add("--rank", type=whole_number(), default=4, help="Rank of the LoRA.")
     add("--lora_alpha", type=whole_number(), help="The LoRA update is scaled by lora_alpha / rank. Default: the rank.")
     add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Names of the layers that get a LoRA, with commas.")
-    add("--use_dora", action="store_true", help="Train a DoRA (huggingface.co/papers/2402.09353).")
     return group
 
 
@@ -208,11 +207,11 @@ def add_prompt_flags(parser, boundaries):
     add = parser.add_argument_group("prompts").add_argument
     add(
         "--prompts",
-        help="simple_animals or activities, a text file with one prompt a line, or a JSONL file with a field"
-        ' "prompt", and for a chain of thought "coarse", "mid" and "fine". "a {red|blue} cat" stands for two prompts.'
+        help="simple_animals or activities, a text file with one prompt a line, or a JSON or JSONL file of objects"
+        ' with a "prompt", and for a chain of thought "coarse", "mid" and "fine". "a {red|blue} cat" stands for two prompts.'
         " Default: simple_animals.",
     )
-    add("--dataset_name", help="Take the prompts from this dataset (Hub name, folder or file).")
+    add("--dataset_name", help="Take the prompts from this dataset: Hub name, file or folder, also of save_to_disk.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--dataset_split", default="train", help="Split of the dataset.")
     add("--dataset_streaming", action="store_true", help="Read the captions without downloading the dataset.")
@@ -232,7 +231,7 @@ def add_prompt_flags(parser, boundaries):
 def add_validation_flags(parser):
     """Images that people look at."""
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="Prompts of the validation images.")
+    add("--validation_prompts", nargs="+", help="Prompts of images for validation/ and the trackers.")
     add("--num_validation_images", type=whole_number(), default=4, help="Images per validation prompt.")
     add("--validation_steps", type=whole_number(), default=100, help="Validate every so many optimizer steps.")
     add(
@@ -305,6 +304,11 @@ def add_saving_flags(parser):
         "--overwrite_output_dir",
         action="store_true",
         help="Remove an earlier run from the output folder, its checkpoints too, and start afresh.",
+    )
+    add(
+        "--export_kohya",
+        action="store_true",
+        help="Also write the final adapter in the layout of kohya, which ComfyUI and AUTOMATIC1111 load.",
     )
     add("--logging_dir", default="logs", help="Folder of the trackers in the output folder.")
     add(

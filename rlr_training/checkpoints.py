@@ -18,10 +18,13 @@ import os
 import random
 import re
 import shutil
+from functools import partial
 
+import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusion_models.adapters import restore_lora, save_lora
+from accelerate.utils import broadcast_object_list, gather_object, load
+from diffusion_models.adapters import LORA_FILE, restore_lora, save_lora
+from reward_models.loading import first_line
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
 
@@ -37,7 +40,7 @@ MAY_CHANGE = (
     *("max_train_steps", "num_train_epochs", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
     *("early_stop_patience", "checkpointing_steps", "checkpoints_total_limit", "logging_dir", "report_to"),
     *("num_eval_images", "validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
-    *("push_to_hub", "push_every", "hub_token", "hub_model_id"),
+    *("push_to_hub", "push_every", "hub_token", "hub_model_id", "export_kohya"),
     *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing", "keep_graphs"),
 )
 
@@ -45,7 +48,7 @@ MAY_CHANGE = (
 # Flags that the script had before and their defaults; `...` where the value does not matter.
 FORMER_FLAGS = {
     **{"subchain_sampling": "uniform", "zo_scale": 0.02, "baseline_steps": None},
-    "enable_xformers_memory_efficient_attention": False,
+    **{"enable_xformers_memory_efficient_attention": False, "use_dora": False},
     **{name: ... for name in ("local_rank", "memory_budget_gb", "half_order_gb", "zeroth_order_gb")},
 }
 
@@ -77,7 +80,7 @@ def find_start(args, accelerator):
             f"the ranks see different checkpoints in {args.output_dir!r}: put --output_dir on a disk that they share"
         )
     if args.seed is None and path is not None:
-        args.seed = stored_configuration(path)["seed"]
+        args.seed = read_state(path)["config"]["seed"]
     elif args.seed is None:
         args.seed = broadcast_object_list([random.SystemRandom().randrange(2**31)])[0]
     return path, step
@@ -125,17 +128,20 @@ def configuration(args, num_processes):
     return json.loads(json.dumps({**config, "num_processes": num_processes}))
 
 
-def stored_configuration(checkpoint):
-    """The configuration of the run that has written a checkpoint.
+def read_state(checkpoint):
+    """The content of a checkpoint's `STATE_FILE`, with the configuration of the run that has written it.
 
     Raises:
         ValueError: if it cannot be read.
     """
     try:
         with open(os.path.join(checkpoint, STATE_FILE), encoding="utf-8") as file:
-            return json.load(file)["config"]
-    except (ValueError, KeyError) as error:
+            state = json.load(file)
+        if not isinstance(state["config"], dict):
+            raise ValueError("its configuration is no object")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot resume from {checkpoint!r}: {STATE_FILE} holds no configuration") from error
+    return state
 
 
 def check_same_run(config, resume_path):
@@ -144,7 +150,7 @@ def check_same_run(config, resume_path):
     Raises:
         ValueError: naming what differs.
     """
-    before = stored_configuration(resume_path)
+    before = read_state(resume_path)["config"]
     # Held-out images are of the validation prompts: of others they could not be compared with those so far.
     may_change = set(MAY_CHANGE) - ({"validation_prompts"} if config["heldout_reward"] else set())
     differing = [
@@ -159,6 +165,66 @@ def check_same_run(config, resume_path):
 def _is_former(name, before):
     """Whether a flag is gone that the checkpoint's run did not use."""
     return name in FORMER_FLAGS and FORMER_FLAGS[name] in (..., before.get(name))
+
+
+def check_whole(config, resume_path):
+    """Refuse a checkpoint that lacks a part, or has one that cannot be read.
+
+    accelerate goes on without some of them, and the run would be another one.
+
+    Raises:
+        ValueError: naming the part, and the latest checkpoint beside it that is whole.
+    """
+    damage = find_damage(config, resume_path)
+    if damage is None:
+        return
+    folder, name = os.path.split(os.path.normpath(resume_path))
+    step = int(name.rpartition("-")[2])
+    older = [path for other, path in checkpoints_of(folder).items() if other < step]
+    whole = next((path for path in reversed(older) if find_damage(config, path) is None), None)
+    remedy = (
+        "no older checkpoint is whole" if whole is None else f"move it away to continue from {whole!r}, which is whole"
+    )
+    raise ValueError(f"cannot resume from {resume_path!r}: {damage}; {remedy}")
+
+
+def find_damage(config, checkpoint):
+    """What keeps a checkpoint from being resumed, in words, or `None`.
+
+    Args:
+        config: from `configuration`, of the run.
+    """
+    readers = {STATE_FILE: _read_json_object, LORA_FILE: load_file}
+    readers["optimizer.bin"] = partial(_read_torch, needed={"state", "param_groups"})
+    readers["scheduler.bin"] = partial(_read_torch, needed={"last_epoch", "base_lrs"})
+    for rank in range(config["num_processes"]):
+        needed = {"random_state", "numpy_random_seed", "torch_manual_seed"}
+        readers[f"random_states_{rank}.pkl"] = partial(_read_torch, needed=needed)
+    if config["ema_decay"] is not None:
+        readers[EMA_FILE] = load_file
+    if config["mixed_precision"] == "fp16" and torch.cuda.is_available():
+        readers["scaler.pt"] = partial(_read_torch, needed={"scale"})
+    for name, read in readers.items():
+        path = os.path.join(checkpoint, name)
+        if not os.path.isfile(path):
+            return f"{name} is missing"
+        try:
+            read(path)
+        except Exception as error:  # safetensors, zip files and pickles have errors of their own
+            return f"{name} is damaged ({first_line(error)})"
+    return None
+
+
+def _read_json_object(path):
+    with open(path, encoding="utf-8") as file:
+        if not isinstance(json.load(file), dict):
+            raise ValueError("not a JSON object")
+
+
+def _read_torch(path, needed):
+    missing = sorted(needed - load(path, map_location="cpu").keys())
+    if missing:
+        raise ValueError(f"without {', '.join(missing)}")
 
 
 def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
@@ -193,13 +259,16 @@ def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
         restore_lora(model, directory)
         with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
-        missing = sorted((rlr.state_dict().keys() | others.keys()) - state.keys())
+        needed = {"position", *rlr.state_dict(), *others} | ({"ema_step"} if ema is not None else set())
+        missing = sorted(needed - state.keys())
         if missing:
             raise ValueError(f"it is of an earlier version, which did not keep {', '.join(missing)}")
         sampler.position = state["position"]
         if ema is not None:
             ema.optimization_step = state["ema_step"]
             average = load_file(os.path.join(directory, EMA_FILE))
+            if len(average) != len(ema.shadow_params):
+                raise ValueError(f"{EMA_FILE} is not the average of this adapter")
             for i, values in enumerate(ema.shadow_params):
                 values.copy_(average[str(i)])
         rlr.load_state_dict(state)
@@ -214,8 +283,10 @@ def load_checkpoint(accelerator, path):
     """Raise RunError if the checkpoint cannot be loaded."""
     try:
         accelerator.load_state(path)
-    except (ValueError, RuntimeError, OSError, KeyError, EOFError) as error:
-        raise RunError(f"cannot resume from {path!r}: {one_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # parts that can be read and do not fit, of which any may fail in its own way
+        raise RunError(f"cannot resume from {path!r}: {one_line(error) or type(error).__name__}") from error
 
 
 def save_checkpoint(accelerator, args, step, trainable):
@@ -240,6 +311,7 @@ def save_checkpoint(accelerator, args, step, trainable):
             return
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
+        logger.info(f"saved {path!r}")
         if args.checkpoints_total_limit is not None:
             for old in list(checkpoints_of(args.output_dir).values())[: -args.checkpoints_total_limit]:
                 # Renamed first, or a kill would leave a part of it under its name.

@@ -50,15 +50,28 @@ def check_args(args, default_of):
         ValueError: one line that names the flag and what it should be.
     """
     check_settings(Settings(**rlr_settings(args)), args.num_inference_steps, name=flag_of)
+    check_shared_flags(args)
     _check_noise(args)
     _check_adapter(args, default_of)
     _check_rewards(args)
     _check_run(args)
 
 
-def _check_noise(args):
+def check_shared_flags(args):
+    """The part of `check_args` that is about flags of training and evaluation alike.
+
+    Raises:
+        ValueError: one line that names the flag and what it should be.
+    """
     if args.eta < 1 and args.scheduler != "ddim":
         raise ValueError(f"--eta {args.eta} is for --scheduler ddim, and {args.scheduler} has a noise of its own")
+    with naming("--dcot_boundaries:"):
+        levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+    parse_reward(args.reward)
+    parse_reward_paths(args.reward_path)
+
+
+def _check_noise(args):
     if args.eta == 0 and args.gradient_estimator not in NEED_GRADIENT:
         raise ValueError(f"--eta 0 leaves no noise in the chain, which {args.gradient_estimator} needs: use --eta 1")
     if args.eta == 0 and args.kl_weight > 0:
@@ -70,16 +83,16 @@ def _check_noise(args):
 
 
 def _check_adapter(args, default_of):
-    for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
+    for name in ("rank", "lora_alpha", "lora_layers"):
         if args.adapter_path is not None and getattr(args, name) != default_of(name):
             raise ValueError(f"--{name} is for a new adapter, and --adapter_path {args.adapter_path!r} has its own")
+    if not all(name.strip() for name in args.lora_layers.split(",")):
+        raise ValueError(f"--lora_layers {args.lora_layers!r} has an empty name: give names, separated by commas")
 
 
 def _check_rewards(args):
-    parse_reward(args.reward)
     if args.heldout_reward is not None:
         parse_reward(args.heldout_reward)
-    parse_reward_paths(args.reward_path)
     if args.reward_batch_size is not None and args.reward_batch_size > args.decode_batch_size:
         raise ValueError(
             f"--reward_batch_size {args.reward_batch_size} is more than --decode_batch_size {args.decode_batch_size}:"
@@ -101,8 +114,6 @@ def _check_run(args):
         raise ValueError(f"--max_grad_norm {args.max_grad_norm!r} is neither auto nor a positive number")
     if args.prompts is not None and args.dataset_name is not None:
         raise ValueError(f"--prompts {args.prompts!r} and --dataset_name {args.dataset_name!r}: give one of them")
-    with naming("--dcot_boundaries:"):
-        levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
     if args.report_to not in ("tensorboard", "none") and args.hub_token is not None:
         raise ValueError(
             f"--report_to {args.report_to} with --hub_token would log the token: log in with `hf auth login` instead"

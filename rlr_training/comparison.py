@@ -13,15 +13,15 @@
 # limitations under the License.
 """Adapters against their base model: loading them, and what is measured of their images."""
 
-import itertools
 import os
 
 import torch
-from diffusion_models.adapters import lora_file
+from diffusion_models.adapters import load_adapter
 from reward_models.features import diversity, drift, frechet_distance
 from reward_models.images import read_image
-from reward_models.loading import first_line
 from tqdm.auto import tqdm
+
+from .errors import naming
 
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -52,13 +52,8 @@ def load_adapters(pipeline, sources, cache_dir):
         # peft keeps adapters in a module under their names, which must not be those of its members, such as "train".
         while name in (*names, "base") or hasattr(torch.nn.ModuleDict(), name):
             name += "-again"
-        try:
-            file = lora_file(source, cache_dir)
-            pipeline.load_lora_weights(source, weight_name=file, adapter_name=name, cache_dir=cache_dir)
-        except Exception as error:  # peft, safetensors and the Hub have errors of their own
-            raise ValueError(f"--adapters {source!r} cannot be loaded: {first_line(error)}") from error
-        if name not in itertools.chain(*pipeline.get_list_adapters().values()):  # of which diffusers only warns
-            raise ValueError(f"--adapters {source!r} cannot be loaded: no layer of it is one of the base model")
+        with naming("--adapters"):
+            load_adapter(pipeline, source, name, cache_dir)
         names.append(name)
     return names
 

@@ -16,21 +16,25 @@
 import json
 import math
 import os
+import re
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusion_models import load_model
-from diffusion_models.adapters import LORA_FILE, lora_disabled
+from diffusion_models.adapters import LORA_FILE, load_adapter, lora_disabled
 from diffusion_models.chain_of_thought import ChainOfThought
 from diffusion_models.loading import load_vae
 from reward_models.features import diversity, drift
 from tqdm.auto import tqdm
 
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
-from .errors import RunError, naming
+from .display import scores_shown, shown
+from .errors import RunError, naming, saving
+from .output_dir import VALIDATION_FOLDER
 from .plots import plot_before_after
 from .prompts import levels_of
 
@@ -86,16 +90,26 @@ def generate(model, prompts, args, batch_size, desc=None, first_seed=EVALUATION_
 
 
 def log_validation(model, args, accelerator, step):
-    """Send images of the validation prompts, from the same seeds each time, to every tracker."""
-    logger.info(f"Running validation: {args.num_validation_images} images of each validation prompt")
+    """Draw images of the validation prompts, from the same seeds each time, as PNG files and for every tracker.
+
+    Raises:
+        RunError: if the files cannot be written.
+    """
+    folder = os.path.join(args.output_dir, VALIDATION_FOLDER, f"step-{step:06}")
+    logger.info(f"Running validation: {args.num_validation_images} images of each validation prompt, in {folder}")
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     images = generate(model, prompts, args, args.train_batch_size).permute(0, 2, 3, 1).numpy()
+    with saving(folder):
+        os.makedirs(folder, exist_ok=True)
+        for number, (image, prompt) in enumerate(zip(VaeImageProcessor.numpy_to_pil(images), prompts), 1):
+            words = "-".join(re.findall(r"\w+", prompt))[:40]
+            image.save(os.path.join(folder, f"{number:03}-{words}.png"))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", images, step, dataformats="NHWC")
         if tracker.name == "wandb":
-            shown = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts)]
-            tracker.log({"validation": shown}, step=step)
+            logged = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts)]
+            tracker.log({"validation": logged}, step=step)
 
 
 class HeldOut:
@@ -139,8 +153,8 @@ class HeldOut:
         """Keep the embeddings of the base model's images, and log the rest."""
         with lora_disabled(model):
             figures, self.base_embeds = self._measure(model)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        logger.info(f"base model on {len(self.prompts)} images: {shown}")
+        listed = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
+        logger.info(f"base model on {len(self.prompts)} images: {listed}")
 
     def measure(self, model):
         """The figures of the model as it is, {name: number}."""
@@ -161,14 +175,21 @@ class EarlyStopping:
 
     def update(self, step, score):
         """(whether this is the best score, why to stop or `None`)."""
-        if score > self.best:
+        is_best = score > self.best
+        if is_best:
             self.best, self.best_step, self.waited = score, step, 0
-            return True, None
-        self.waited += 1
+        else:
+            self.waited += 1
+        return is_best, self.reason(step)
+
+    def reason(self, step):
+        """Why to stop after a step, or `None`."""
         if self.patience is None or self.waited < self.patience:
-            return False, None
-        reason = f"the held-out reward has not risen above {self.best:.4f} of step {self.best_step} in {self.waited}"
-        return False, f"stopped early after step {step}: {reason} scorings; that adapter is in best/"
+            return None
+        reason = (
+            f"the held-out reward has not risen above {shown(self.best)} of step {self.best_step} in {self.waited}"
+        )
+        return f"stopped early after step {step}: {reason} scorings; that adapter is in best/"
 
     def state_dict(self):
         best = self.best if math.isfinite(self.best) else None
@@ -249,7 +270,7 @@ def compare_with_base(args, rewards, prompts, model):
     images, scores, members = {}, {}, {member: {} for member in rewards.members}
     for name in ("base", "tuned"):
         if name == "tuned":
-            model.pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
+            load_adapter(model.pipeline, args.output_dir, name)
         images[name] = generate(model, prompts, args, args.train_batch_size, desc=f"{name} images")
         with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
             result = rewards(images[name], prompts, device=device)
@@ -267,13 +288,19 @@ def compare_with_base(args, rewards, prompts, model):
     return results
 
 
+def print_result(args, command):
+    """Print where the adapter of a run is, and the command that evaluates it."""
+    print(f"the adapter is {os.path.join(args.output_dir, LORA_FILE)}; README.md beside it shows how to use it")
+    print(f"to evaluate it: {command}")
+
+
 def print_comparison(args, results):
     """Print what `compare_with_base` returned."""
     for name in ("base", "tuned"):
-        mean, std = results[name]["mean"], results[name]["std"]
-        print(f"{name:>6} {args.reward}: {mean:.4f} mean, {std:.4f} standard deviation")
-    gain = results["gain"]
+        mean, deviation = scores_shown(results[name], results["num_images"])
+        print(f"{name:>6} {args.reward}: {mean} mean, {deviation} standard deviation")
+    gain, error = results["gain"]["mean"], results["gain"]["standard_error"]
     print(
-        f"  gain {gain['mean']:+.4f} with a standard error of {gain['standard_error']:.4f}, over"
+        f"  gain {shown(gain, error, '+')} with a standard error of {shown(error, error)}, over"
         f" {results['num_images']} images of the same prompts and seeds"
     )

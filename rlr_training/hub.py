@@ -14,6 +14,7 @@
 """The Hub: the repository of a run, its model card, and the upload."""
 
 import os
+import re
 import shlex
 from importlib.metadata import version
 
@@ -23,6 +24,7 @@ from diffusion_models.adapters import LORA_FILE
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from reward_models.loading import first_line
 
+from .display import scores_shown, shortened, shown
 from .prompts import levels_of
 
 
@@ -30,14 +32,23 @@ logger = get_logger(__name__, log_level="INFO")
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 NOT_UPLOADED = ("checkpoint-*", "partial-*")
-# What a command in a card leaves out: secrets, and what would make it another run's.
-NOT_SHOWN = ("hub_token", "resume_from_checkpoint", "overwrite_output_dir")
+# What a command in a card leaves out: secrets, a folder of this machine, and what would make it another run's.
+NOT_SHOWN = ("hub_token", "cache_dir", "resume_from_checkpoint", "overwrite_output_dir")
+# Flags whose values are texts and no names of files.
+TEXTS = ("negative_prompt", "validation_prompts")
+# The flags of training that mean the same to evaluate_rlr.py.
+EVALUATION_FLAGS = (
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
+    *("reward", "reward_path", "feature_model", "prompts", "dcot_boundaries", "resolution", "height", "width"),
+    *("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "eta", "mixed_precision"),
+)
 
 
 def license_of(model, token):
     """The license that a model's card states, or `None`."""
     card = os.path.join(model, "README.md") if os.path.isdir(model) else model
-    if card != model and not os.path.isfile(card):  # or its path would be taken for the name of a repository
+    # Weights in a single file have no card, and the path of a missing card would be taken for the name of a repository.
+    if os.path.isfile(model) or card != model and not os.path.isfile(card):
         return None
     try:
         return ModelCard.load(card, token=token).data.license
@@ -83,24 +94,61 @@ def push(args, repo_id, message):
         ) from error
 
 
-def command_of(args, defaults, num_processes, script):
-    """The command that starts the same run.
+def typed_flags(args, defaults):
+    """{name: value} of the flags that a command line has set.
 
     Args:
+        args: of the script, before what they leave open is set.
         defaults: the arguments of the script without any flag.
     """
-    words = ["accelerate", "launch", "--num_processes", str(num_processes), script]
-    for name, default in vars(defaults).items():
-        value = getattr(args, name)
-        if value == default or name in NOT_SHOWN:
-            continue
-        if name == "reward_path":
-            words += [word for entry in value for word in ("--reward_path", entry)]
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return {name: value for name, value in vars(args).items() if value != getattr(defaults, name)}
+
+
+def flag_words(name, value):
+    """The words of a command line that set a flag, such as ["--eta", "0.5"]."""
+    if value is True:
+        return [f"--{name}"]
+    if name == "reward_path":  # given once for each value
+        return [word for entry in value for word in ("--reward_path", entry)]
+    values = [str(one) for one in (value if isinstance(value, list) else [value])]
+    if len(values) == 1 and values[0].startswith("-"):  # would be taken for a flag
+        return [f"--{name}={values[0]}"]
+    return [f"--{name}", *values]
+
+
+def without_folders(text):
+    """A name, or names with commas or equals signs between them, in which absolute paths are cut to their last part."""
+    parts = re.split("([,=])", text)
+    return "".join(os.path.basename(os.path.normpath(part)) if os.path.isabs(part) else part for part in parts)
+
+
+def command_of(flags, accelerator, script):
+    """The command that starts the same run, without what is of this machine only.
+
+    Args:
+        flags: from `typed_flags`.
+    """
+    words = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
+    if accelerator.mixed_precision != "no" and "mixed_precision" not in flags:  # from accelerate's configuration
+        words += ["--mixed_precision", accelerator.mixed_precision]
+    words.append(script)
+    for name, value in flags.items():
+        if name not in NOT_SHOWN:
+            shown = flag_words(name, value)
+            words += shown if name in TEXTS else map(without_folders, shown)
     return shlex.join(words)
+
+
+def evaluation_command_of(flags, output_dir):
+    """The command that compares the adapter of a run with the base model.
+
+    Args:
+        flags: from `typed_flags`.
+    """
+    words = ["python", "evaluate_rlr.py", "--adapters", output_dir]
+    for name in EVALUATION_FLAGS:
+        words += flag_words(name, flags[name]) if name in flags else []
+    return shlex.join([*words, "--output_dir", f"{os.path.normpath(output_dir)}-evaluation"])
 
 
 def save_model_card(args, model, command, prompt, repo_id, base_license, step, results=None):
@@ -115,7 +163,7 @@ def save_model_card(args, model, command, prompt, repo_id, base_license, step, r
         step: how many optimizer steps were taken.
         results: from `evaluation.compare_with_base`.
     """
-    local = os.path.isdir(args.pretrained_model_name_or_path)
+    local = os.path.exists(args.pretrained_model_name_or_path)
     data = ModelCardData(
         base_model=None if local else args.pretrained_model_name_or_path,
         library_name="diffusers",
@@ -123,11 +171,11 @@ def save_model_card(args, model, command, prompt, repo_id, base_license, step, r
         tags=[model.name, f"{model.name}-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
         inference=True,
     )
-    source = repo_id or args.output_dir
+    source, reward = repo_id or without_folders(args.output_dir), without_folders(args.reward)
     text = f"""
 # LoRA fine-tuned with RLR - {source}
 
-LoRA weights for `{args.pretrained_model_name_or_path}`, trained to raise the reward `{args.reward}` with the
+LoRA weights for `{without_folders(args.pretrained_model_name_or_path)}`, trained to raise the reward `{reward}` with the
 `{args.gradient_estimator}` estimator of RLR (https://huggingface.co/papers/2502.00639); {step} optimizer steps.
 
 {_example(args, model, source, prompt)}"""
@@ -137,7 +185,7 @@ It was trained, and its images below are drawn, with a coarse, a middle and a fi
 change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the steps.
 """
     if results is not None:
-        text += _table_of(args.reward, results)
+        text += _table_of(reward, results)
     text += f"""
 ## How it was trained
 
@@ -160,19 +208,21 @@ def _example(args, model, source, prompt):
     """Python that draws an image with the adapter."""
     scheduler, settings = SCHEDULERS[args.scheduler]
     settings = "".join(f", {name}={value!r}" for name, value in settings.items())
-    loaded, vae_class = repr(args.pretrained_model_name_or_path), ""
+    loaded, vae_class = repr(without_folders(args.pretrained_model_name_or_path)), ""
     if args.pretrained_vae_model_name_or_path is not None:
-        loaded += f", vae=AutoencoderKL.from_pretrained({args.pretrained_vae_model_name_or_path!r})"
+        vae = without_folders(args.pretrained_vae_model_name_or_path)
+        loaded += f", vae=AutoencoderKL.from_pretrained({vae!r})"
         vae_class = "AutoencoderKL, "
+    loader = "from_single_file" if os.path.isfile(args.pretrained_model_name_or_path) else "from_pretrained"
     negative = "" if args.negative_prompt is None else f", negative_prompt={args.negative_prompt!r}"
     return f"""```py
 from diffusers import {vae_class}{scheduler}, {model.pipeline_class}
 
-pipeline = {model.pipeline_class}.from_pretrained({loaded})
+pipeline = {model.pipeline_class}.{loader}({loaded})
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{settings})
 pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
 image = pipeline(
-    {prompt!r}{negative}, height={args.height}, width={args.width},
+    {shortened(prompt)!r}{negative}, height={args.height}, width={args.width},
     num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
 ).images[0]
 ```
@@ -184,13 +234,15 @@ def _table_of(reward, results):
     rows = {reward: results, **(results["members"] if len(results["members"]) > 1 else {})}
     text = "\n| reward | base | tuned |\n|---|---|---|\n"
     for name, row in rows.items():
-        cells = (f"{row[model]['mean']:.4f} (deviation {row[model]['std']:.4f})" for model in ("base", "tuned"))
-        text += f"| `{name}` | {' | '.join(cells)} |\n"
+        cells = (scores_shown(row[model], results["num_images"]) for model in ("base", "tuned"))
+        cells = (f"{mean} (deviation {deviation})" for mean, deviation in cells)
+        text += f"| `{without_folders(name)}` | {' | '.join(cells)} |\n"
+    gain, error = results["gain"]["mean"], results["gain"]["standard_error"]
     return (
         text
         + f"""
-Over {results["num_images"]} images of fixed seeds; the gain is {results["gain"]["mean"]:+.4f} with a standard error of
-{results["gain"]["standard_error"]:.4f}. Some of them, base above tuned:
+Over {results["num_images"]} images of fixed seeds; the gain is {shown(gain, error, "+")} with a standard error of
+{shown(error, error)}. Some of them, base above tuned:
 
 ![base above tuned](./before_after.png)
 """

@@ -23,6 +23,7 @@ import torch
 from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
+from .display import shown
 from .errors import saving
 from .optimizer import images_of_a_step
 from .output_dir import METRICS_FILE
@@ -156,13 +157,16 @@ def log_metrics(accelerator, output_dir, line):
 
 
 class Progress:
-    """A progress bar over the optimizer steps, and a log line that estimates how long the run takes."""
+    """A progress bar over the optimizer steps, a log line that estimates how long the run takes, and a warning of a reward
+    that teaches nothing.
+    """
 
     def __init__(self, accelerator, first_step, num_steps):
         self.first_step, self.num_steps = first_step, num_steps
         show = accelerator.is_local_main_process
         self.bar = tqdm(total=num_steps, initial=first_step, desc="Steps", disable=not show)
         self.times = []
+        self.silent, self.last_mean = 0, None
 
     def __enter__(self):
         return self
@@ -173,11 +177,24 @@ class Progress:
     def update(self, line):
         """Take in the metrics of a step that has ended."""
         self.bar.update()
-        self.bar.set_postfix(reward=f"{line['reward_mean']:.3f}", seconds=f"{line['seconds']:.2f}")
+        self.bar.set_postfix(reward=shown(line["reward_mean"], line["reward_std"]), seconds=f"{line['seconds']:.2f}")
+        self._watch(line)
         self.times.append(time.perf_counter())
         if len(self.times) == 3:  # the first step is slower than the others
             per_step, num_steps = (self.times[2] - self.times[0]) / 2, self.num_steps - self.first_step
             total = datetime.timedelta(seconds=round(per_step * num_steps))
             logger.info(
                 f"about {total} for {num_steps} steps in all, at {per_step:.1f} seconds a step as the last two"
+            )
+
+    def _watch(self, line):
+        """Warn after three steps in a row without a gradient, or in which all images scored the same."""
+        mean, alone = line["reward_mean"], line["num_images"] == 1
+        is_constant = line["reward_std"] == 0 and (not alone or mean == self.last_mean)
+        self.silent = self.silent + 1 if is_constant or line["grad_norm"] == 0 else 0
+        self.last_mean = mean
+        if self.silent == 3:
+            logger.warning(
+                f"the last steps had no signal: every image scored {mean:g}, or the gradient was 0; nothing is learnt from a"
+                " reward that does not tell images apart"
             )

@@ -16,39 +16,51 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from diffusion_models.adapters import LORA_FILE, save_lora
+from diffusion_models.adapters import KOHYA_FILE, LORA_FILE, save_kohya, save_lora
 
 from .checkpoints import checkpoints_of, incomplete_in
 from .errors import saving
 
 
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FOLDER = "validation"
 # What a run leaves in its output folder, beside its checkpoints and the logs of its trackers.
 RUN_FILES = (
     *(LORA_FILE, METRICS_FILE, "training_args.json", "evaluation.json", "reward_curve.png", "before_after.png"),
-    *("README.md", os.path.join("best", LORA_FILE), os.path.join("ema", LORA_FILE)),
+    *(KOHYA_FILE, "README.md", os.path.join("best", LORA_FILE), os.path.join("ema", LORA_FILE)),
 )
 
 
 def check_writable(folder):
-    """Raise ValueError for an output folder that is a file, or cannot be written to."""
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise ValueError(f"--output_dir {folder!r} is a file")
-    if os.path.exists(folder) and not os.access(folder, os.W_OK):
-        raise ValueError(f"--output_dir {folder!r} cannot be written to")
+    """Try whether an output folder can be made and written to; nothing is left behind.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise ValueError(f"--output_dir {folder!r} cannot be a folder: {place!r} is a file")
+    try:
+        # Asking for permissions would miss read-only and full disks.
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(2**12))
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder!r} cannot be written to: {error.strerror}") from error
 
 
 def check_output_dir(args, resume_path):
     """Refuse to write over what another run, or somebody, has left in the output folder.
 
     Raises:
-        ValueError: if the folder cannot be written to, holds a run that this one neither resumes nor overwrites, or a
-            README.md or checkpoint that no run has written.
+        ValueError: if the folder holds a run that this one neither resumes nor overwrites, or a README.md or checkpoint
+            that no run has written.
     """
     folder = args.output_dir
-    check_writable(folder)
     has_adapter = os.path.exists(os.path.join(folder, LORA_FILE))
     has_metrics = os.path.exists(os.path.join(folder, METRICS_FILE))
     holds_run = checkpoints_of(folder) or has_adapter or has_metrics
@@ -82,6 +94,8 @@ def clear_run(args, tracker):
     logs = Path(args.output_dir, args.logging_dir, tracker).resolve()
     if Path(args.output_dir).resolve() in logs.parents:  # an absolute --logging_dir may hold other runs' logs as well
         shutil.rmtree(logs, ignore_errors=True)
+    for images in Path(args.output_dir, VALIDATION_FOLDER).glob("step-*"):
+        shutil.rmtree(images)
     for name in RUN_FILES:
         if os.path.isfile(os.path.join(args.output_dir, name)):
             os.remove(os.path.join(args.output_dir, name))
@@ -99,8 +113,11 @@ def write_configuration(args, config, tracker):
         json.dump(config, file, indent=2)
 
 
-def place_adapter(model, output_dir, name=""):
+def place_adapter(model, output_dir, name="", with_kohya=False):
     """Write the adapter into the output folder, or a folder `name` of it, where it is never half there.
+
+    Args:
+        with_kohya: write it in the layout of kohya, too.
 
     Raises:
         RunError: if it cannot be written.
@@ -108,7 +125,10 @@ def place_adapter(model, output_dir, name=""):
     partial = os.path.join(output_dir, "partial-adapter")
     with saving(partial):
         save_lora(model, partial)
+        if with_kohya:
+            save_kohya(model, partial)
         directory = os.path.join(output_dir, name)
         os.makedirs(directory, exist_ok=True)
-        os.replace(os.path.join(partial, LORA_FILE), os.path.join(directory, LORA_FILE))
+        for file in os.listdir(partial):
+            os.replace(os.path.join(partial, file), os.path.join(directory, file))
         shutil.rmtree(partial)

@@ -15,16 +15,31 @@
 
 import json
 import textwrap
+import unicodedata
+import warnings
 
+import torch
 from matplotlib.figure import Figure
 
+from .display import shown
 
-def caption(text, width=22, lines=3):
+
+def caption(text, width=20, lines=3):
     """A prompt or name beside a small image: wrapped, shortened to a few lines, with dollar signs as they are.
 
     Between two dollar signs matplotlib would set a formula, or fail to.
     """
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ...")).replace("$", r"\$")
+    # Chinese and emoji are twice as wide as Latin letters: they count with a filler.
+    text = "".join(f"{c}\0" if unicodedata.east_asian_width(c) in "WF" else c for c in " ".join(text.split()))
+    wrapped = "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
+    return wrapped.replace("\0", "").replace("$", r"\$")
+
+
+def save(figure, path, dpi):
+    """Write a figure as PNG. Characters that the font lacks are drawn as boxes, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(path, dpi=dpi)
 
 
 def plot_reward_curve(metrics_file, path):
@@ -41,30 +56,40 @@ def plot_reward_curve(metrics_file, path):
         xlabel="optimizer step", ylabel="reward", title="Reward of the training images, mean and standard deviation"
     )
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 def plot_before_after(images, scores, prompts, path, columns=8):
-    """Images {"base", "tuned"} -> (N, 3, H, W) of the same prompts and seeds, a row per model, with their rewards."""
+    """Images of the same prompts and seeds, a row per model, with their rewards.
+
+    Args:
+        images: {"base", "tuned"} -> (N, 3, H, W).
+        scores: {"base", "tuned"} -> (N,).
+        columns: the largest number of images in a row, evenly spaced among all.
+    """
     columns = min(columns, len(prompts))
     picks = [round(i * (len(prompts) - 1) / max(columns - 1, 1)) for i in range(columns)]
-    figure = Figure(figsize=(max(1.5 * columns, 5), 4), layout="constrained")
+    height, width = images["base"].shape[2:]
+    figure = Figure(figsize=(max(1.5 * columns, 5), 3 * height / width + 1.3), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
+    spread = torch.cat(list(scores.values())).std().item()
     for row, name in enumerate(("base", "tuned")):
         for column, pick in enumerate(picks):
             cell = axes[row][column]
             cell.imshow(images[name][pick].permute(1, 2, 0).numpy())
-            cell.set(xticks=[], yticks=[], xlabel=f"{scores[name][pick]:.2f}")
+            cell.set(xticks=[], yticks=[], xlabel=shown(scores[name][pick].item(), spread))
             if row == 0:
                 cell.set_title(caption(prompts[pick]), fontsize=8)
         axes[row][0].set_ylabel(name, fontsize=12)
     figure.suptitle("Same prompts, same seeds; the reward under each image")
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 def plot_grid(images, prompts, path):
     """Images {model: (N, 3, H, W)} of N prompts: a row per prompt and seed, a column per model."""
-    figure = Figure(figsize=(1.8 * len(images) + 1.2, 1.8 * len(prompts) + 0.6), layout="constrained")
+    height, width = images["base"].shape[2:]
+    height *= 1.8 / width  # in inches
+    figure = Figure(figsize=(1.8 * len(images) + 1.2, height * len(prompts) + 0.6), layout="constrained")
     cells = figure.subplots(len(prompts), len(images), squeeze=False)
     for column, (name, drawn) in enumerate(images.items()):
         cells[0][column].set_title(caption(name), fontsize=9)
@@ -72,8 +97,8 @@ def plot_grid(images, prompts, path):
             cells[row][column].imshow(image.permute(1, 2, 0).numpy())
             cells[row][column].set(xticks=[], yticks=[])
     for row, prompt in enumerate(prompts):
-        cells[row][0].set_ylabel(caption(prompt), fontsize=8)
-    figure.savefig(path, dpi=100)
+        cells[row][0].set_ylabel(caption(prompt, max(8, int(11 * height))), fontsize=8)
+    save(figure, path, dpi=100)
 
 
 def plot_gains(results, path):
@@ -84,27 +109,31 @@ def plot_gains(results, path):
     """
     models = {name: summary for name, summary in results["models"].items() if name != "base"}
     rewards = list(results["models"]["base"]["rewards"])
-    figure = Figure(figsize=(3.2 * (len(rewards) + 1), 3.4), layout="constrained")
+    figure = Figure(figsize=((1.6 + 0.6 * len(results["models"])) * (len(rewards) + 1), 3.8), layout="constrained")
     *cells, last = figure.subplots(1, len(rewards) + 1)
     for axes, reward in zip(cells, rewards):
-        chosen = [summary["rewards"][reward] for summary in models.values()]
-        axes.bar(
-            list(models),
-            [one["gain"] for one in chosen],
-            yerr=[one["gain_standard_error"] for one in chosen],
-            capsize=4,
-        )
+        gains, errors = gains_of(models, reward)
+        _draw_bars(axes, f"{reward}: gain over base", list(models), gains, yerr=errors, capsize=4)
         axes.axhline(0, color="black", lw=0.8)
-        axes.set_title(f"{reward}: gain over base")
-    last.bar(list(results["models"]), [summary["diversity"] for summary in results["models"].values()], color="C2")
-    last.set_title("diversity")
-    for axes in (*cells, last):
-        axes.tick_params(axis="x", rotation=20)
-    figure.savefig(path, dpi=100)
+    diversity = [summary["diversity"] for summary in results["models"].values()]
+    _draw_bars(last, "diversity", list(results["models"]), diversity, color="C2")
+    save(figure, path, dpi=100)
+
+
+def gains_of(models, reward):
+    """The gains over the base model's images of the same prompts and seeds, and their standard errors, as two lists."""
+    figures = [summary["rewards"][reward] for summary in models.values()]
+    return [one["gain"] for one in figures], [one["gain_standard_error"] for one in figures]
+
+
+def _draw_bars(axes, title, names, heights, **style):
+    axes.bar(range(len(names)), heights, **style)
+    axes.set_xticks(range(len(names)), [caption(name, 16) for name in names], rotation=30, ha="right", fontsize=8)
+    axes.set_title(caption(title, 25), fontsize=10)
 
 
 def plot_scales(results, path):
-    """Reward against drift along the LoRA scales of each adapter, by which to pick a scale.
+    """Gain against drift along the LoRA scales of each adapter, by which to pick a scale.
 
     Args:
         results: of evaluate_rlr.py with --lora_scales.
@@ -114,13 +143,12 @@ def plot_scales(results, path):
     for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards):
         for name, by_scale in results["lora_scales"].items():
             x = [summary["drift"] for summary in by_scale.values()]
-            y = [summary["rewards"][reward]["mean"] for summary in by_scale.values()]
-            error = [summary["rewards"][reward]["standard_error"] for summary in by_scale.values()]
-            line, *_ = axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
+            y, errors = gains_of(by_scale, reward)
+            line, *_ = axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=caption(name, 24, lines=1))
             for scale, a, b in zip(by_scale, x, y):
                 style = {"fontsize": 8, "color": line.get_color()}
                 axes.annotate(scale, (a, b), textcoords="offset points", xytext=(4, 4), **style)
-        axes.set(xlabel="drift from the base model", ylabel=reward)
+        axes.set(xlabel="drift from the base model", ylabel=caption(f"{reward}: gain over base", 40))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    save(figure, path, dpi=100)

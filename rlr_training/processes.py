@@ -26,7 +26,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 from reward_models.loading import first_line
 from torch._functorch import config as functorch_config
 
@@ -35,13 +35,25 @@ import diffusers
 
 logger = get_logger(__name__, log_level="INFO")
 
+# {variable that `accelerate launch` sets: what shards or replaces the network under it}
+ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "several kinds of parallelism",
+}
+# The dtype of the frozen models under each --mixed_precision.
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def make_accelerator(args):
     """The accelerator; --mixed_precision is set to what accelerate's configuration says.
 
     Raises:
-        ValueError: if it does not see all processes, or its precision is too low to compare two means of a step.
+        ValueError: as `refuse_engines` does; if it does not see all processes, or its precision is too low to compare two
+            means of a step.
     """
+    refuse_engines(args.mixed_precision)
     # Without cpu=True two CPU processes under torchrun would each believe to be alone.
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -69,11 +81,35 @@ def make_accelerator(args):
     return accelerator
 
 
+def refuse_engines(mixed_precision):
+    """Refuse what accelerate can be configured for and the sweep does not work with.
+
+    Args:
+        mixed_precision: of the command, or `None` for accelerate's configuration.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for variable, engine in ENGINES.items():
+        if parse_flag_from_env(variable):
+            raise ValueError(
+                f"accelerate is configured for {engine}, which is not supported: choose plain multi-GPU training in"
+                " `accelerate config`, or start with `accelerate launch --multi_gpu`"
+            )
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"accelerate is configured for the mixed precision {precision}, which is not supported: use --mixed_precision"
+            f" {', '.join(PRECISIONS)}"
+        )
+
+
 def set_up_logging(is_main_process):
     """Log to stderr; of libraries only warnings, and on other ranks only errors."""
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
-    )
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S")
+    logging.getLogger().setLevel(logging.WARNING)  # accelerate's get_logger has set it to that of our own
+    for package in ("rlr_training", "diffusion_models", "reward_models"):
+        logging.getLogger(package).setLevel(logging.INFO)
     for library in (datasets, transformers, diffusers):
         if is_main_process:
             library.utils.logging.set_verbosity_warning()
@@ -105,7 +141,7 @@ def _check_precision(args):
 
 def frozen_dtype(mixed_precision):
     """The dtype of the frozen models under a --mixed_precision; what is trained stays in float32."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+    return PRECISIONS[mixed_precision]
 
 
 def to_device(args, accelerator, model, baseline_vae):

@@ -23,9 +23,11 @@ import random
 import re
 
 import datasets
-from datasets import load_dataset
+from datasets import load_dataset, load_from_disk
 from diffusion_models.levels import levels_of_steps
 from reward_models.loading import first_line
+
+from .display import shortened
 
 
 logger = logging.getLogger(__name__)
@@ -48,16 +50,23 @@ BUILT_IN = {"simple_animals": SIMPLE_ANIMALS, "activities": ACTIVITIES}
 LEVELS = ("coarse", "mid", "fine")
 MAX_EXPANSIONS = 100_000
 DATASET_FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+# What `datasets` writes with save_to_disk: a Dataset, or a DatasetDict of several splits.
+SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
+DEFAULT_SPLIT = "train"  # of --dataset_split, which a Dataset without splits stands for as well
 
 
 def load_prompts(source):
-    """The prompts of a built-in list by name, of a text file with one a line, or of the field "prompt" of a JSONL file.
+    """The prompts of a built-in list by name, or of a file.
+
+    - A text file (.txt, or no ending) has one prompt a line.
+    - A .jsonl file has an object with a text "prompt" a line.
+    - A .json file has a list of prompts, or of such objects.
 
     Files are UTF-8. UTF-16 is read too if it has its byte order mark; any other text is read as Windows-1252, with a
     warning. Templates are expanded, see `expand`. Empty lines and repeated prompts are left out, with a log line.
 
     Raises:
-        ValueError: if `source` is neither, cannot be read, or holds no prompt. The message names the line at fault.
+        ValueError: if `source` is none of these, cannot be read, or holds no prompt. The message names the line at fault.
     """
     if source in BUILT_IN:
         return list(BUILT_IN[source])
@@ -96,12 +105,33 @@ def load_training_prompts(args):
 def _open_dataset(args):
     name = args.dataset_name
     options = {"split": args.dataset_split, "streaming": args.dataset_streaming, "cache_dir": args.cache_dir}
+    if any(os.path.isfile(os.path.join(name, file)) for file in (SAVED_DATASET, SAVED_SPLITS)):
+        return _open_saved(name, args.dataset_split)
     if not os.path.isfile(name):
         return load_dataset(name, args.dataset_config_name, **options)
-    kind = DATASET_FILES.get(os.path.splitext(name)[1])
+    kind = DATASET_FILES.get(_ending(name))
     if kind is None:
         raise ValueError(f"a file of this kind cannot be read, only {', '.join(DATASET_FILES)}")
     return load_dataset(kind, data_files=name, **options)
+
+
+def _open_saved(folder, split):
+    """The dataset of a folder that save_to_disk has written; its rows are read when they are needed.
+
+    Raises:
+        ValueError: if it is damaged, or does not have the split.
+    """
+    try:
+        dataset = load_from_disk(folder)
+    except Exception as error:  # what is missing in its files may be noticed anywhere
+        raise ValueError(f"a damaged folder of save_to_disk: {type(error).__name__}: {first_line(error)}") from None
+    if not isinstance(dataset, dict):
+        if split not in (DEFAULT_SPLIT, str(dataset.split)):
+            raise ValueError(f"no --dataset_split {split!r} in it: it has no splits")
+        return dataset
+    if split not in dataset:
+        raise ValueError(f"no --dataset_split {split!r} in it, only {', '.join(dataset)}")
+    return dataset[split]
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,7 +143,7 @@ def load_levels(source):
     Raises:
         ValueError: naming a prompt that has only some of them, or is a template.
     """
-    if source in BUILT_IN or not source.endswith(".jsonl"):
+    if source in BUILT_IN or _ending(source) not in (".jsonl", ".json"):
         return {}
     levels = {}
     for entry in _entries(source):
@@ -121,9 +151,12 @@ def load_levels(source):
             continue
         prompt, *others = expand(entry["prompt"])
         if not all(isinstance(entry.get(level), str) and entry[level].strip() for level in LEVELS):
-            raise ValueError(f"prompts {source!r}: {prompt!r} needs all of {', '.join(LEVELS)} as texts, or none")
+            raise ValueError(
+                f"prompts {source!r}: {shortened(prompt)!r} needs all of {', '.join(LEVELS)} as texts, or none"
+            )
         if others:
-            raise ValueError(f"prompts {source!r}: {entry['prompt']!r} is a template, which cannot have levels")
+            template = shortened(entry["prompt"])
+            raise ValueError(f"prompts {source!r}: {template!r} is a template, which cannot have levels")
         levels.setdefault(prompt, tuple(entry[level].strip() for level in LEVELS))
     return levels
 
@@ -158,7 +191,13 @@ def conditions_of(args, prompts, embed):
 
 
 def warn_of_long_prompts(source, prompts, tokenizer):
-    """Warn of prompts that are longer than the text encoder reads, with what it does not see of the first of them."""
+    """Warn of prompts that are longer than the text encoder reads, with what it does not see of the first of them.
+
+    Args:
+        source: of the prompts, as for `load_prompts`, or `None`.
+        prompts: all that will be encoded; `None` stands for none.
+    """
+    prompts = list(dict.fromkeys(filter(None, prompts)))
     levels = levels_of(source, prompts)
     if levels is not None:
         prompts = list(dict.fromkeys(itertools.chain(*levels)))
@@ -169,30 +208,78 @@ def warn_of_long_prompts(source, prompts, tokenizer):
         prompt, ids = long[0]
         logger.warning(
             f"{len(long)} of {len(prompts)} prompts are longer than {limit} tokens, which is all that the text encoder"
-            f" reads: of {prompt!r} it does not see {tokenizer.decode(ids[limit - 1 : -1]).strip()!r}"
+            f" reads: of {shortened(prompt)!r} it does not see {shortened(tokenizer.decode(ids[limit - 1 : -1]))!r}"
         )
 
 
+def _ending(path):
+    return os.path.splitext(path)[1].lower()
+
+
 def _entries(source):
-    """The lines of a file as dictionaries with a "prompt"."""
-    if not os.path.isfile(source):
-        raise ValueError(f"no such file, nor a built-in list ({', '.join(BUILT_IN)})")
-    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", _text(source))]
+    """The prompts of a file as dictionaries with a "prompt"."""
+    _check_kind(source)
+    text = _text(source)
+    if _ending(source) == ".json":
+        numbered = enumerate(_json_list(text), 1)
+        return [_entry({"prompt": one} if isinstance(one, str) else one, f"entry {i}", source) for i, one in numbered]
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     if not lines[-1]:
         lines.pop()  # after the end of the last line
-    if not source.endswith(".jsonl"):
-        return [{"prompt": line} for line in lines]
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number} is not JSON ({error})") from error
-        if not isinstance(entries[-1], dict) or not isinstance(entries[-1].get("prompt"), str):
-            raise ValueError(f'line {number} is not an object with a text "prompt"')
-    return entries
+    if _ending(source) == ".jsonl":
+        return [_entry(_json_line(line, i), f"line {i}", source) for i, line in enumerate(lines, 1) if line]
+    for kind, start in ((".json", text), (".jsonl", next(filter(None, lines), ""))):
+        if _holds_json(start):
+            raise ValueError(f"it is JSON and no text with one prompt a line: name it {kind}")
+    return [{"prompt": line} for line in lines]
+
+
+def _check_kind(source):
+    if os.path.isdir(source):
+        raise ValueError(f"it is a folder; {_dataset_remedy(source)}")
+    if not os.path.isfile(source):
+        raise ValueError(f"no such file, nor a built-in list ({', '.join(BUILT_IN)})")
+    if _ending(source) not in ("", ".txt", ".jsonl", ".json"):
+        remedy = f"; {_dataset_remedy(source)}" if _ending(source) in DATASET_FILES else ""
+        raise ValueError(f"prompts are in .txt files (one a line), .json or .jsonl files{remedy}")
+
+
+def _dataset_remedy(source):
+    return f"to train on a column of a dataset use --dataset_name {source} --caption_column NAME"
+
+
+def _json_list(text):
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error}); name it .jsonl if it has an object a line") from error
+    if not isinstance(content, list):
+        raise ValueError('it is not a list of prompts, or of objects with a text "prompt"')
+    return content
+
+
+def _json_line(line, number):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from error
+
+
+def _entry(entry, place, source):
+    """The object of a JSON file, if it has a prompt."""
+    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+        return entry
+    texts = [name for name, value in entry.items() if isinstance(value, str)] if isinstance(entry, dict) else []
+    remedy = f", only {', '.join(map(repr, texts))}; {_dataset_remedy(source)}" if texts else ""
+    raise ValueError(f'{place} is not an object with a text "prompt"{remedy}')
+
+
+def _holds_json(text):
+    """Whether a text is a JSON list or object, as no prompt is."""
+    try:
+        return isinstance(json.loads(text), (list, dict))
+    except ValueError:
+        return False
 
 
 def _text(path):
@@ -200,26 +287,36 @@ def _text(path):
         content = file.read()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return content.decode("utf-16")
+    control = re.search(rb"[\x00-\x08\x0e-\x1f]", content)
+    if control is not None:
+        raise ValueError(f"not a text: byte {control.start()} is a control character")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if b"\0" in content:
-            raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from error
         logger.warning(f"prompts {path!r}: not UTF-8 ({error.reason} at byte {error.start}), read as Windows-1252")
         return content.decode("cp1252", errors="replace")
 
 
 def expand(template):
-    """All prompts of a template: "a {red|blue} {cat|dog}" stands for four.
+    """All prompts of a template: "a {red|blue} {cat|dog}" stands for four, "a {very |}old cat" for two.
+
+    Braces without a bar between them are kept as they are.
 
     Raises:
-        ValueError: if they are more than 100,000.
+        ValueError: if they are more than 100,000, or a brace with a bar lacks its other, or braces are nested.
     """
     parts = re.split(r"\{([^{}]*\|[^{}]*)\}", template)
+    if re.search(r"\{[^{}]*\||\|[^{}]*\}", "|".join(parts[::2])):
+        raise ValueError(
+            f"the template {shortened(template)!r} has a brace too many or too few: alternatives are written"
+            ' "{red|blue}", and never within others'
+        )
     choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     count = math.prod(len(alternatives) for alternatives in choices)
     if count > MAX_EXPANSIONS:
-        raise ValueError(f"the template {template!r} stands for {count:,} prompts, more than {MAX_EXPANSIONS:,}")
+        raise ValueError(
+            f"the template {shortened(template)!r} stands for {count:,} prompts, more than {MAX_EXPANSIONS:,}"
+        )
     return [" ".join("".join(chosen).split()) for chosen in itertools.product(*choices)]
 
 

@@ -17,6 +17,8 @@ import base64
 import csv
 import html
 
+from .display import shown, with_error
+
 
 REPORT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>LoRA evaluation</title><style>
@@ -26,8 +28,8 @@ td:first-child,th:first-child{{text-align:left}}
 </style></head><body>
 <h1>Base model against {adapters}</h1>
 <table>{table}</table>
-<p>Rewards are means with their standard errors. The win rate is the share of images that score higher than the base model's
-image of the same prompt and seed. Diversity, drift and Frechet distances are measured in CLIP's embeddings. A fall of
+<p>Rewards are means over {num_images} images, with their standard errors. The gain is the mean difference from the base
+model's images of the same prompts and seeds, and the win rate the share of images that score higher than those. Diversity, drift and Frechet distances are measured in CLIP's embeddings. A fall of
 diversity and a rise of the distances are signs of reward hacking.</p>
 {figures}
 <h2>Settings</h2>
@@ -40,14 +42,19 @@ def rows_of(results):
     """The results as a table of text: the header, and a row per model."""
     rewards = list(results["models"]["base"]["rewards"])
     distances = [key for key in results["models"]["base"] if key != "rewards"]
-    header = ["model", *(f"{name} | win rate" for name in rewards), *(key.replace("_", " ") for key in distances)]
+    header = ["model", *(f"{name} | gain | win rate" for name in rewards)]
+    header += [key.replace("_", " ") for key in distances]
+    largest = {key: max(abs(summary[key]) for summary in results["models"].values()) for key in distances}
     rows = []
     for name, summary in results["models"].items():
         row = [name]
         for reward in summary["rewards"].values():
-            cell = f"{reward['mean']:.4f} +- {reward['standard_error']:.4f}"
-            row.append(cell if name == "base" else f"{cell} | {100 * reward['win_rate']:.0f} %")
-        rows.append(row + [f"{summary[key]:.4f}" for key in distances])
+            cells = [with_error(reward["mean"], reward["standard_error"])]
+            if name != "base":
+                cells.append(with_error(reward["gain"], reward["gain_standard_error"], "+"))
+                cells.append(f"{100 * reward['win_rate']:.0f} %")
+            row.append(" | ".join(cells))
+        rows.append(row + [shown(summary[key], largest[key]) for key in distances])
     return header, rows
 
 
@@ -60,13 +67,13 @@ def print_table(results):
 
 
 def write_csv(results, path):
-    """A row per model, with mean, standard error and win rate of every reward."""
+    """A row per model, with mean, standard error and win rate of every reward; the base model has no win rate."""
     rows = []
     for name, summary in results["models"].items():
         row = {"model": name}
         for reward, figures in summary["rewards"].items():
-            row[reward] = figures["mean"]
-            row.update({f"{reward}_{key}": figures[key] for key in ("standard_error", "win_rate")})
+            row[reward], row[f"{reward}_standard_error"] = figures["mean"], figures["standard_error"]
+            row[f"{reward}_win_rate"] = None if name == "base" else figures["win_rate"]
         rows.append({**row, **{key: value for key, value in summary.items() if key != "rewards"}})
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -90,7 +97,11 @@ def write_report(results, images, path):
         with open(file, "rb") as opened:
             data = base64.b64encode(opened.read()).decode()
         figures += f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-    settings = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>" for name, value in results["settings"].items())
+    given = {name: value for name, value in results["settings"].items() if value is not None and value is not False}
+    settings = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>" for name, value in given.items())
     with open(path, "w", encoding="utf-8") as file:
         adapters = ", ".join(html.escape(name) for name in results["models"] if name != "base")
-        file.write(REPORT.format(adapters=adapters, table=table, figures=figures, settings=settings))
+        num_images = results["num_images"]
+        file.write(
+            REPORT.format(adapters=adapters, table=table, num_images=num_images, figures=figures, settings=settings)
+        )

@@ -19,30 +19,41 @@ from functools import partial
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusion_models.adapters import add_lora, load_lora, lora_disabled
 from diffusion_models.embeddings import PromptEmbeds
 from diffusion_models.loading import load_vae
 from reward_models.features import load_features
 from rlr_utils import RLRStep, Settings
-from rlr_utils.settings import check_reward
+from rlr_utils.settings import NEED_GRADIENT, check_reward
 
 from diffusers.training_utils import free_memory
 from diffusers.utils.torch_utils import is_compiled_module
 
-from .checkpoints import check_same_run, configuration, find_start, load_checkpoint, register_state
+from .checkpoints import check_same_run, check_whole, configuration, find_start, load_checkpoint, register_state
 from .checks import flag_of, rlr_settings
 from .errors import RunError, RunStopped, bad_input_ends_the_run, naming, one_line, saving
-from .evaluation import EarlyStopping, HeldOut, compare_with_base, load_base, print_comparison, set_size
-from .hub import command_of, create_repository, license_of, push, save_model_card
+from .evaluation import EarlyStopping, HeldOut, compare_with_base, load_base, print_comparison, print_result, set_size
+from .hub import (
+    command_of,
+    create_repository,
+    evaluation_command_of,
+    license_of,
+    push,
+    save_model_card,
+    typed_flags,
+)
 from .metrics import print_plan, start_trackers, trim_metrics
 from .optimizer import Optimization, averaged, images_of_a_step, make_optimization
-from .output_dir import METRICS_FILE, check_output_dir, place_adapter, write_configuration
+from .output_dir import METRICS_FILE, check_output_dir, check_writable, place_adapter, write_configuration
 from .plots import plot_reward_curve
 from .processes import compiles, frozen_dtype, make_accelerator, to_device
 from .prompts import PromptSampler, conditions_of, load_training_prompts, warn_of_long_prompts
 from .scoring import BatchScorer, load_reward_sum
 
+
+logger = get_logger(__name__, log_level="INFO")
 
 STOPPED = "stopped"
 
@@ -63,6 +74,7 @@ class Run(NamedTuple):
         stopping: `EarlyStopping`.
         rewards: `WeightedSum` that is trained for.
         save_card: `save_card(step, results=None)` writes the model card.
+        evaluation_command: compares the adapter with the base model.
         repo_id: of the repository on the Hub, or `None`.
         first_step: the step that the run starts after.
     """
@@ -79,32 +91,32 @@ class Run(NamedTuple):
     stopping: EarlyStopping
     rewards: Any
     save_card: Callable
+    evaluation_command: str
     repo_id: Optional[str]
     first_step: int
 
 
 def prepare(args, script, tracker, defaults):
-    """Load and check everything, claim the output folder, and resume if the arguments say so.
+    """Load and check everything, claim the output folder, and resume if the arguments say so; returns `Run`.
 
     Args:
         args: of the script; what they leave open is set.
         script, tracker: name of the script, and of its runs in the trackers.
         defaults: the arguments of the script without any flag.
 
-    Returns:
-        Run
-
     Raises:
         RunError: if something is wrong with the input, before anything is written.
     """
+    flags = typed_flags(args, defaults)
     with bad_input_ends_the_run():
+        check_writable(args.output_dir)
         accelerator = make_accelerator(args)
         prompts = load_training_prompts(args)
-        rewards, heldout = load_run_rewards(args, prompts, accelerator)
         set_num_steps(args, accelerator, len(prompts))
         resume_path, first_step = find_start(args, accelerator)
         model = load_base(args, frozen_dtype(args.mixed_precision))
         config = fit_to_model(args, accelerator, model, prompts, resume_path)
+        rewards, heldout = load_run_rewards(args, prompts, accelerator)
         baseline_vae = load_baseline_vae(args, frozen_dtype(args.mixed_precision))
         trainable = add_adapter(args, model)
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
@@ -113,32 +125,32 @@ def prepare(args, script, tracker, defaults):
         chain = make_chain(args, accelerator, model, network)
         with naming(f"--scheduler {args.scheduler}, --reward {args.reward!r}:"):
             rlr.check_chain(chain, schedule)
+        sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)
+        optimization = make_optimization(args, accelerator, trainable)
+        others = {"clipping": optimization.clipping, "early_stopping": stopping}
+        register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
+        start(args, accelerator, resume_path)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
 
-    embeds = PromptEmbeds(model, accelerator.device)
-    negative = embeds.negative(args.negative_prompt)
-
-    def chain_of(prompts):
-        return chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
-
-    trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(network) and not compiles(args, model, chain_of(trial), schedule):
-        chain = make_chain(args, accelerator, model, model.network)
-    command = command_of(args, defaults, accelerator.num_processes, script)
+    chain_of = make_chain_of(args, accelerator, model, chain, network, schedule, prompts)
+    command = command_of(flags, accelerator, script)
     run = Run(
         *(accelerator, model, rlr, chain_of),
         scorer_of=partial(BatchScorer, args, accelerator, model, rewards),
         prediction_scorer_of=partial(BatchScorer, args, accelerator, model, rewards, vae=baseline_vae),
-        sampler=make_sampler(args, accelerator, prompts),
-        optimization=make_optimization(args, accelerator, trainable),
+        sampler=sampler,
+        optimization=optimization,
         heldout=heldout,
-        stopping=EarlyStopping(args.early_stop_patience),
+        stopping=stopping,
         rewards=rewards,
         save_card=partial(save_model_card, args, model, command, prompts[0], repo_id, base_license),
+        evaluation_command=evaluation_command_of(flags, args.output_dir),
         repo_id=repo_id,
         first_step=first_step,
     )
-    start(args, run, config, resume_path, tracker)
+    start_trackers(accelerator, config, tracker, first_step)
+    if accelerator.is_main_process:
+        trim_metrics(args.output_dir, first_step)
     print_plan(accelerator, args, rlr, schedule, len(prompts), trainable)
     if heldout is not None:
         heldout.measure_base(model)
@@ -171,6 +183,12 @@ def load_run_rewards(args, prompts, accelerator):
     with naming(f"--reward {args.reward!r}:"):
         settings = Settings(**rlr_settings(args))
         check_reward(settings, rewards.has_gradient, not rewards.differentiable, name=flag_of)
+    weighs_rewards = args.gradient_estimator not in NEED_GRADIENT and not rewards.differentiable
+    if images_of_a_step(args, accelerator) == 1 and (weighs_rewards or args.gradient_estimator == "ddpo"):
+        logger.warning(
+            "one image a step: its reward has no other to be compared with, and the gradient is far noisier; use at least two"
+            " (--train_batch_size or --gradient_accumulation_steps)"
+        )
     return rewards, heldout
 
 
@@ -182,10 +200,12 @@ def fit_to_model(args, accelerator, model, prompts, resume_path):
     """
     set_size(args, model)
     if accelerator.is_main_process:
-        warn_of_long_prompts(args.prompts, prompts, model.pipeline.tokenizer)
+        encoded = [*prompts, *(args.validation_prompts or []), args.negative_prompt]
+        warn_of_long_prompts(args.prompts, encoded, model.pipeline.tokenizer)
     config = configuration(args, accelerator.num_processes)
     if resume_path is not None:
         check_same_run(config, resume_path)
+        check_whole(config, resume_path)
     with naming(f"--num_inference_steps {args.num_inference_steps}:"):
         model.noise_schedule(args.num_inference_steps)
     return config
@@ -216,7 +236,7 @@ def add_adapter(args, model):
     else:
         layers = [name.strip() for name in args.lora_layers.split(",")]
         with naming(f"--lora_layers {args.lora_layers!r}:"):
-            add_lora(model, rank=args.rank, alpha=args.lora_alpha or args.rank, layers=layers, use_dora=args.use_dora)
+            add_lora(model, rank=args.rank, alpha=args.lora_alpha or args.rank, layers=layers)
     return [p for p in model.network.parameters() if p.requires_grad]
 
 
@@ -239,6 +259,35 @@ def make_chain(args, accelerator, model, network):
     """The model's chain without prompts, under the sampling flags."""
     size, options = (args.height, args.width), {"guidance_scale": args.guidance_scale, "eta": args.eta}
     return model.make_chain(network, args.num_inference_steps, size, device=accelerator.device, **options)
+
+
+def make_chain_of(args, accelerator, model, chain, network, schedule, prompts):
+    """`chain_of(prompts) -> DenoisingChain` of a batch; a network that cannot be compiled runs as it is.
+
+    Args:
+        chain: without prompts.
+        network: of the chain.
+        schedule: of the sweep, which the compiler is tried on.
+        prompts: of the run.
+    """
+    embeds = PromptEmbeds(model, accelerator.device)
+    negative = embeds.negative(args.negative_prompt)
+
+    def chain_of(prompts):
+        return chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
+
+    trial = prompts[:1] * args.train_batch_size
+    if is_compiled_module(network) and not compiles(args, model, chain_of(trial), schedule):
+        chain = make_chain(args, accelerator, model, model.network)
+    return chain_of
+
+
+def start(args, accelerator, resume_path):
+    """Seed this rank, and resume from a checkpoint, which brings its own random state."""
+    # What is drawn from here on, such as perturbations and branches, is each rank's own.
+    set_seed(args.seed, device_specific=True)
+    if resume_path is not None:
+        load_checkpoint(accelerator, resume_path)
 
 
 def make_sampler(args, accelerator, prompts):
@@ -267,23 +316,9 @@ def claim_output_dir(args, accelerator, config, resume_path, tracker):
     return repo_id, base_license
 
 
-def start(args, run, config, resume_path, tracker):
-    """Seed the ranks, open the trackers, and resume from a checkpoint."""
-    accelerator, optimization = run.accelerator, run.optimization
-    others = {"clipping": optimization.clipping, "early_stopping": run.stopping}
-    register_state(accelerator, run.model, config, run.sampler, run.rlr, others, optimization.ema)
-    # What is drawn from here on, such as perturbations and branches, is each rank's own.
-    set_seed(args.seed, device_specific=True)
-    start_trackers(accelerator, config, tracker, run.first_step)
-    if resume_path is not None:
-        load_checkpoint(accelerator, resume_path)
-    if accelerator.is_main_process:
-        trim_metrics(args.output_dir, run.first_step)
-
-
 def save_result(args, run, step):
     """Write the adapter, its moving average, the reward curve and the model card into the output folder."""
-    place_adapter(run.model, args.output_dir)
+    place_adapter(run.model, args.output_dir, with_kohya=args.export_kohya)
     if run.optimization.ema is not None:
         with averaged(run.optimization):
             place_adapter(run.model, args.output_dir, "ema")
@@ -321,7 +356,9 @@ def finish(args, run, step, end):
         run.model.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
         free_memory()
         # The adapter is already saved; later failures are reported at the end.
-        failures = [*compare_at_the_end(args, run, step), *push_at_the_end(args, run)]
+        failures = compare_at_the_end(args, run, step)
+        print_result(args, run.evaluation_command)
+        failures += push_at_the_end(args, run)
     accelerator.end_training()
     if failures:
         raise RunError("; ".join(failures))

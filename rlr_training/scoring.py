@@ -23,7 +23,7 @@ from .optimizer import loss_scale
 
 
 def load_reward_sum(args, text, prompts, device, batch_size):
-    """The reward or sum `text`, with the folders of --reward_path, for images of the size of the arguments.
+    """The reward or sum `text`, with the folders of --reward_path, for images of the size that `set_size` has set.
 
     Args:
         prompts: of the run; custom rewards are tried on the first and the last of them.
@@ -36,7 +36,7 @@ def load_reward_sum(args, text, prompts, device, batch_size):
         parse_reward(text),
         parse_reward_paths(args.reward_path),
         device=device,
-        size=(args.height or args.resolution or 512, args.width or args.resolution or 512),
+        size=(args.height, args.width),
         prompts=(prompts[0], prompts[-1]),
         batch_size=batch_size,
     )

@@ -128,6 +128,20 @@ def edit_json(path, changes):
         json.dump({key: value for key, value in content.items() if value is not None}, file)
 
 
+def cache_repository(folder, repository, cache, ending=""):
+    """Put the files of a folder with an ending into a cache of the Hub, as those of a repository."""
+    place = os.path.join(cache, f"models--{repository.replace('/', '--')}")
+    os.makedirs(os.path.join(place, "refs"))
+    with open(os.path.join(place, "refs", "main"), "w", encoding="utf-8") as file:
+        file.write("0" * 40)
+    for root, _, names in os.walk(folder):
+        target = os.path.join(place, "snapshots", "0" * 40, os.path.relpath(root, folder))
+        os.makedirs(target)
+        for name in names:
+            if name.endswith(ending):
+                os.symlink(os.path.abspath(os.path.join(root, name)), os.path.join(target, name))
+
+
 def add_random_lora(network, seed=0):
     """A LoRA whose B is not zero, so that no gradient is zero."""
     torch.manual_seed(seed)

@@ -19,13 +19,14 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import rlr_training.checks
 from rlr_testing import BASE, ROOT
 from rlr_training import arguments
 from rlr_training.checks import check_args, flag_of, rlr_settings
-from rlr_training.hub import command_of
+from rlr_training.hub import command_of, typed_flags
 from rlr_utils import BASELINES, ESTIMATORS, RESTS, Settings
 from train_rlr_sd import parse_args
 
@@ -82,13 +83,17 @@ def test_flags_that_are_given_outweigh_a_preset():
 
 
 def test_the_command_of_the_card_starts_the_same_run():
-    flags = ["--preset_low_memory", "--validation_prompts", "a red one", "a blue two", "--eta", ".5", "--use_dora"]
+    flags = ["--preset_low_memory", "--validation_prompts", "a red one", "a blue two", "--eta", ".5"]
     flags += ["--subchain_range", "2", "3", "--negative_prompt", "it's", "--mixing", "0.5", *BASE]
     args = parse_args([*flags, "--hub_token", "hf_x", "--overwrite_output_dir"])
-    words = shlex.split(command_of(args, parse_args([]), 3, "train_rlr_sd.py"))
+    accelerator = SimpleNamespace(num_processes=3, mixed_precision="bf16")
+    words = shlex.split(command_of(typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py"))
     assert words[:5] == ["accelerate", "launch", "--num_processes", "3", "train_rlr_sd.py"]
-    # Without the token, and without what would remove the run.
-    assert vars(parse_args(words[5:])) == {**vars(args), "hub_token": None, "overwrite_output_dir": False}
+    # Without the token, and without what would remove the run; of the folders of this machine the last part.
+    folders = {name: os.path.basename(getattr(args, name)) for name in ("pretrained_model_name_or_path", "prompts")}
+    folders["reward_path"] = ["aesthetic=tiny-aesthetic", "clip_score=clip"]
+    expected = {**vars(args), "hub_token": None, "overwrite_output_dir": False, **folders}
+    assert vars(parse_args(words[5:])) == expected
 
 
 @pytest.mark.parametrize(
@@ -237,7 +242,6 @@ def test_flags_that_there_are_not_are_refused(capsys, flag):
         (["--num_inner_epochs", "2"], "--num_inner_epochs 2 needs --gradient_estimator ddpo"),
         (["--branches", "2", "--gradient_estimator", "ddpo"], "--branches 2 needs --gradient_estimator rlr, not ddpo"),
         (["--adapter_path", "x", "--rank", "2"], "--rank is for a new adapter, and --adapter_path 'x' has its own"),
-        (["--adapter_path", "x", "--use_dora"], "--use_dora is for a new adapter, and --adapter_path 'x' has its own"),
         (["--baseline_vae", "x", "--baseline", "none"], "--baseline_vae 'x' needs --baseline auto or predicted_x0"),
         (["--dataset_name", "x"], "and --dataset_name 'x': give one of them"),
         (["--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "give one of them"),

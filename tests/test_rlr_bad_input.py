@@ -66,7 +66,19 @@ from diffusers import DDIMScheduler
             ["--pretrained_model_name_or_path", "/nowhere"],
             "--pretrained_model_name_or_path '/nowhere' cannot be loaded",
         ),
-        (["--adapter_path", "/nowhere"], "--adapter_path '/nowhere' cannot be loaded"),
+        (
+            ["--pretrained_model_name_or_path", "nowhere.safetensors"],
+            "--pretrained_model_name_or_path 'nowhere.safetensors' cannot be loaded: there is no such file",
+        ),
+        (
+            ["--adapter_path", "/nowhere"],
+            "--adapter_path '/nowhere' cannot be loaded: there is no such file or folder",
+        ),
+        (
+            ["--adapter_path", f"{TINY_SD}/vae"],
+            "--adapter_path '.*vae' cannot be loaded: '.*' is no matrix of a LoRA, and other kinds of adapters are not",
+        ),
+        (["--lora_layers", "to_k,"], "--lora_layers 'to_k,' has an empty name: give names, separated by commas"),
         (["--lora_layers", "to_k, to_nothing"], "--lora_layers 'to_k, to_nothing': .* has no layer 'to_nothing'"),
         (["--baseline_vae", "/nowhere", "--baseline", "predicted_x0"], "--baseline_vae '/nowhere' cannot be loaded"),
         (
@@ -81,15 +93,41 @@ from diffusers import DDIMScheduler
         (["--prompts", ""], "prompts '': no such file"),
         (["--prompts", "nowhere.txt"], "prompts 'nowhere.txt': no such file"),
         (["--prompts", os.devnull], "no such file"),
+        (
+            ["--prompts", f"{TINY_SD}/model_index.json"],
+            "prompts '.*model_index.json': it is not a list of prompts, or of objects",
+        ),
+        (["--prompts", TINY_SD], "it is a folder; .* use --dataset_name .*tiny-sd --caption_column NAME"),
         # Folders
         (["--resume_from_checkpoint", "checkpoint-7"], "--resume_from_checkpoint 'checkpoint-7' does not exist"),
-        (["--output_dir", "/proc/no/folder"], "--output_dir '/proc/no/folder' cannot be made: No such file"),
-        (["--output_dir", DIGITS], "--output_dir '.*digits.txt' is a file"),
+        (["--output_dir", "/proc/no/folder"], "--output_dir '/proc/no/folder' cannot be written to: No such file"),
+        (["--output_dir", DIGITS], "--output_dir .*: '.*digits.txt' is a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, capsys, flags, message):
     assert re.search(message, refused(tmp_path / "out", capsys, *flags))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "accelerate is configured for FSDP, which is not supported: choose plain"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate is configured for DeepSpeed, which is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "accelerate is configured for Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "accelerate is configured for several kinds of parallelism"),
+        (
+            "ACCELERATE_MIXED_PRECISION",
+            "fp8",
+            "the mixed precision fp8, which is not supported: use --mixed_precision no",
+        ),
+    ],
+)
+def test_what_a_launcher_can_be_configured_for_and_the_sweep_cannot_is_refused_by_name(
+    tmp_path, capsys, monkeypatch, variable, value, message
+):
+    monkeypatch.setenv(variable, value)
+    assert message in refused(tmp_path / "out", capsys)
 
 
 def test_a_model_without_noise_at_its_last_step_is_refused_where_noise_is_needed(tmp_path, capsys):
@@ -112,6 +150,28 @@ def test_noise_prediction_from_pure_noise_is_refused(tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "model")
     message = refused(tmp_path / "out", capsys, "--pretrained_model_name_or_path", str(tmp_path / "model"))
     assert re.search(r"step 3 from the end \(timestep 999\): the step is not finite", message)
+
+
+SMALL_ONLY = """
+calls = []
+
+def f(images, prompts):
+    assert images.shape[-2:] == (32, 32), images.shape
+    calls.append(prompts)
+    return images.mean((1, 2, 3)) * [1, 1, 1, 1][len(calls) - 1]
+"""
+
+
+def test_a_custom_reward_is_tried_at_the_size_of_the_run_and_its_later_failure_names_the_step(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(SMALL_ONLY)
+    flags = ["--reward", f"{tmp_path}/mine.py:f"]
+    message = refused(tmp_path / "out", capsys, *flags, "--resolution", "40")
+    assert re.search(r"fails on two random images: .*\[2, 3, 40, 40\]\) \(mine.py, line 5: assert images", message)
+    # The first two calls are the trial, without and with a gradient; the others score the two images of step 1.
+    with pytest.raises(
+        SystemExit, match=r"step 2: reward '.*mine.py:f' fails: IndexError: .* \(mine.py, line 7: return"
+    ):
+        train(tmp_path / "out", *flags)
 
 
 def test_a_reward_that_fails_stops_the_run_with_the_step_and_the_prompt(tmp_path):

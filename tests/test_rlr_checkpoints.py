@@ -18,11 +18,13 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import accelerate.utils
 import pytest
 import torch
 from rlr_testing import BASE, LORA, TINY_CLIP, metrics_of, same_adapter, train
 from rlr_training.checkpoints import check_same_run, configuration, save_checkpoint
 from rlr_training.errors import RunError
+from safetensors.torch import load_file, save_file
 from train_rlr_sd import parse_args
 
 
@@ -112,11 +114,14 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(tmp_path, four_steps):
 def test_a_checkpoint_of_a_script_with_more_flags_is_resumed_if_it_did_not_use_them(tmp_path):
     config = configuration(parse_args([]), 1)
     before = {**config, "zo_scale": 0.02, "subchain_sampling": "uniform", "baseline_steps": None, "local_rank": 3}
-    before.update(memory_budget_gb=24.0, enable_xformers_memory_efficient_attention=False)
+    before.update(memory_budget_gb=24.0, enable_xformers_memory_efficient_attention=False, use_dora=False)
     (tmp_path / "rlr_state.json").write_text(json.dumps({"config": before}))
     check_same_run(config, str(tmp_path))
     (tmp_path / "rlr_state.json").write_text(json.dumps({"config": {**before, "zo_scale": 0.5}}))
     with pytest.raises(ValueError, match="configuration: zo_scale was 0.5 and is None$"):
+        check_same_run(config, str(tmp_path))
+    (tmp_path / "rlr_state.json").write_text(json.dumps({"config": {**before, "use_dora": True}}))
+    with pytest.raises(ValueError, match="configuration: use_dora was True and is None$"):
         check_same_run(config, str(tmp_path))
 
 
@@ -136,7 +141,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(tmp_path,
             [*flags, "latest", "--rank", "2", "--seed", "1"],
             "another configuration: rank was 4 and is 2; seed was 0 and",
         ),
-        ([*flags, "latest", "--use_dora"], "use_dora was False and is True"),
+        ([*flags, "latest", "--scale_lr"], "scale_lr was False and is True"),
     ):
         with pytest.raises(SystemExit, match=message):
             train(out, *bad)
@@ -146,9 +151,82 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(tmp_path,
 def test_a_run_resumes_in_another_folder_if_there_is_no_run_in_it(tmp_path, four_steps):
     point = ["--resume_from_checkpoint", str(four_steps / "checkpoint-4"), "--max_train_steps", "5"]
     assert [line["step"] for line in train(tmp_path, *point)] == [5]
-    with pytest.raises(SystemExit, match="already holds a run"):
+    with pytest.raises(SystemExit, match="'.*checkpoint-5' is newer"):
         train(tmp_path, *point, "--max_train_steps", "7")
     assert len(metrics_of(tmp_path)) == 1
+
+
+def test_a_finished_run_is_extended_as_if_it_had_been_longer(tmp_path):
+    flags = ["--num_inference_steps", "6", "--learning_rate", "1e-3", "--checkpointing_steps", "500"]
+    train(tmp_path / "longer", *flags, "--max_train_steps", "4")
+    train(tmp_path / "extended", *flags, "--max_train_steps", "2")
+    assert checkpoints(tmp_path / "extended") == {"checkpoint-2"}
+    train(tmp_path / "extended", *flags, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert same_adapter(tmp_path / "longer", tmp_path / "extended")
+    # The same command again has nothing left to do.
+    again = train(tmp_path / "extended", *flags, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert len(again) == 4 and same_adapter(tmp_path / "longer", tmp_path / "extended")
+
+
+def without_a_key(path):
+    """A file of the same format whose content lacks an entry."""
+    if path.suffix == ".json":
+        state = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in state.items() if key != "position"}))
+    elif path.suffix == ".safetensors":
+        save_file(dict(list(load_file(path).items())[1:]), path)
+    else:
+        lacking = {"optimizer.bin": "state", "scheduler.bin": "last_epoch", "random_states_0.pkl": "random_state"}
+        torch.save({k: v for k, v in accelerate.utils.load(path).items() if k != lacking[path.name]}, path)
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "other type": lambda path: path.write_text("[1, 2]"),
+    "missing key": without_a_key,
+}
+PARTS = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "rlr_state.json", LORA, "ema.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def averaged_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "averaged"
+    flags = ["--checkpointing_steps", "1", "--ema_decay", "0.5"]
+    train(folder, *flags, "--max_train_steps", "2")
+    return folder
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_with_a_damaged_part_is_refused_by_its_name_and_nothing_changes(tmp_path, averaged_steps, part):
+    """accelerate itself goes on without the random states, and the run is another one."""
+    for name, damage in DAMAGES.items():
+        out = tmp_path / name
+        shutil.copytree(averaged_steps, out)
+        damage(out / "checkpoint-2" / part)
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        if name == "missing" and part == "rlr_state.json":
+            continue  # an unfinished checkpoint: the one before is the latest
+        with pytest.raises(SystemExit, match="^train_rlr_sd.py: error: cannot resume from '.*checkpoint-2': ") as stop:
+            train(out, "--ema_decay", "0.5", "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+        assert "\n" not in stop.value.code
+        if name != "missing key":  # that is noticed when the part is loaded
+            assert part in stop.value.code
+        if name in ("missing", "empty", "truncated") and part != "rlr_state.json":
+            older = str(out / "checkpoint-1")
+            assert f"{part} is {'missing' if name == 'missing' else 'damaged'}" in stop.value.code
+            assert f"move it away to continue from {older!r}, which is whole" in stop.value.code
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, averaged_steps):
+    out = tmp_path / "out"
+    shutil.copytree(averaged_steps, out)
+    for step in (1, 2):
+        (out / f"checkpoint-{step}" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="optimizer.bin is damaged .*; no older checkpoint is whole$"):
+        train(out, "--ema_decay", "0.5", "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
 
 
 def test_an_unfinished_line_of_a_killed_run_is_removed(tmp_path, four_steps):

@@ -40,7 +40,7 @@ OTHER_FLAGS = {
     *("--extra", "--exclude", "--num_processes", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"),
     *("--master_port", "--standalone", "--help", "--version", "--upgrade", "--no-deps", "--index-url"),
     *("--lora_dropout", "--upcast_before_saving", "--dataloader_num_workers", "--skip_final_inference"),
-    *("--optimizer", "--enable_xformers_memory_efficient_attention"),
+    *("--optimizer", "--enable_xformers_memory_efficient_attention", "--use_dora"),
 }
 
 

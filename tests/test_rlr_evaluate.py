@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -30,11 +31,13 @@ import pytest
 import torch
 from diffusion_models.adapters import add_lora, save_lora
 from evaluate_rlr import main, parse_args
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from reward_models import load_reward
 from reward_models.features import frechet_distance, load_features
 from rlr_testing import DIGITS, LORA, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_model, tiny_pipeline
-from rlr_training.plots import caption, plot_before_after, plot_grid
+from rlr_training.plots import caption, plot_before_after, plot_grid, plot_scales
 from rlr_training.report import print_table, write_csv
 from safetensors.torch import load_file, save_file
 
@@ -114,7 +117,7 @@ def test_results_are_written_as_json_and_csv_and_printed(evaluation, capsys):
     models = evaluation.results["models"]
     written = json.loads((evaluation.folder / "results.json").read_text())
     assert written == json.loads(json.dumps(evaluation.results))
-    assert written["settings"] == {**vars(evaluation.args), "num_images": 6}
+    assert written["settings"] == vars(evaluation.args) and written["num_images"] == 6
     with open(evaluation.folder / "results.csv", encoding="utf-8", newline="") as file:
         table = {row["model"]: row for row in csv.DictReader(file)}
     assert list(table) == list(models)
@@ -122,9 +125,15 @@ def test_results_are_written_as_json_and_csv_and_printed(evaluation, capsys):
     assert float(table["weak"]["frechet_to_real"]) == models["weak"]["frechet_to_real"]
     print_table(evaluation.results)
     header, base, strong, weak = capsys.readouterr().out.splitlines()
-    assert "clip_score | win rate" in header and "frechet to real" in header
+    assert "clip_score | gain | win rate" in header and "frechet to real" in header
     # The base model does not win against itself.
-    assert "%" not in base and strong.startswith("strong") and strong.count("%") == weak.count("%") == 2
+    assert table["base"]["aesthetic_win_rate"] == "" and "%" not in base
+    assert strong.startswith("strong") and strong.count("%") == weak.count("%") == 2
+    figures = models["strong"]["rewards"]["aesthetic"]
+    number = r"([+-]?[\d.]+)"
+    printed = re.match(rf"strong +{number} \+- {number} \| {number} \+- {number} \| {number} %", strong).groups()
+    expected = [figures[name] for name in ("mean", "standard_error", "gain", "gain_standard_error")]
+    assert list(map(float, printed)) == pytest.approx([*expected, 100 * figures["win_rate"]], rel=1e-2)
 
 
 def test_the_table_to_be_filled_in_has_the_columns_of_an_evaluation(tmp_path, evaluation):
@@ -170,6 +179,8 @@ def test_the_report_is_one_file_with_all_images(evaluation):
     report = Report(text)
     assert [row[0] for row in report.rows] == ["model", "base", "strong", "weak"]
     assert {len(row) for row in report.rows} == {1 + 2 + 4} and "num_inference_steps: 3" in text
+    assert "eta: 1.0" in text and "Rewards are means over 6 images" in text
+    assert "negative_prompt" not in text and "overwrite_output_dir" not in text  # which are not set
     images = [re.fullmatch("data:image/png;base64,(.+)", address)[1] for address in report.addresses]
     assert len(images) == 3
     for data, name in zip(images, ("grid.png", "gains.png", "scales.png")):
@@ -202,12 +213,64 @@ def test_dollar_signs_in_prompts_are_drawn_as_they_are(tmp_path):
     assert (tmp_path / "grid.png").exists() and (tmp_path / "before_after.png").exists()
 
 
+LONG_PROMPTS = [
+    "a fox that sits in the snow, highly detailed, cinematic light, " * 40,
+    "x" * 1000,
+    "一只坐在雪地里的红狐狸，高度细节，电影光，八千像素，艺术站趋势，非常漂亮",
+    "雪の中のきつね 🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊🦊",
+    "الثعلب الأحمر في الثلج مع ضوء جميل جدا والسماء الزرقاء",
+]
+
+
 def test_long_prompts_are_shortened_to_three_lines_beside_an_image():
     assert caption("a red fox") == "a red fox" and caption("$5 or $6") == r"\$5 or \$6"
-    lines = caption("a fox that sits in the snow, highly detailed, cinematic light, " * 40).splitlines()
-    assert len(lines) == 3 and max(map(len, lines)) <= 22 and lines[2].endswith(" ...")
-    assert lines[0] == "a fox that sits in the"
+    assert caption("a\tred\n fox") == "a red fox"
+    lines = caption(LONG_PROMPTS[0]).splitlines()
+    assert lines == ["a fox that sits in", "the snow, highly", "detailed, ..."]
     assert len(caption("x" * 1000).splitlines()) == 3
+
+
+@pytest.mark.parametrize("prompt", LONG_PROMPTS, ids=["words", "a word", "Chinese", "emoji", "Arabic"])
+def test_a_caption_is_no_wider_than_its_image(prompt):
+    """Of 1.5 inches, in every script; what the font lacks is drawn as boxes, without warnings."""
+    figure, images = Figure(dpi=100), torch.rand(1, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = figure.text(0, 0, caption(prompt), fontsize=8)
+        assert 0.5 < text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width / 100 < 1.5
+    both = {"base": images, "tuned": images}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_before_after(both, {name: torch.zeros(1) for name in both}, [prompt], io.BytesIO())
+        plot_grid(both, [prompt], io.BytesIO())
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8)], ids=["wide", "tall"])
+def test_images_that_are_not_square_fill_their_row(tmp_path, size):
+    """Drawn in red on white."""
+    images = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(4, 3, *size)
+    both = {"base": images, "tuned": images}
+    plot_before_after(both, {name: torch.zeros(4) for name in both}, ["a red one"] * 4, tmp_path / "both.png")
+    plot_grid(both, ["a red one"] * 4, tmp_path / "grid.png")
+    for name in ("both.png", "grid.png"):
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
+        red = (pixels[..., 0] > 200) & (pixels[..., 1] < 50)
+        assert red.any(0).mean() > 0.65 and red.any(1).mean() > 0.4
+
+
+def test_errors_of_the_scale_plot_are_those_of_the_paired_gains():
+    """A plot does not change with the standard error of the mean."""
+
+    def plotted(**changes):
+        figures = {"mean": 5.0, "standard_error": 1.0, "gain": 0.5, "gain_standard_error": 0.1, **changes}
+        models = {"base": {"rewards": {"aesthetic": figures}}}
+        scales = {"tuned": {scale: {"rewards": {"aesthetic": figures}, "drift": float(scale)} for scale in ("0", "1")}}
+        file = io.BytesIO()
+        plot_scales({"models": models, "lora_scales": scales}, file)
+        return file.getvalue()
+
+    assert plotted() == plotted(standard_error=2.0, mean=7.0)
+    assert plotted() != plotted(gain_standard_error=0.2) and plotted() != plotted(gain=0.6)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +288,9 @@ def test_long_prompts_are_shortened_to_three_lines_beside_an_image():
         (["--adapters", "x", "--reward", "beauty"], "unknown reward 'beauty'"),
         (["--adapters", "x", "--prompts", "/nowhere.txt"], "/nowhere.txt"),
         (["--adapters", "x", "--eta", "2"], "--eta 2 must be in [0, 1]"),
+        (["--adapters", "x", "--eta", ".5", "--scheduler", "ddpm"], "--eta 0.5 is for --scheduler ddim, and ddpm has"),
+        (["--adapters", "x", "--reward_path", "/nowhere"], "'/nowhere' is not of the form NAME=DIR"),
+        (["--adapters", "x", "--prompts", "prompts.csv"], "prompts 'prompts.csv': no such file"),
         ([], "required: --adapters"),
     ],
     ids=lambda value: " ".join(value) or "no adapters" if isinstance(value, list) else "",
@@ -237,14 +303,15 @@ def test_bad_input_is_named_in_one_line(tmp_path, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_without_layers_of_the_model_is_refused_before_images_are_drawn(tmp_path, adapters):
-    """With names of layers as peft saves them, which diffusers skips with a warning."""
+def test_an_adapter_that_does_not_fit_the_model_is_refused_before_images_are_drawn(tmp_path, adapters):
+    """With a layer more, which diffusers skips with a warning."""
     layers = load_file(os.path.join(adapters[0], LORA))
-    save_file({f"base_model.model.{key}": value for key, value in layers.items()}, tmp_path / "other.safetensors")
+    save_file({**layers, "unet.other.lora.down.weight": torch.ones(4, 4)}, tmp_path / "other.safetensors")
     flags = ["--adapters", str(tmp_path / "other.safetensors"), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(
-        SystemExit, match="other.safetensors' cannot be loaded: no layer of it is one of the base model$"
-    ):
+    message = (
+        "other.safetensors' cannot be loaded: 'unet.other.lora.down.weight': the base model has no such .* layer$"
+    )
+    with pytest.raises(SystemExit, match=message):
         main(parse_args([*FLAGS, *flags]))
     assert not (tmp_path / "out").exists()
 
@@ -268,8 +335,16 @@ def test_an_evaluation_is_overwritten_only_on_request_and_an_adapter_may_have_an
 
 def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_loaded(tmp_path):
     flags = ["--pretrained_model_name_or_path", "/nowhere", "--adapters", "x", "--output_dir", DIGITS]
-    with pytest.raises(SystemExit, match="^evaluate_rlr.py: error: --output_dir '.*digits.txt' is a file$"):
+    with pytest.raises(SystemExit, match="^evaluate_rlr.py: error: --output_dir .*: '.*digits.txt' is a file$"):
         main(parse_args([*FLAGS, *flags]))
+
+
+def test_long_prompts_give_one_warning(tmp_path, adapters, caplog):
+    (tmp_path / "prompts.txt").write_text("very " * 480 + "red\na red one\n")
+    flags = ["--prompts", str(tmp_path / "prompts.txt"), "--adapters", adapters[1], "--reward", "aesthetic"]
+    main(parse_args([*FLAGS, *flags, "--output_dir", str(tmp_path / "out"), "--images_per_prompt", "2"]))
+    warnings = [record.getMessage() for record in caplog.records if "does not see" in record.getMessage()]
+    assert len(warnings) == 1 and len(warnings[0]) < 400 and "1 of 2 prompts are longer" in warnings[0]
 
 
 def test_out_of_memory_is_reported_in_one_line(tmp_path, adapters):

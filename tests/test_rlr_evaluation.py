@@ -15,14 +15,18 @@
 
 import io
 import json
+import re
+import shlex
 
+import evaluate_rlr
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
-from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, generate
-from rlr_training.plots import caption, plot_before_after
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, generate, print_comparison
+from rlr_training.hub import EVALUATION_FLAGS
+from rlr_training.plots import plot_before_after
 from train_rlr_sd import parse_args
 
 
@@ -93,7 +97,7 @@ def test_early_stopping_counts_scorings_without_a_new_best():
     resumed = EarlyStopping(2)
     resumed.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
     is_best, reason = resumed.update(25, -0.6)
-    assert not is_best and "after step 25" in reason and "-0.5000 of step 15 in 2 scorings" in reason
+    assert not is_best and "after step 25" in reason and "above -0.5 of step 15 in 2 scorings" in reason
     never, fresh = EarlyStopping(None), EarlyStopping(1)
     assert [never.update(step, -step)[1] for step in range(9)] == [None] * 9
     fresh.load_state_dict(json.loads(json.dumps(EarlyStopping(1).state_dict())))
@@ -134,6 +138,8 @@ def test_validation_images_are_of_the_moving_average(averaged_run):
     # TensorBoard keeps a batch as one image, a row.
     average, trained = (torch.cat(list(images_of(folder, prompts)), dim=2) for folder in (out / "ema", out))
     assert (shown - average).abs().max() < 0.01 < (shown - trained).abs().max()
+    # The same images are files.
+    assert (validation_images(out, 3, prompts) - average).abs().max() < 0.01
 
 
 def test_held_out_rewards_and_the_best_adapter_are_of_the_moving_average(averaged_run):
@@ -149,6 +155,41 @@ def test_the_run_continues_with_the_adapter_and_not_with_its_average(averaged_ru
 
 
 # Validation, and the comparison with the base model
+
+
+def validation_images(out, step, prompts):
+    """The images of a validation, in a row; their files are numbered and have the words of the prompts in their names."""
+    names = [f"{i:03}-{prompt.replace(' ', '-')}.png" for i, prompt in enumerate(prompts, 1)]
+    folder = out / "validation" / f"step-{step:06}"
+    assert sorted(path.name for path in folder.iterdir()) == names
+    images = [torch.tensor(np.array(Image.open(folder / name))).permute(2, 0, 1) / 255 for name in names]
+    return torch.cat(images, dim=2)
+
+
+def test_validation_images_are_files_also_without_a_tracker_and_at_the_end(tmp_path):
+    flags = [
+        "--validation_prompts",
+        "a red one",
+        "a blue two",
+        "--num_validation_images",
+        "2",
+        "--learning_rate",
+        "0.1",
+    ]
+    train(tmp_path, *flags, "--validation_steps", "2", "--max_train_steps", "3", "--report_to", "none")
+    assert sorted(path.name for path in (tmp_path / "validation").iterdir()) == ["step-000002", "step-000003"]
+    prompts = ["a red one", "a red one", "a blue two", "a blue two"]
+    last = torch.cat(list(images_of(tmp_path, prompts)), dim=2)
+    assert (validation_images(tmp_path, 3, prompts) - last).abs().max() < 0.01
+    assert (validation_images(tmp_path, 2, prompts) - last).abs().max() > 0.01
+
+
+def test_validation_images_that_cannot_be_written_end_the_run_in_one_line(tmp_path):
+    (tmp_path / "validation").write_text("mine")
+    flags = ["--validation_prompts", "a red one", "--validation_steps", "1", "--num_validation_images", "1"]
+    with pytest.raises(SystemExit, match="error: step 1: cannot write '.*step-000001': .*Not a directory") as stop:
+        train(tmp_path, *flags)
+    assert "\n" not in stop.value.code and (tmp_path / "validation").read_text() == "mine"
 
 
 def test_validation_in_half_precision(tmp_path):
@@ -169,9 +210,43 @@ def test_base_and_tuned_model_are_compared_on_the_same_images(tmp_path, capsys):
         members = {member: row[name]["mean"] for member, row in results["members"].items()}
         assert results[name]["mean"] == pytest.approx(members["aesthetic"] + 5 * members["clip_score"], rel=1e-5)
     printed = capsys.readouterr().out
-    assert f"base aesthetic,clip_score:5: {results['base']['mean']:.4f} mean" in printed
-    assert f"gain {results['gain']['mean']:+.4f} with a standard error of" in printed
-    assert f"{results['tuned']['mean']:.4f}" in (tmp_path / "README.md").read_text()
+    (base,) = re.findall(r" base aesthetic,clip_score:5: (\S+) mean, ", printed)
+    assert float(base) == pytest.approx(results["base"]["mean"], rel=1e-2)
+    ((gain, error),) = re.findall(r"gain ([+-]\S+) with a standard error of ([^ ,]+),", printed)
+    assert float(gain) == pytest.approx(results["gain"]["mean"], abs=0.01 * results["gain"]["standard_error"])
+    assert float(error) == pytest.approx(results["gain"]["standard_error"], rel=1e-2)
+    assert gain in (tmp_path / "README.md").read_text()
+
+
+def test_small_gains_are_printed_with_their_digits(capsys):
+    scores = {"mean": 0.0412345, "std": 0.00098765}
+    gain = {"mean": 0.00000213, "standard_error": 0.00000298}
+    results = {"num_images": 100, "base": scores, "tuned": {**scores, "mean": 0.0412366}, "gain": gain}
+    print_comparison(parse_args(BASE), results)
+    assert capsys.readouterr().out.splitlines() == [
+        "  base aesthetic: 0.0412345 mean, 0.000988 standard deviation",
+        " tuned aesthetic: 0.0412366 mean, 0.000988 standard deviation",
+        "  gain +0.00000213 with a standard error of 0.00000298, over 100 images of the same prompts and seeds",
+    ]
+
+
+def test_the_end_of_a_run_says_where_the_adapter_is_and_how_to_evaluate_it(tmp_path, capsys):
+    flags = ["--negative_prompt=-- it's", "--height", "32", "--mixed_precision", "no", "--max_train_steps", "1"]
+    train(tmp_path / "out", *flags, "--heldout_reward", "clip_score", "--feature_model", TINY_CLIP)
+    printed = capsys.readouterr().out
+    assert f"the adapter is {tmp_path / 'out' / LORA}" in printed
+    words = shlex.split(re.search("to evaluate it: (python evaluate_rlr.py .*)", printed)[1])
+    args = vars(evaluate_rlr.parse_args(words[2:]))
+    ways = {
+        "adapters": [str(tmp_path / "out")],
+        "output_dir": f"{tmp_path}/out-evaluation",
+        "negative_prompt": "-- it's",
+    }
+    trained = vars(parse_args([*BASE, *flags, "--feature_model", TINY_CLIP]))
+    shared = {name: trained[name] for name in EVALUATION_FLAGS if name != "reward"}
+    assert args.items() >= {**shared, **ways}.items()
+    # A default of training and not of the evaluation, which also scores what was not trained for.
+    assert args["reward"] == "aesthetic,clip_score"
 
 
 def test_a_comparison_without_memory_left_loses_nothing(tmp_path):
@@ -191,4 +266,3 @@ def test_prompts_are_shown_as_they_are_written_above_the_images(tmp_path):
     scores = {name: torch.rand(3) for name in images}
     plot_before_after(images, scores, [r"one of $5 or $6", r"$\frac$", "a {red} #_^ one"], tmp_path / "images.png")
     assert np.asarray(Image.open(tmp_path / "images.png")).std() > 5
-    assert caption("a " + "very " * 500 + "long one").count("\n") == 2  # shortened to three lines

@@ -20,16 +20,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusion_models import load_model
-from diffusion_models.adapters import add_lora, load_lora, lora_file, save_lora
+from diffusion_models.adapters import add_lora, load_lora, save_lora
+from diffusion_models.lora_files import find_lora
 from huggingface_hub import ModelCard
 from rlr_hub import LoopbackHub
-from rlr_testing import LORA, TINY_SD, same_adapter, tiny_model, train
-from rlr_training.hub import license_of, save_model_card
+from rlr_testing import ASSETS, BASE, LORA, ROOT, TINY_CLIP, TINY_SD, same_adapter, tiny_model, train
+from rlr_training.hub import command_of, license_of, save_model_card, typed_flags, without_folders
 from train_rlr_sd import parse_args
 
 
@@ -107,29 +109,83 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_upload_later(tmp_path, mo
     assert not any(name.startswith("checkpoint-") for name in hub.commits[0][2])
 
 
-def test_the_card_is_enough_to_use_the_adapter_and_to_repeat_the_run(tmp_path):
-    flags = ["--reward", "aesthetic,clip_score:5", "--num_eval_images", "4", "--negative_prompt", "a blue one"]
-    train(tmp_path, *flags, "--reward_offload", "--learning_rate", "1e-2")
-    card = ModelCard.load(tmp_path / "README.md")
+def test_the_card_is_enough_to_use_the_adapter_and_to_repeat_the_run(tmp_path, monkeypatch):
+    """Beside the folders that it names, of which it has the last part only."""
+    out = tmp_path / "out"
+    for folder in (ASSETS, TINY_CLIP):
+        for name in os.listdir(folder):
+            (tmp_path / name).symlink_to(os.path.join(folder, name))
+    flags = ["--reward", "aesthetic,clip_score:5", "--num_eval_images", "4", "--negative_prompt", "-a 'blue' one"]
+    train(out, *flags, "--reward_offload", "--learning_rate", "1e-2", "--cache_dir", str(tmp_path))
+    card = ModelCard.load(out / "README.md")
+    assert ROOT not in card.text and str(tmp_path) not in card.text
+    monkeypatch.chdir(tmp_path)
     assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers" and "lora" in card.data.tags
-    results = json.loads((tmp_path / "evaluation.json").read_text())
+    results = json.loads((out / "evaluation.json").read_text())
     for name, row in {"aesthetic,clip_score:5": results, **results["members"]}.items():
-        assert f"| `{name}` | {row['base']['mean']:.4f} " in card.text and f"{row['tuned']['mean']:.4f}" in card.text
-    for text in ("--negative_prompt 'a blue one'", "--reward aesthetic,clip_score:5", "Seed 0", "torch ", "`rlr`"):
+        number = r"(\S+) \(deviation (\S+)\)"
+        figures = re.search(rf"\| `{name}` \| {number} \| {number} \|", card.text).groups()
+        expected = [row[model][key] for model in ("base", "tuned") for key in ("mean", "std")]
+        assert list(map(float, figures)) == pytest.approx(expected, rel=1e-2)
+    for text in ("--reward aesthetic,clip_score:5", "Seed 0", "torch ", "`rlr`"):
         assert text in card.text
     scope, example = {}, re.search(r"```py\n(.*?)```", card.text, re.DOTALL)[1]
     exec(example, scope)
-    assert ", negative_prompt='a blue one'" in example  # a pipeline would take any name
+    assert ", negative_prompt=\"-a 'blue' one\"" in example  # a pipeline would take any name
     assert scope["image"].size == (32, 32)
     weights = [p for name, p in scope["pipeline"].unet.named_parameters() if "lora_B" in name]
     assert weights and any(weight.abs().max() > 0 for weight in weights)
     # The command of the card is that of the run.
     command = shlex.split(re.search(r"```bash\n(.*?)```", card.text, re.DOTALL)[1])
     assert command[:5] == ["accelerate", "launch", "--num_processes", "1", "train_rlr_sd.py"]
-    again, config = vars(parse_args(command[5:])), json.loads((tmp_path / "training_args.json").read_text())
-    assert {key: value for key, value in again.items() if key != "hub_token"} == {
-        key: value for key, value in config.items() if key != "num_processes"
-    }
+    again, typed = vars(parse_args(command[5:])), vars(parse_args([*BASE, *flags, "--output_dir", "out"]))
+    folders = {"pretrained_model_name_or_path": "tiny-sd", "prompts": "digits.txt", "cache_dir": None}
+    folders["reward_path"] = ["aesthetic=tiny-aesthetic", "clip_score=clip"]
+    assert again == {**typed, **folders, "reward_offload": True, "learning_rate": 1e-2}
+    for word in ("--height", "--resolution", "--mixed_precision"):  # what the run has set itself
+        assert word not in command
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("stabilityai/sdxl", "stabilityai/sdxl"),
+        ("assets/tiny-sd", "assets/tiny-sd"),
+        ("/home/me/models/sd/", "sd"),
+        ("aesthetic=/home/me/rewards/aesthetic", "aesthetic=aesthetic"),
+        ("/home/me/sharp.py:f:10,aesthetic:1,/home/me/other.py:g", "sharp.py:f:10,aesthetic:1,other.py:g"),
+    ],
+)
+def test_of_absolute_paths_the_card_shows_the_last_part(text, shown):
+    assert without_folders(text) == shown
+
+
+def test_the_command_has_the_flags_that_were_typed_whatever_they_look_like():
+    """And the precision of accelerate's configuration, which belongs to its launcher."""
+    texts = ["/not/a/path, $HOME", "it's", '"quoted"', "`x`", "a\nb"]
+    flags = ["--negative_prompt=-x", "--validation_prompts", *texts, "--hub_token", "hf_x", "--cache_dir", "/tmp"]
+    args = parse_args([*flags, "--eta", "0.5", "--mixing", "0.5", "--push_to_hub"])
+    accelerator = SimpleNamespace(num_processes=2, mixed_precision="bf16")
+    words = shlex.split(command_of(typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py"))
+    launcher = ["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16", "train_rlr_sd.py"]
+    assert words[:7] == launcher
+    assert parse_args(words[7:]) == parse_args(
+        ["--negative_prompt=-x", "--validation_prompts", *texts, "--eta", "0.5", "--mixing", "0.5", "--push_to_hub"]
+    )
+    args = parse_args(["--mixed_precision", "no", "--validation_prompts=-y"])
+    words = command_of(typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py").split()
+    assert words[4:] == ["train_rlr_sd.py", "--validation_prompts=-y", "--mixed_precision", "no"]
+
+
+def test_the_card_of_a_model_in_a_single_file_loads_it_with_from_single_file(tmp_path):
+    """Of which it knows no license: such files have no card."""
+    (tmp_path / "sd.safetensors").write_bytes(bytes(8))
+    args = parse_args(["--pretrained_model_name_or_path", f"{tmp_path}/sd.safetensors", "--output_dir", str(tmp_path)])
+    assert license_of(args.pretrained_model_name_or_path, None) is None
+    save_model_card(args, tiny_model(), "the command", "a red one", None, None, 3)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "StableDiffusionPipeline.from_single_file('sd.safetensors')" in card.text
+    assert card.data.base_model is None
 
 
 def test_the_card_does_not_make_up_a_license(tmp_path, monkeypatch):
@@ -176,13 +232,14 @@ def test_an_adapter_of_the_hub_is_trained_further_also_without_the_hub(tmp_path,
             SystemExit, match="^train_rlr_sd.py: error: --adapter_path 'someone/wolf' cannot be loaded: .*$"
         ):
             train(tmp_path / "wolf", *flags, "someone/wolf")
-        assert lora_file("someone/wolf", cache) is None
     train(tmp_path / "without", *flags, "someone/fox")
     assert same_adapter(tmp_path / "with", tmp_path / "without")
     assert not same_adapter(tmp_path / "with", tmp_path / "first")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert lora_file("someone/never-asked-for", cache) == LORA  # loading it says what is wrong
+    with pytest.raises(ValueError, match="'someone/never-asked-for' cannot be loaded: .*offline"):
+        load_lora(tiny_model(), "someone/never-asked-for", cache)
+    assert os.path.basename(find_lora("someone/fox", cache)) == LORA
     model = tiny_model()
     load_lora(model, "someone/fox", cache)
     save_lora(model, tmp_path / "offline")

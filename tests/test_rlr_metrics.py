@@ -21,11 +21,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from rlr_testing import metrics_of, train
+from rlr_testing import BASE, metrics_of, train
 from rlr_training.checks import rlr_settings
-from rlr_training.metrics import gather_scores, log_metrics, print_plan, trim_metrics
+from rlr_training.metrics import Progress, gather_scores, log_metrics, print_plan, trim_metrics
 from rlr_training.metrics import metrics_of as line_of
-from rlr_training.run import set_num_steps
+from rlr_training.run import load_run_rewards, set_num_steps
 from rlr_utils import RLRStep
 from train_rlr_sd import parse_args
 
@@ -160,3 +160,48 @@ def test_the_third_step_says_how_long_the_run_will_take(tmp_path, caplog):
     for line in metrics:
         assert line["num_images"] == 2 and line["grad_norm"] > 0 and 0 < line["gamma_mean"] <= 1
         assert line["seconds"] > 0 and line["images_per_second"] == pytest.approx(2 / line["seconds"])
+
+
+def same_for_all(images, prompts):
+    return torch.full((len(images),), 0.5)
+
+
+def test_a_reward_without_a_signal_and_a_single_image_are_warned_of(tmp_path, caplog):
+    flags = ["--reward", "test_rlr_metrics:same_for_all", "--train_batch_size", "1", "--max_train_steps", "4"]
+    assert all(line["reward_mean"] == 0.5 for line in train(tmp_path, *flags))
+    assert caplog.text.count("the last steps had no signal: every image scored 0.5") == 1
+    assert caplog.text.count("one image a step: its reward has no other to be compared with") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "warns"),
+    [
+        (["--train_batch_size", "1"], False),  # the aesthetic reward has a gradient
+        (["--train_batch_size", "1", "--gradient_estimator", "ddpo"], True),
+        (["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--gradient_estimator", "ddpo"], False),
+    ],
+)
+def test_a_single_image_is_warned_of_where_it_is_compared_with_others(caplog, flags, warns):
+    args = parse_args([*BASE, "--train_batch_size", "1", *flags])
+    load_run_rewards(args, ["a red one"], Accelerator(cpu=True))
+    assert ("one image a step" in caplog.text) is warns
+
+
+@pytest.mark.parametrize(
+    ("num_images", "steps", "warns"),
+    [
+        (2, [(1.0, 0.0, 2.0)] * 3, True),  # (mean, deviation, norm of the gradient): the same score for all
+        (2, [(1.0, 0.5, 0.0), (2.0, 0.5, 0.0), (3.0, 0.5, 0.0)], True),  # no gradient
+        (2, [(1.0, 0.0, 2.0), (1.0, 0.0, 2.0), (1.0, 0.5, 2.0)] * 2, False),
+        (2, [(1.0, 0.5, None)] * 4, False),  # float16 has overflowed
+        (1, [(1.0, 0.0, 2.0), (2.0, 0.0, 2.0), (3.0, 0.0, 2.0), (4.0, 0.0, 2.0)], False),
+        (1, [(1.0, 0.0, 2.0)] * 4, True),
+    ],
+)
+def test_what_counts_as_a_step_without_a_signal(caplog, num_images, steps, warns):
+    Accelerator(cpu=True)  # for the logger
+    progress = Progress(SimpleNamespace(is_local_main_process=False), 0, 9)
+    for mean, deviation, norm in steps:
+        line = {"reward_mean": mean, "reward_std": deviation, "grad_norm": norm, "num_images": num_images}
+        progress.update({**line, "seconds": 1.0})
+    assert ("had no signal" in caplog.text) is warns

@@ -13,21 +13,22 @@
 # limitations under the License.
 """The output folder: no run, and nobody's file, is overwritten by accident."""
 
-import os
+import resource
+import shutil
 
 import pytest
-from rlr_testing import BASE, LORA, train
-from rlr_training.output_dir import check_output_dir
-from train_rlr_sd import parse_args
+from rlr_testing import BASE, DIGITS, LORA, train
+from rlr_training.output_dir import check_output_dir, check_writable
+from train_rlr_sd import main, parse_args
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(tmp_path):
     train(tmp_path, "--max_train_steps", "1")
     before = {name: (tmp_path / name).read_bytes() for name in (LORA, "metrics.jsonl", "training_args.json")}
-    # There is an adapter, and no checkpoint to resume from.
-    with pytest.raises(
-        SystemExit, match="already holds a run: use another folder, train its adapter further in another"
-    ):
+    with pytest.raises(SystemExit, match="already holds a run: use another folder, continue it with --resume"):
+        train(tmp_path, "--max_train_steps", "1")
+    shutil.rmtree(tmp_path / "checkpoint-1")  # then there is an adapter, and no checkpoint to resume from
+    with pytest.raises(SystemExit, match="already holds a run: use another folder, train its adapter further in"):
         train(tmp_path, "--max_train_steps", "1")
     # Errors in the input are reported first.
     with pytest.raises(SystemExit, match="no such file"):
@@ -88,10 +89,46 @@ def test_a_folder_with_unrelated_files_is_used(tmp_path):
     check(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ValueError, match=f"--output_dir '{tmp_path}' cannot be written to"):
-        check(tmp_path)
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (DIGITS, "cannot be a folder: '.*digits.txt' is a file"),
+        (f"{DIGITS}/a/b", "cannot be a folder: '.*digits.txt' is a file"),
+        ("/proc", "cannot be written to: No such file"),  # where not even root may write
+        ("/proc/a/b", "cannot be written to: No such file"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_or_written_to_is_refused_before_anything_is_loaded(folder, message):
+    with pytest.raises(ValueError, match=f"^--output_dir '{folder}' {message}"):
+        check_writable(folder)
+    flags = ["--output_dir", folder, "--pretrained_model_name_or_path", "/nowhere"]
+    with pytest.raises(SystemExit, match=f"^train_rlr_sd.py: error: --output_dir '{folder}' {message}"):
+        main(parse_args([*BASE, *flags]))
+
+
+def test_a_folder_without_space_is_refused_and_a_writable_one_is_left_as_it_is(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="cannot be a folder: .*link' is a file"):
+        check_writable(tmp_path / "link")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="cannot be written to: File too large$"):
+            check_writable(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_validation_images_are_kept_by_a_resumed_run_and_removed_by_one_that_overwrites(tmp_path):
+    flags = ["--validation_prompts", "a red one", "--num_validation_images", "1"]
+    train(tmp_path, *flags, "--max_train_steps", "1")
+    train(tmp_path, *flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    (tmp_path / "validation" / "mine.png").touch()
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == {"step-000001", "step-000002", "mine.png"}
+    train(tmp_path, *flags, "--max_train_steps", "1", "--overwrite_output_dir")
+    assert {path.name for path in (tmp_path / "validation").iterdir()} == {"step-000001", "mine.png"}
 
 
 def test_a_full_disk_at_the_end_is_reported_in_one_line(tmp_path):

@@ -14,7 +14,9 @@
 """Processes and devices: launchers, the noise of every image, precision, memory, the compiler."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -23,8 +25,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from rlr_testing import BASE, ROOT, metrics_of, same_adapter, tiny_model, tiny_pipeline, train
+from rlr_training import LEFT_OUT
 from rlr_training.optimizer import loss_scale
-from rlr_training.processes import generators_of, make_accelerator, to_device
+from rlr_training.processes import generators_of, make_accelerator, set_up_logging, to_device
 from torch._functorch import config as functorch_config
 from train_rlr_sd import parse_args
 
@@ -112,6 +115,18 @@ def test_tf32_matrix_products_need_their_flag(tmp_path, tf32, flags):
     accelerator, args = accelerator_of(tmp_path, *flags)
     to_device(args, accelerator, tiny_model(), None)
     assert torch.backends.cuda.matmul.allow_tf32 == bool(flags)
+
+
+def test_only_messages_that_are_known_to_say_nothing_are_left_out(caplog, capsys):
+    """A warning of the same logger is shown, and so are our own messages; of other libraries no information."""
+    set_up_logging(is_main_process=True)
+    for name, start in LEFT_OUT.items():
+        for message in (start.replace(r"`\w+`", "`X`") + " and so on", f"a warning of {name}"):
+            logging.getLogger(name).warning(message)
+            assert (message in caplog.text + capsys.readouterr().err) == message.startswith("a warning")
+    for name, is_shown in (("accelerate.checkpointing", False), ("httpx", False), ("rlr_training.prompts", True)):
+        logging.getLogger(name).info(f"information of {name}")
+        assert (f"information of {name}" in caplog.text) == is_shown
 
 
 def test_a_number_of_processes_that_accelerate_does_not_see_is_refused(tmp_path, monkeypatch):
@@ -217,6 +232,9 @@ def test_accelerate_launches_the_script(tmp_path):
     result = launch(tmp_path, *launcher, *BASE, "--output_dir", "out", "--max_train_steps", "1")
     assert "2 = 2 batch x 1 accumulation x 1 ranks" in result.stdout
     assert "reward=" in result.stderr and "seconds=" in result.stderr
+    # Besides progress bars, and what the launcher itself says, nothing of other libraries.
+    printed = re.split(r"[\r\n]+", result.stderr.partition("run `accelerate config`.")[2])
+    assert [line for line in printed if line and not re.search(r"\d+%\|", line)] == []
     assert [line["step"] for line in metrics_of(tmp_path / "out")] == [1]
 
 

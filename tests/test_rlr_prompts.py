@@ -13,9 +13,11 @@
 # limitations under the License.
 """Where the prompts come from, what is left out with a message, and the order in which training uses them."""
 
+import gzip
 import json
 import re
 
+import datasets
 import pandas
 import pytest
 import torch
@@ -51,7 +53,16 @@ def test_a_file_is_read_line_by_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b" \n\n", "no prompt"), (b"", "no prompt"), (b"caf\xe9\0\n", "not UTF-8"), (None, "no such file")],
+    [
+        (b" \n\n", "no prompt"),
+        (b"", "no prompt"),
+        (b"caf\xe9\0\n", "not a text: byte 4 is a control character"),
+        ("a fox".encode("utf-16-le"), "not a text: byte 1 is a control character"),  # without its byte order mark
+        (gzip.compress(b"a fox\n", mtime=0), "not a text: byte"),
+        (b'\n{"prompt": "a fox"}\n{"prompt": "a cat"}\n', "it is JSON and no text .*: name it .jsonl"),
+        (b'["a fox",\n "a cat"]\n', "it is JSON and no text .*: name it .json"),
+        (None, "no such file"),
+    ],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
@@ -60,6 +71,53 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         load_prompts(str(file))
     assert str(file) in str(error.value)
+
+
+DATASET = "to train on a column of a dataset use --dataset_name {} --caption_column NAME"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("prompts.csv", "prompt,style\na fox,oil\n", f"prompts are in .txt files .*; {DATASET}$"),
+        ("prompts.PARQUET", "PAR1", f"prompts are in .txt files .*; {DATASET}$"),
+        ("prompts.yaml", "- a fox\n", "prompts are in .txt files (one a line), .json or .jsonl files$"),
+        ("prompts.tsv", "a fox\toil\n", "prompts are in .txt files (one a line), .json or .jsonl files$"),
+        ("prompts.png", "", "prompts are in .txt files (one a line), .json or .jsonl files$"),
+        ("folder", None, f"it is a folder; {DATASET}$"),
+        ("prompts.json", "a fox\n", "it is not JSON (Expecting value.*); name it .jsonl if it has an object a line"),
+        ("prompts.json", '{"prompt": "a"}\n{"prompt": "b"}\n', "it is not JSON (Extra data.*); name it .jsonl if"),
+        ("prompts.json", '{"prompt": "a fox"}', 'it is not a list of prompts, or of objects with a text "prompt"'),
+        ("prompts.json", '["a fox", 3]', 'entry 2 is not an object with a text "prompt"$'),
+        ("prompts.json", "[]", "there is no prompt"),
+        (
+            "prompts.json",
+            '[{"text": "a fox", "n": 1}]',
+            f"entry 1 is not an object with a text \"prompt\", only 'text'; {DATASET}$",
+        ),
+        (
+            "prompts.jsonl",
+            '{"caption": "a fox", "url": "x"}',
+            f"line 1 is not an object with a text \"prompt\", only 'caption', 'url'; {DATASET}$",
+        ),
+    ],
+    ids=lambda value: "" if value is None else value[:25],
+)
+def test_files_that_are_no_prompt_files_are_refused_with_the_remedy(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_text(content)
+    message = message.format(path).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=f"^prompts '{path}': {message}") as error:
+        load_prompts(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["prompts.json", "PROMPTS.JSON"])
+def test_a_json_file_holds_a_list_of_prompts_or_of_objects(tmp_path, name):
+    file = tmp_path / name
+    file.write_text(json.dumps(["a {red|blue} cat", {"prompt": "a dog", "source": "me"}, LEVELS], indent=2))
+    assert load_prompts(str(file)) == ["a red cat", "a blue cat", "a dog", "a fox"]
+    assert load_levels(str(file)) == {"a fox": ("an animal", "a fox in snow", "fur of a fox")}
 
 
 def test_other_encodings_are_read_with_a_warning(tmp_path, caplog):
@@ -86,18 +144,47 @@ def test_a_template_stands_for_all_its_prompts():
         expand("{a|b}" * 20)
 
 
+@pytest.mark.parametrize("text", ["a {cat}", "{a} | {b}", "(a) | [b]", "a } and {", "{}", "x}|{y"])
+def test_braces_without_a_bar_between_them_are_kept(text):
+    assert expand(text) == [text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{a|b", "a|b}", "a {b|c", "{a|{b|c}}", "{a {b|c} d}", "{{a|b}", "{a|b}}", "{a|b} and {c|d", f"{{{'a' * 3000}|b"],
+    ids=lambda text: text[:20],
+)
+def test_a_template_that_is_not_closed_or_nested_is_refused(text):
+    with pytest.raises(ValueError, match="^the template .* has a brace too many or too few: .*") as error:
+        expand(text)
+    assert len(str(error.value)) < 250
+
+
 def test_only_the_first_prompts_are_used_if_asked_for():
     args = parse_args(["--prompts", DIGITS, "--max_prompts", "3"])
     assert load_training_prompts(args) == load_prompts(DIGITS)[:3]
 
 
 def test_prompts_that_the_text_encoder_truncates_give_one_warning(tmp_path, caplog):
-    (tmp_path / "prompts.txt").write_text("a red one\n" + "a red two and " * 10 + "a blue nine\n")
+    (tmp_path / "prompts.txt").write_text("a red one\n" + "a red two and " * 4 + "a blue nine\n")
     with caplog.at_level("WARNING", logger="rlr_training"):
         train(tmp_path / "out", "--prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "1")
     warnings = [record.getMessage() for record in caplog.records if "does not see" in record.getMessage()]
     assert len(warnings) == 1 and "1 of 2 prompts are longer than 16 tokens" in warnings[0]
     assert re.search(r"it does not see '[a-z ]*a red two and a blue nine'$", warnings[0])
+
+
+def test_a_very_long_prompt_is_quoted_in_a_line_and_not_repeated_at_every_image(tmp_path, capfd, caplog):
+    """Also a negative or a validation prompt."""
+    long = "very " * 480
+    (tmp_path / "prompts.txt").write_text(f"{long}\na red one\n")
+    flags = ["--negative_prompt", f"{long} blue", "--validation_prompts", f"{long} green", "--num_eval_images", "2"]
+    train(tmp_path / "out", "--prompts", str(tmp_path / "prompts.txt"), *flags, "--num_validation_images", "1")
+    captured = capfd.readouterr()
+    printed = "".join(line for line in captured.out.splitlines() if not line.startswith("to evaluate it"))
+    assert "3 of 4 prompts are longer than 16 tokens" in caplog.text
+    for text in (printed, captured.err, caplog.text, (tmp_path / "out" / "README.md").read_text().split("```bash")[0]):
+        assert "very " * 20 not in text.replace(f"negative_prompt={long + ' blue'!r}", "")
 
 
 # The chain of thought
@@ -177,6 +264,59 @@ def test_prompts_of_a_dataset_in_a_folder_or_a_file(tmp_path, streaming):
         assert load_training_prompts(args) == ["a red one", "a red two", "a red three"]
         args = parse_args(["--dataset_name", str(source), "--max_prompts", "2", *streaming])
         assert load_training_prompts(args) == ["a red one", "a red two"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a Dataset and a DatasetDict as save_to_disk writes them."""
+    rows = {"text": ["a red one", "a red two", "a red one"], "other": [1, 2, 3]}
+    dataset = datasets.Dataset.from_dict(rows, split="train")
+    dataset.save_to_disk(tmp_path / "one")
+    splits = {"train": dataset, "test": dataset.select([1]), "all": dataset.rename_column("text", "caption")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [[], ["--dataset_streaming"]], ids=["loaded", "streamed"])
+def test_prompts_of_a_dataset_of_save_to_disk(saved, streaming):
+    def prompts_of(name, *flags):
+        return load_training_prompts(parse_args(["--dataset_name", str(saved / name), *flags, *streaming]))
+
+    assert prompts_of("one") == prompts_of("splits") == ["a red one", "a red two"]
+    assert prompts_of("one", "--max_prompts", "1") == ["a red one"]
+    assert prompts_of("one", "--dataset_split", "train") == ["a red one", "a red two"]
+    assert prompts_of("splits", "--dataset_split", "test") == ["a red two"]
+    with pytest.raises(ValueError, match="--dataset_name .*one': no --dataset_split 'test' in it: it has no splits$"):
+        prompts_of("one", "--dataset_split", "test")
+    with pytest.raises(ValueError, match="no --dataset_split 'valid' in it, only train, test, all$"):
+        prompts_of("splits", "--dataset_split", "valid")
+    with pytest.raises(ValueError, match="no --caption_column 'text' in it, only caption, other$"):
+        prompts_of("splits", "--dataset_split", "all")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("one/dataset_info.json", "{", "JSONDecodeError"),
+        ("one/state.json", "{", "JSONDecodeError"),
+        ("one/state.json", "{}", "KeyError: '_data_files'"),
+        ("one/dataset_info.json", None, "FileNotFoundError"),
+        ("one/data-00000-of-00001.arrow", None, "FileNotFoundError: .* No such file"),
+        ("one/data-00000-of-00001.arrow", "x", "ArrowInvalid"),
+        ("splits/dataset_dict.json", "{}", "KeyError: 'splits'"),
+        ("splits/test/state.json", None, "FileNotFoundError"),
+    ],
+)
+def test_a_damaged_dataset_of_save_to_disk_is_named(saved, file, content, message):
+    path = saved / file
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    folder = saved / file.partition("/")[0]
+    message = f"^--dataset_name '{folder}': a damaged folder of save_to_disk: {message}"
+    with pytest.raises(ValueError, match=message) as error:
+        load_training_prompts(parse_args(["--dataset_name", str(folder)]))
+    assert "\n" not in str(error.value)
 
 
 def test_a_dataset_that_cannot_be_read_is_named(tmp_path):

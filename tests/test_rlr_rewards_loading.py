@@ -164,8 +164,16 @@ NEW_TOKEN = {"id": 566, **NEW_TOKEN, "special": True}
 @pytest.mark.parametrize(
     ("file", "change", "problem"),
     [
-        ("tokenizer.json", lambda c: c["added_tokens"].append(NEW_TOKEN), "567 tokens do not have the ids 0 to 565"),
-        ("tokenizer.json", lambda c: c["model"]["vocab"].pop("!</w>"), "565 tokens do not have the ids 0 to 565"),
+        (
+            "tokenizer.json",
+            lambda c: c["added_tokens"].append(NEW_TOKEN),
+            "567 tokens do not have the ids from 0 on of the text encoder's 566",
+        ),
+        (
+            "tokenizer.json",
+            lambda c: c["model"]["vocab"].pop("!</w>"),
+            "565 tokens do not have the ids from 0 on of the text encoder's 566",
+        ),
         ("tokenizer.json", lambda c: c["model"]["merges"].pop(), "has no merges for 1 of its tokens, such as"),
         ("config.json", lambda c: c["text_config"].update(eos_token_id=7), "with the token 565, .* for the token 7"),
         ("config.json", lambda c: c.update(model_type="siglip"), "of type 'siglip', not 'clip'"),

@@ -32,11 +32,9 @@ from rlr_models import (
     train_on,
     training_generators,
 )
-from rlr_testing import BASE, DIGITS, LORA, TINY_CLIP, forget_accelerator, metrics_of, refused, same_adapter
-from rlr_training.hub import command_of
+from rlr_testing import DIGITS, LORA, TINY_CLIP, forget_accelerator, metrics_of, refused, same_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
-from train_rlr_sd import parse_args
 
 from diffusers import StableDiffusionXLPipeline
 
@@ -152,21 +150,21 @@ def test_adapters_are_evaluated(tmp_path, folder, trained):
     assert models["out"]["drift"] > models["base"]["drift"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_card_is_enough_to_use_the_adapter(tmp_path, folder):
+def test_the_card_is_enough_to_use_the_adapter(tmp_path, folder, monkeypatch):
     plain_pipeline(folder).vae.save_pretrained(tmp_path / "vae")
     flags = ["--pretrained_model_name_or_path", folder, "--pretrained_vae_model_name_or_path", str(tmp_path / "vae")]
     flags += ["--height", "48", "--max_train_steps", "1"]
     train_on(folder, tmp_path / "out", *flags)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- stable-diffusion-xl\n" in card and "accelerate launch --num_processes 1 train_rlr_sd.py" in card
+    # It names folders by the last part of their paths.
+    (tmp_path / os.path.basename(folder)).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
     scope = {}
     exec(re.search(r"```py\n(.*?)```", card, re.DOTALL)[1], scope)
     assert scope["image"].size == (32, 48) and type(scope["pipeline"]) is StableDiffusionXLPipeline
     assert any("lora_B" in name for name, _ in scope["pipeline"].unet.named_parameters())
-    assert scope["pipeline"].vae.config["_name_or_path"] == str(tmp_path / "vae")
-    args = parse_args([*BASE, *flags])
-    words = command_of(args, parse_args([]), 1, "train_rlr_sd.py").split()
-    assert vars(parse_args(words[words.index("train_rlr_sd.py") + 1 :])) == vars(args)
+    assert scope["pipeline"].vae.config["_name_or_path"] == "vae"
 
 
 @pytest.mark.parametrize(

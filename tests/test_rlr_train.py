@@ -35,7 +35,7 @@ def test_a_run_leaves_an_adapter_metrics_images_and_a_card(tmp_path, capsys):
     metrics = train(out, "--num_eval_images", "6", "--report_to", "tensorboard", "--decode_batch_size", "2")
     assert {path.name for path in out.iterdir()} == {
         *(LORA, "metrics.jsonl", "reward_curve.png", "before_after.png", "evaluation.json", "README.md", "logs"),
-        "training_args.json",
+        *("training_args.json", "checkpoint-2"),
     }
     assert [line["step"] for line in metrics] == [1, 2]
     printed = capsys.readouterr().out
@@ -105,7 +105,7 @@ SOME_STEPS = ["--sweep_fraction", "0.4", "--num_inference_steps", "6"]
         ["--reward", "jpeg_compressibility", "--branches", "2"],
         ["--reward", "aesthetic:1,clip_score:5,jpeg_incompressibility:0.1", "--baseline", "predicted_x0"],
         ["--baseline", "per_prompt", "--images_per_prompt", "2", "--train_batch_size", "4"],
-        ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--train_batch_size", "1", "--use_dora"],
+        ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--train_batch_size", "1"],
         ["--mixed_precision", "bf16", "--use_8bit_adam", "--scale_lr", "--lr_scheduler", "cosine"],
         ["--num_inference_steps", "1"],
         ["--gradient_estimator", "draft_lv", "--lv_samples", "3"],

@@ -104,7 +104,10 @@ class DiffusionModel:
             raise ValueError(
                 f"the {self.trained}'s config.json has no sample_size: give the size, as with --resolution"
             )
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ValueError(f"the sample_size in the {self.trained}'s config.json is {size!r}, not one or two sides")
+        height, width = sides
         return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
 
     def check_size(self, size):
@@ -193,6 +196,8 @@ class UNetModel(DiffusionModel):
         for entry, needed in OTHER_INPUTS.items():
             if unet[entry] is not None:
                 raise ValueError(f"the U-Net needs {needed} ({entry} in its config.json), which is not supported")
+        if unet.attention_type != "default":  # as GLIGEN's, whose further layers would get no input
+            raise ValueError(f"the U-Net's attention_type is {unet.attention_type!r}, which is not supported")
         if unet.addition_embed_type != cls.added:
             raise ValueError(
                 f"model_index.json says {cls.pipeline_class}, whose U-Net has the addition_embed_type {cls.added!r}, and this"

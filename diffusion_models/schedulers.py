@@ -25,6 +25,7 @@ SCHEDULERS = {
 
 # What a network may predict on a schedule of betas.
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
 def make_scheduler(name, config):
@@ -56,6 +57,7 @@ def check_noise_schedule(config):
         ValueError: naming its class.
     """
     prediction_type = config.get("prediction_type", "epsilon")
+    betas, num_timesteps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     if config.get("beta_schedule") is None and config.get("trained_betas") is None:
         problem = "has no schedule of betas"
     elif config.get("use_flow_sigmas") or prediction_type == "flow_prediction":
@@ -64,6 +66,10 @@ def check_noise_schedule(config):
         problem = "is set to continuous timesteps"
     elif prediction_type not in PREDICTION_TYPES:
         problem = f"has the prediction_type {prediction_type!r}, not one of {', '.join(PREDICTION_TYPES)}"
+    elif betas is not None and len(betas) != num_timesteps:
+        problem = f"has trained_betas for {len(betas)} timesteps, and num_train_timesteps says {num_timesteps}"
+    elif config.get("timestep_spacing", "leading") not in TIMESTEP_SPACINGS:
+        problem = f"has the timestep_spacing {config['timestep_spacing']!r}, not one of {', '.join(TIMESTEP_SPACINGS)}"
     elif "original_inference_steps" in config:  # LCM, TCD
         problem = "is for a model that was distilled to a few steps"
     else:

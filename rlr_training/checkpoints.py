@@ -211,7 +211,9 @@ def find_damage(config, checkpoint):
         try:
             read(path)
         except Exception as error:  # safetensors, zip files and pickles have errors of their own
-            return f"{name} is damaged ({first_line(error)})"
+            # Others advise to load the file without the protection against code in it.
+            reason = f" ({first_line(error)})" if isinstance(error, ValueError) else ""
+            return f"{name} is damaged{reason}"
     return None
 
 

@@ -32,6 +32,8 @@ from torch._functorch import config as functorch_config
 
 import diffusers
 
+from .errors import is_out_of_memory
+
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -160,6 +162,28 @@ def to_device(args, accelerator, model, baseline_vae):
     # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
     # calls. The gradients are averaged over the ranks once a step, see `average_gradients`.
     return accelerator.prepare_model(model.network, evaluation_mode=True)
+
+
+@torch.no_grad()
+def try_model(args, model, chain):
+    """Call network and decoder once, so that a model that cannot draw is refused before anything is written.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}"
+    x = torch.zeros(model.latents_shape(1, (args.height, args.width)), device=chain.timesteps.device)
+    try:
+        images = model.decode(chain.mean(chain.num_steps, x))
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{name} cannot draw an image: {type(error).__name__}: {first_line(error)}") from error
+    if not images.isfinite().all():
+        raise ValueError(
+            f"{name} draws images that are not finite: its weights are damaged, or overflow with --mixed_precision"
+            f" {args.mixed_precision}"
+        )
 
 
 def compiles(args, model, chain, schedule):

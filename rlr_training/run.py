@@ -48,7 +48,7 @@ from .metrics import print_plan, start_trackers, trim_metrics
 from .optimizer import Optimization, averaged, images_of_a_step, make_optimization
 from .output_dir import METRICS_FILE, check_output_dir, check_writable, place_adapter, write_configuration
 from .plots import plot_reward_curve
-from .processes import compiles, frozen_dtype, make_accelerator, to_device
+from .processes import compiles, frozen_dtype, make_accelerator, to_device, try_model
 from .prompts import PromptSampler, conditions_of, load_training_prompts, warn_of_long_prompts
 from .scoring import BatchScorer, load_reward_sum
 
@@ -129,10 +129,10 @@ def prepare(args, script, tracker, defaults):
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
-        start(args, accelerator, resume_path)
+        chain_of = make_chain_of(args, accelerator, model, chain, network, schedule, prompts)
+        start(args, accelerator, resume_path, stopping)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
 
-    chain_of = make_chain_of(args, accelerator, model, chain, network, schedule, prompts)
     command = command_of(flags, accelerator, script)
     run = Run(
         *(accelerator, model, rlr, chain_of),
@@ -269,6 +269,9 @@ def make_chain_of(args, accelerator, model, chain, network, schedule, prompts):
         network: of the chain.
         schedule: of the sweep, which the compiler is tried on.
         prompts: of the run.
+
+    Raises:
+        ValueError: if the model cannot draw an image.
     """
     embeds = PromptEmbeds(model, accelerator.device)
     negative = embeds.negative(args.negative_prompt)
@@ -276,18 +279,21 @@ def make_chain_of(args, accelerator, model, chain, network, schedule, prompts):
     def chain_of(prompts):
         return chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
 
-    trial = prompts[:1] * args.train_batch_size
-    if is_compiled_module(network) and not compiles(args, model, chain_of(trial), schedule):
+    if not is_compiled_module(network):
+        try_model(args, model, chain_of(prompts[:1]))
+    elif not compiles(args, model, chain_of(prompts[:1] * args.train_batch_size), schedule):
         chain = make_chain(args, accelerator, model, model.network)
     return chain_of
 
 
-def start(args, accelerator, resume_path):
+def start(args, accelerator, resume_path, stopping):
     """Seed this rank, and resume from a checkpoint, which brings its own random state."""
     # What is drawn from here on, such as perturbations and branches, is each rank's own.
     set_seed(args.seed, device_specific=True)
     if resume_path is not None:
         load_checkpoint(accelerator, resume_path)
+    if stopping.reason(0) is not None:
+        logger.warning(f"nothing is left to do: {resume_path!r} is of a run that was stopped early")
 
 
 def make_sampler(args, accelerator, prompts):

@@ -226,7 +226,7 @@ def test_where_no_checkpoint_is_whole_that_is_said(tmp_path, averaged_steps):
     shutil.copytree(averaged_steps, out)
     for step in (1, 2):
         (out / f"checkpoint-{step}" / "optimizer.bin").write_bytes(b"")
-    with pytest.raises(SystemExit, match="optimizer.bin is damaged .*; no older checkpoint is whole$"):
+    with pytest.raises(SystemExit, match="optimizer.bin is damaged; no older checkpoint is whole$"):
         train(out, "--ema_decay", "0.5", "--max_train_steps", "3", "--resume_from_checkpoint", "latest")
 
 

@@ -25,6 +25,7 @@ from diffusion_models.loading import load_vae
 from rlr_models import FOLDERS, edit_json, tiny_sdxl
 from rlr_testing import ROOT, TINY_SD, refused, train
 from rlr_utils import scheduler_steps
+from safetensors.torch import load_file, save_file
 
 import diffusers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -161,6 +162,11 @@ FOREIGN_SCHEDULERS = [
     ),
     (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "is set to continuous timesteps"),
     (diffusers.DDPMScheduler(prediction_type="score"), "has the prediction_type 'score'"),
+    (diffusers.DDIMScheduler(trained_betas=[0.1] * 10), "has trained_betas for 10 timesteps, and num_train_timesteps"),
+    (
+        diffusers.DDIMScheduler(timestep_spacing="even"),
+        "has the timestep_spacing 'even', not one of leading, linspace",
+    ),
     (diffusers.LCMScheduler(), "is for a model that was distilled"),
     (diffusers.TCDScheduler(), "is for a model that was distilled"),
 ]
@@ -202,6 +208,7 @@ def test_the_schedulers_of_stable_diffusion_models_are_taken_with_their_betas(na
         ("time_cond_proj_dim", 16, "needs an embedding of the guidance scale, since its guidance was distilled"),
         ("class_embed_type", "timestep", "needs class labels .class_embed_type in its config.json"),
         ("num_class_embeds", 3, "needs class labels"),
+        ("attention_type", "gated", "the U-Net's attention_type is 'gated', which is not supported"),
         ("encoder_hid_dim_type", "image_proj", "needs embeddings of another kind of encoder"),
         ("addition_embed_type", "text", "addition_embed_type .*, and this one has 'text'"),
         ("in_channels", 9, "the U-Net takes 9 channels and predicts 4: not a text-to-image model"),
@@ -265,6 +272,46 @@ def test_the_size_may_have_two_sides_or_be_missing(tmp_path, capsys):
     edit_json(tmp_path / "model" / "unet" / "config.json", {"sample_size": None})
     assert "has no sample_size: give the size" in refused(tmp_path / "none", capsys, *flags)
     train(tmp_path / "none", *flags, "--max_train_steps", "1", "--resolution", "32")
+
+
+@pytest.mark.parametrize("size", [0, -8, "16", [8, 8, 8], [8, "8"]])
+def test_a_size_that_is_none_is_refused(size):
+    pipeline = DiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None)
+    pipeline.unet.register_to_config(sample_size=size)
+    with pytest.raises(ValueError, match="the sample_size in the unet's config.json is .*, not one or two sides"):
+        as_model(pipeline).default_size
+
+
+def with_nan(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def without_scaling(folder):
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": None}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            with_nan,
+            "model' draws images that are not finite: its weights are damaged, or overflow with --mixed_precision no",
+        ),
+        (without_scaling, "model' cannot draw an image: TypeError: unsupported operand"),
+        (
+            lambda folder: edit_json(folder / "tokenizer" / "tokenizer_config.json", {"model_max_length": 1}),
+            "model' cannot draw an image: RuntimeError: ",
+        ),
+    ],
+)
+def test_a_model_that_cannot_draw_is_refused_before_anything_is_written(tmp_path, capsys, damage, message):
+    shutil.copytree(TINY_SD, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert message in refused(tmp_path / "out", capsys, "--pretrained_model_name_or_path", str(tmp_path / "model"))
 
 
 def test_a_vae_with_other_channels_is_refused(folder):

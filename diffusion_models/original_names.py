@@ -54,13 +54,20 @@ def original_names(unet):
     return names
 
 
+def _layer_parts(block, name, original, place):
+    """The resnets and attentions of a block, whose first pair is block number `place` of the original."""
+    parts = {}
+    for j in range(len(block.resnets)):
+        parts[f"{name}.resnets.{j}"] = f"{original}.{place + j}.0"
+        parts[f"{name}.attentions.{j}"] = f"{original}.{place + j}.1"
+    return parts
+
+
 def _down_parts(unet):
     parts, place = {}, 1
     for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            parts[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{place}.0"
-            parts[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{place}.1"
-            place += 1
+        parts.update(_layer_parts(block, f"down_blocks.{i}", "input_blocks", place))
+        place += len(block.resnets)
         parts[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"  # all but the last have one
         place += 1
     return parts
@@ -69,10 +76,8 @@ def _down_parts(unet):
 def _up_parts(unet):
     parts, place = {}, 0
     for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            parts[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{place}.0"
-            parts[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{place}.1"
-            place += 1
+        parts.update(_layer_parts(block, f"up_blocks.{i}", "output_blocks", place))
+        place += len(block.resnets)
         # The upsampler is in the last of them, after the attention if there is one.
         after = 2 if hasattr(block, "attentions") else 1
         parts[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{after}.conv"

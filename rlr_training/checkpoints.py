@@ -24,7 +24,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, load
 from diffusion_models.adapters import LORA_FILE, restore_lora, save_lora
-from reward_models.loading import first_line
+from reward_models.loading import first_line, read_json
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
 
@@ -194,7 +194,7 @@ def find_damage(config, checkpoint):
     Args:
         config: from `configuration`, of the run.
     """
-    readers = {STATE_FILE: _read_json_object, LORA_FILE: load_file}
+    readers = {STATE_FILE: read_json, LORA_FILE: load_file}
     readers["optimizer.bin"] = partial(_read_torch, needed={"state", "param_groups"})
     readers["scheduler.bin"] = partial(_read_torch, needed={"last_epoch", "base_lrs"})
     for rank in range(config["num_processes"]):
@@ -215,12 +215,6 @@ def find_damage(config, checkpoint):
             reason = f" ({first_line(error)})" if isinstance(error, ValueError) else ""
             return f"{name} is damaged{reason}"
     return None
-
-
-def _read_json_object(path):
-    with open(path, encoding="utf-8") as file:
-        if not isinstance(json.load(file), dict):
-            raise ValueError("not a JSON object")
 
 
 def _read_torch(path, needed):
@@ -259,8 +253,7 @@ def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
     def load(models, directory):
         models.clear()
         restore_lora(model, directory)
-        with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
-            state = json.load(file)
+        state = read_state(directory)
         needed = {"position", *rlr.state_dict(), *others} | ({"ema_step"} if ema is not None else set())
         missing = sorted(needed - state.keys())
         if missing:

@@ -66,7 +66,8 @@ class GradientClipping:
         """What a gradient of this norm, which is finite, is to be multiplied by. "auto" remembers the norm."""
         if self.max_norm != "auto":
             return self.max_norm / max(norm, self.max_norm)
-        usual = [past for past in self.norms if past > 1e-3 * self._percentile(self.norms)]
+        negligible = 1e-3 * self._percentile(self.norms) if self.norms else 0.0
+        usual = [past for past in self.norms if past > negligible]
         self.norms = [*self.norms[1 - self.BOUND_WINDOW :], norm]
         if not usual:
             return 1 / norm if norm > 0 else 1.0

@@ -32,7 +32,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
-from .display import scores_shown, shown
+from .display import scores_shown, shortened, shown
 from .errors import RunError, naming, saving
 from .output_dir import VALIDATION_FOLDER
 from .plots import plot_before_after
@@ -254,38 +254,70 @@ def set_size(args, model):
     model.check_size((args.height, args.width))
 
 
-def compare_with_base(args, rewards, prompts, model):
+def compare_with_base(args, rewards, heldout, prompts, model):
     """Base against tuned model on fixed seeds, the adapter loaded from disk into a plain pipeline; on one process.
 
     Args:
+        rewards, heldout: `WeightedSum` of the reward that is trained on, and of the held-out one or `None`.
         model: without an adapter, on the device of the rewards.
 
     Returns:
         {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}, "members": {name:
-        {"base": {...}, "tuned": {...}}}}; also written to evaluation.json, with images in before_after.png.
+        {"base": {...}, "tuned": {...}}}, "heldout": {"base": {...}, "tuned": {...}}}, the last with a held-out reward
+        only; also written to evaluation.json, with images in before_after.png.
     """
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
     device = model.network.device
-    images, scores, members = {}, {}, {member: {} for member in rewards.members}
+    images, scores, held, members = {}, {}, {}, {member: {} for member in rewards.members}
+    modules = [*rewards.modules, *(heldout.modules if heldout is not None else [])]
     for name in ("base", "tuned"):
         if name == "tuned":
             load_adapter(model.pipeline, args.output_dir, name)
         images[name] = generate(model, prompts, args, args.train_batch_size, desc=f"{name} images")
-        with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
+        with offload_models(*modules, device=device, offload=args.reward_offload):
             result = rewards(images[name], prompts, device=device)
+            if heldout is not None:
+                held[name] = mean_and_std(heldout(images[name], prompts, device=device).total)
         scores[name] = result.total.cpu()
         for member, values in result.members.items():
-            members[member][name] = {"mean": values.mean().item(), "std": values.std().item()}
+            members[member][name] = mean_and_std(values)
     gain = scores["tuned"] - scores["base"]
     results = {"num_images": len(prompts), "members": members}
-    for name, values in scores.items():
-        results[name] = {"mean": values.mean().item(), "std": values.std().item()}
+    results |= {name: mean_and_std(values) for name, values in scores.items()}
+    if heldout is not None:
+        results["heldout"] = held
     results["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / len(gain) ** 0.5}
     with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
-    plot_before_after(images, scores, prompts, os.path.join(args.output_dir, "before_after.png"))
+    plot_before_after(images, scores, prompts, os.path.join(args.output_dir, "before_after.png"), below(args, results))
     return results
+
+
+def mean_and_std(values):
+    """Of scores (N,), as numbers for a JSON file."""
+    return {"mean": values.mean().item(), "std": values.std().item()}
+
+
+def rows_of(args, results):
+    """What was scored, {flag's value: {"base": {"mean", "std"}, "tuned": {...}}}: the reward, and the held-out one."""
+    rows = {args.reward: results}
+    if "heldout" in results:
+        rows[f"held-out {args.heldout_reward}"] = results["heldout"]
+    return rows
+
+
+def below(args, results):
+    """One line for each reward, with the means of both models, for the foot of before_after.png.
+
+    Of a custom reward from a file, its own name is enough.
+    """
+    lines = []
+    for name, row in rows_of(args, results).items():
+        base, tuned = (scores_shown(row[model], results["num_images"])[0] for model in ("base", "tuned"))
+        name = re.sub(r"[^ ,]*\.py:", "", name)
+        lines.append(f"mean {shortened(name)}: base {base}, tuned {tuned}")
+    return lines
 
 
 def print_result(args, command):
@@ -296,9 +328,10 @@ def print_result(args, command):
 
 def print_comparison(args, results):
     """Print what `compare_with_base` returned."""
-    for name in ("base", "tuned"):
-        mean, deviation = scores_shown(results[name], results["num_images"])
-        print(f"{name:>6} {args.reward}: {mean} mean, {deviation} standard deviation")
+    for reward, row in rows_of(args, results).items():
+        for name in ("base", "tuned"):
+            mean, deviation = scores_shown(row[name], results["num_images"])
+            print(f"{name:>6} {reward}: {mean} mean, {deviation} standard deviation")
     gain, error = results["gain"]["mean"], results["gain"]["standard_error"]
     print(
         f"  gain {shown(gain, error, '+')} with a standard error of {shown(error, error)}, over"

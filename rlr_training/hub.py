@@ -185,7 +185,7 @@ It was trained, and its images below are drawn, with a coarse, a middle and a fi
 change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the steps.
 """
     if results is not None:
-        text += _table_of(reward, results)
+        text += _table_of(reward, args.heldout_reward, results)
     text += f"""
 ## How it was trained
 
@@ -229,9 +229,11 @@ image = pipeline(
 """
 
 
-def _table_of(reward, results):
+def _table_of(reward, heldout, results):
     """The scores of base and tuned model, as Markdown."""
     rows = {reward: results, **(results["members"] if len(results["members"]) > 1 else {})}
+    if "heldout" in results:
+        rows[f"held out: {without_folders(heldout)}"] = results["heldout"]
     text = "\n| reward | base | tuned |\n|---|---|---|\n"
     for name, row in rows.items():
         cells = (scores_shown(row[model], results["num_images"]) for model in ("base", "tuned"))

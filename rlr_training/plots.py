@@ -59,18 +59,19 @@ def plot_reward_curve(metrics_file, path):
     save(figure, path, dpi=120)
 
 
-def plot_before_after(images, scores, prompts, path, columns=8):
+def plot_before_after(images, scores, prompts, path, below=(), columns=8):
     """Images of the same prompts and seeds, a row per model, with their rewards.
 
     Args:
         images: {"base", "tuned"} -> (N, 3, H, W).
         scores: {"base", "tuned"} -> (N,).
+        below: lines of text under the images.
         columns: the largest number of images in a row, evenly spaced among all.
     """
     columns = min(columns, len(prompts))
     picks = [round(i * (len(prompts) - 1) / max(columns - 1, 1)) for i in range(columns)]
     height, width = images["base"].shape[2:]
-    figure = Figure(figsize=(max(1.5 * columns, 5), 3 * height / width + 1.3), layout="constrained")
+    figure = Figure(figsize=(max(1.5 * columns, 5), 3 * height / width + 1.3 + 0.2 * len(below)), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     spread = torch.cat(list(scores.values())).std().item()
     for row, name in enumerate(("base", "tuned")):
@@ -82,6 +83,7 @@ def plot_before_after(images, scores, prompts, path, columns=8):
                 cell.set_title(caption(prompts[pick]), fontsize=8)
         axes[row][0].set_ylabel(name, fontsize=12)
     figure.suptitle("Same prompts, same seeds; the reward under each image")
+    figure.supxlabel("\n".join(caption(line, 100) for line in below), fontsize=10)
     save(figure, path, dpi=120)
 
 

@@ -377,7 +377,8 @@ def compare_at_the_end(args, run, step):
     try:
         base = load_base(args, frozen_dtype(args.mixed_precision))
         base.pipeline.to(run.accelerator.device)
-        results = compare_with_base(args, run.rewards, run.sampler.prompts, base)
+        heldout = None if run.heldout is None else run.heldout.heldout
+        results = compare_with_base(args, run.rewards, heldout, run.sampler.prompts, base)
         run.save_card(step, results)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return [f"the comparison with the base model has failed: {one_line(error)}"]

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
-from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, generate, print_comparison
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, below, generate, print_comparison
 from rlr_training.hub import EVALUATION_FLAGS
 from rlr_training.plots import plot_before_after
 from train_rlr_sd import parse_args
@@ -216,6 +216,22 @@ def test_base_and_tuned_model_are_compared_on_the_same_images(tmp_path, capsys):
     assert float(gain) == pytest.approx(results["gain"]["mean"], abs=0.01 * results["gain"]["standard_error"])
     assert float(error) == pytest.approx(results["gain"]["standard_error"], rel=1e-2)
     assert gain in (tmp_path / "README.md").read_text()
+
+
+def test_the_held_out_reward_is_compared_too_and_stands_below_the_images(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2)).detach()\n")
+    held_out = f"{tmp_path}/mine.py:red"
+    out, flags = tmp_path / "out", ["--learning_rate", "1e-2", "--num_eval_images", "3", "--max_train_steps", "1"]
+    flags += ["--validation_prompts", "a red one", "--validation_steps", "9"]
+    train(out, *flags, "--heldout_reward", held_out, "--feature_model", TINY_CLIP)
+    results = json.loads((out / "evaluation.json").read_text())
+    args, prompts = parse_args([*BASE, "--heldout_reward", held_out]), ["a red one"] * 3
+    red = generate(tiny_model(), prompts, args, 2)[:, 0].mean((1, 2))
+    assert results["heldout"]["base"] == pytest.approx({"mean": red.mean().item(), "std": red.std().item()}, rel=1e-4)
+    assert results["heldout"]["tuned"]["mean"] != results["heldout"]["base"]["mean"]
+    assert f"  base held-out {held_out}: " in capsys.readouterr().out
+    assert "| `held out: mine.py:red` |" in (out / "README.md").read_text()
+    assert [line.partition(": ")[0] for line in below(args, results)] == ["mean aesthetic", "mean held-out red"]
 
 
 def test_small_gains_are_printed_with_their_digits(capsys):

@@ -165,8 +165,11 @@ class HeldOut:
 class EarlyStopping:
     """The best held-out reward so far, and how many scorings ago that was.
 
+    Of equal scores the last is the best: a reward that stays at its highest value, such as an accuracy of 1, has lost nothing,
+    and that adapter has learned the most.
+
     Args:
-        patience: stop after so many scorings without a better one; `None` for never.
+        patience: stop after so many scorings below the best; `None` for never.
     """
 
     def __init__(self, patience):
@@ -175,7 +178,7 @@ class EarlyStopping:
 
     def update(self, step, score):
         """(whether this is the best score, why to stop or `None`)."""
-        is_best = score > self.best
+        is_best = score >= self.best
         if is_best:
             self.best, self.best_step, self.waited = score, step, 0
         else:
@@ -186,10 +189,8 @@ class EarlyStopping:
         """Why to stop after a step, or `None`."""
         if self.patience is None or self.waited < self.patience:
             return None
-        reason = (
-            f"the held-out reward has not risen above {shown(self.best)} of step {self.best_step} in {self.waited}"
-        )
-        return f"stopped early after step {step}: {reason} scorings; that adapter is in best/"
+        reason = f"the held-out reward has been below {shown(self.best)} of step {self.best_step} for {self.waited} scorings"
+        return f"stopped early after step {step}: {reason}; that adapter is in best/"
 
     def state_dict(self):
         best = self.best if math.isfinite(self.best) else None

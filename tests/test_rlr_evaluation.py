@@ -80,7 +80,7 @@ def test_held_out_rewards_stop_the_run_and_the_best_adapter_is_kept(tmp_path, ca
     held = [line["heldout_mean"] for line in metrics]
     best = int(np.argmax(held))
     assert len(metrics) == best + 1 + 2 < 9
-    reason = f"stopped early after step {len(metrics)}: the held-out reward has not risen above {held[best]:.4f}"
+    reason = f"stopped early after step {len(metrics)}: the held-out reward has been below {held[best]:.4f}"
     assert reason in caplog.text
     assert "base model on 8 images: heldout_mean" in caplog.text
     for line in metrics:
@@ -90,14 +90,15 @@ def test_held_out_rewards_stop_the_run_and_the_best_adapter_is_kept(tmp_path, ca
     assert not same_adapter(tmp_path / "best", tmp_path)
 
 
-def test_early_stopping_counts_scorings_without_a_new_best():
+def test_early_stopping_counts_scorings_below_the_best():
     stopping = EarlyStopping(2)
-    assert stopping.update(5, -1.0) == (True, None) and stopping.update(10, -1.0) == (False, None)
+    assert stopping.update(5, -1.0) == (True, None) and stopping.update(10, -1.1) == (False, None)
+    assert stopping.update(12, -1.0) == (True, None)  # of equals the last
     assert stopping.update(15, -0.5) == (True, None) and stopping.update(20, -0.7) == (False, None)
     resumed = EarlyStopping(2)
     resumed.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
     is_best, reason = resumed.update(25, -0.6)
-    assert not is_best and "after step 25" in reason and "above -0.5 of step 15 in 2 scorings" in reason
+    assert not is_best and "after step 25" in reason and "below -0.5 of step 15 for 2 scorings" in reason
     never, fresh = EarlyStopping(None), EarlyStopping(1)
     assert [never.update(step, -step)[1] for step in range(9)] == [None] * 9
     fresh.load_state_dict(json.loads(json.dumps(EarlyStopping(1).state_dict())))

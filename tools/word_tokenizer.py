@@ -1,0 +1,34 @@
+"""A CLIP tokenizer for a small vocabulary: one token a word, bytes for everything else."""
+
+import json
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTokenizer
+
+
+TOKEN_LENGTH = 16
+
+
+def make_tokenizer(words):
+    """A CLIPTokenizer over all bytes that makes one token of each of `words`: byte pair encoding, merged to the end."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters += [letter + "</w>" for letter in letters]
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Letters that are known beforehand have fixed indices, by which the trainer breaks ties.
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, special_tokens=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator(words, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [*letters, *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=TOKEN_LENGTH
+    )
+
+
+def tokenize(tokenizer, captions):
+    """Captions -> token ids (B, TOKEN_LENGTH)."""
+    return tokenizer(
+        captions, padding="max_length", max_length=TOKEN_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow quality style assets gradient-quality clean
+.PHONY: demo test test-slow quality style assets emoji-assets gradient-quality clean
 
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,9 @@ style: $(VENV)/installed-dev
 
 assets: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python tools/make_tiny_assets.py
+
+emoji-assets: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python tools/make_emoji_assets.py
 
 gradient-quality: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient_quality.py

@@ -19,7 +19,7 @@ import pytest
 import torch
 from make_tiny_assets import COLORS, NUM_TRAIN_DIGITS, load_scans, paint, read_colors, read_digits, real_quality
 from reward_models import load_reward
-from rlr_testing import ASSETS, DIGITS, TINY_AESTHETIC, tiny_pipeline
+from rlr_testing import DIGITS, TINY_AESTHETIC, TINY_SD, tiny_pipeline
 from rlr_training.prompts import load_prompts
 from safetensors import safe_open
 from scipy.stats import spearmanr
@@ -56,11 +56,11 @@ def test_the_head_ranks_held_out_images_and_leaves_headroom(base_images):
 
 def test_the_files_are_small_and_in_float32():
     size = 0
-    for folder, _, names in os.walk(ASSETS):
+    for folder, _, names in (*os.walk(TINY_SD), *os.walk(TINY_AESTHETIC)):
         for name in names:
             path = os.path.join(folder, name)
             size += os.path.getsize(path)
             if name.endswith(".safetensors"):
                 with safe_open(path, framework="pt") as file:
                     assert {file.get_tensor(key).dtype for key in file.keys()} <= {torch.float32, torch.int64}, path
-    assert size <= 20e6
+    assert size <= 14e6

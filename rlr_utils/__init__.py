@@ -30,6 +30,7 @@ from .estimators import (
 )
 from .kl import GaussianKL
 from .mixing import AdaptiveMixing, Transport
+from .noise_levels import ddim_steps, flow_sde_steps
 from .policy_gradient import ClippedRatio
 from .rollout import Trajectory, draw_noise, renoise, rollout
 from .settings import BASELINES, ESTIMATORS, RESTS, Settings
@@ -62,9 +63,11 @@ __all__ = [
     "alignprop",
     "backward_sweep",
     "branch",
+    "ddim_steps",
     "ddpo",
     "draft_lv",
     "draw_noise",
+    "flow_sde_steps",
     "full_bp",
     "leave_one_out",
     "likelihood_ratio",

@@ -152,10 +152,70 @@ def numbers(state):
     return torch.tensor([torch.nan if state is None else state], dtype=torch.float64)
 
 
-def z_scores(estimate, batches=128, batch_size=256, seed=0):
+class GaussianData(torch.nn.Module):
+    """Independent Gaussian coordinates, and the network that knows their distribution: all moments of a chain are known.
+
+    x_0 ~ N(center, variance) per coordinate. The network predicts E[w e | x] + b for a prediction type e; at w = 1 and b = 0
+    it is the ideal one. A chain starts from N(0, 1), the distribution of a first level (0, 1).
+
+    Args:
+        levels: T + 1 pairs (alpha, sigma).
+        steps: T `AffineStep`.
+        weights: (weight of x_0, weight of epsilon) of the prediction, by level.
+    """
+
+    def __init__(self, levels, steps, weights):
+        super().__init__()
+        self.levels, self.steps, self.weights, self.num_steps = levels, steps, weights, len(steps)
+        self.center = torch.tensor([0.5, -1.0, 0.2, 1.5], dtype=torch.float64)
+        self.variance = torch.tensor([0.004, 0.25, 1.0, 0.5], dtype=torch.float64)
+        self.w = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+        self.b = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def coefficients(self, k):
+        """The mean of step k as (slope, constant), (4,) each, of x."""
+        step, (alpha, sigma) = self.steps[self.num_steps - k], self.levels[self.num_steps - k]
+        slope = alpha * self.variance / (alpha**2 * self.variance + sigma**2)  # of E[x_0 | x]
+        constant = self.center * (1 - slope * alpha)
+        of_x_0, of_epsilon = self.weights(alpha, sigma)
+        e_slope = of_x_0 * slope + of_epsilon * (1 - alpha * slope) / sigma
+        e_constant = (of_x_0 - of_epsilon * alpha / sigma) * constant
+        return (
+            step.x_from_x + step.x_from_e * self.w * e_slope,
+            step.x_from_e * (self.w * e_constant + self.b),
+        )
+
+    def sigma(self, k):
+        return self.steps[self.num_steps - k].sigma
+
+    def mean(self, k, x):
+        slope, constant = self.coefficients(k)
+        return slope * x + constant
+
+    def moments(self):
+        """Mean and variance (4,) of the samples."""
+        mean, variance = torch.zeros_like(self.center), torch.ones_like(self.center)
+        for k in range(self.num_steps, 0, -1):
+            slope, constant = self.coefficients(k)
+            mean, variance = slope * mean + constant, slope**2 * variance + self.sigma(k) ** 2
+        return mean, variance
+
+    def parts(self, x_0):
+        """(B, 4), the parts of the reward -|x_0 - 1|^2 / 2 that belong to the coordinates."""
+        return -(x_0 - 1).square() / 2
+
+    def reward_grad(self, x_0):
+        return 1 - x_0
+
+    def expected_reward(self):
+        mean, variance = self.moments()
+        return -(variance + (mean - 1).square()).sum() / 2
+
+
+def z_scores(estimate, batches=128, batch_size=256, seed=0, chain=None):
     """Largest |z| over the coordinates of the mean gradient of `estimate(chain, x_T)` against the closed form."""
     torch.manual_seed(seed)
-    chain = LinearGaussianChain()
+    chain = LinearGaussianChain() if chain is None else chain
     (-chain.expected_reward()).backward()
     truth = gradients(chain)
     draws = []

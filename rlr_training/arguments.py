@@ -198,7 +198,7 @@ def add_hacking_flags(parser):
         "--early_stop_patience",
         type=whole_number(),
         help="Stop when the held-out reward was below its best in so many scorings in a row. The best adapter is kept in"
-        " best/; of equals, the last.",
+        " best/.",
     )
     add("--feature_model", metavar="DIR", help="Folder of a CLIPModel for diversity and drift. Default: ViT-L/14.")
 

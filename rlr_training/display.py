@@ -47,6 +47,24 @@ def scores_shown(row, num_images):
     return shown(row["mean"], row["std"] / num_images**0.5), shown(row["std"], row["std"])
 
 
+def rows_of(results, reward, heldout):
+    """The comparisons of the reward and of the held-out one, {name: comparison}.
+
+    Args:
+        results: from `evaluation.compare_with_base`.
+        reward, heldout: how the two are named.
+    """
+    rows = {reward: results}
+    if "heldout" in results:
+        rows[f"held-out {heldout}"] = results["heldout"]
+    return rows
+
+
+def without_files(rewards):
+    """The value of --reward, in which custom rewards from files are named without them: "mine.py:red:2" is "red:2"."""
+    return ",".join(part.rpartition(".py:")[2] for part in rewards.split(","))
+
+
 def shortened(text, width=80):
     """A prompt in one line of at most `width` characters."""
     text = " ".join(text.split())

@@ -32,8 +32,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
-from .display import scores_shown, shortened, shown
-from .errors import RunError, naming, saving
+from .display import rows_of, scores_shown, shortened, shown, without_files
+from .errors import RunError, naming, one_line, saving
 from .output_dir import VALIDATION_FOLDER
 from .plots import plot_before_after
 from .prompts import levels_of
@@ -128,7 +128,8 @@ class HeldOut:
         self.device = device
         self.modules = (*rewards.modules, *heldout.modules, features)
         pool = args.validation_prompts or prompts
-        self.prompts = [pool[i // 4 % len(pool)] for i in range(args.num_heldout_images)]
+        count = args.num_heldout_images // 4  # of prompts, spread over all
+        self.prompts = [pool[i // 4 * len(pool) // count] for i in range(args.num_heldout_images)]
         self.base_embeds = None
 
     def _measure(self, model):
@@ -150,11 +151,12 @@ class HeldOut:
         }, embeds
 
     def measure_base(self, model):
-        """Keep the embeddings of the base model's images, and log the rest."""
+        """Keep the embeddings of the base model's images, and log the rest; returns its held-out reward."""
         with lora_disabled(model):
             figures, self.base_embeds = self._measure(model)
         listed = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
         logger.info(f"base model on {len(self.prompts)} images: {listed}")
+        return figures["heldout_mean"]
 
     def measure(self, model):
         """The figures of the model as it is, {name: number}."""
@@ -165,8 +167,7 @@ class HeldOut:
 class EarlyStopping:
     """The best held-out reward so far, and how many scorings ago that was.
 
-    Of equal scores the last is the best: a reward that stays at its highest value, such as an accuracy of 1, has lost nothing,
-    and that adapter has learned the most.
+    Ties go to the later adapter, which has trained longer: a reward may stay at its highest value, such as an accuracy of 1.
 
     Args:
         patience: stop after so many scorings below the best; `None` for never.
@@ -175,6 +176,11 @@ class EarlyStopping:
     def __init__(self, patience):
         self.patience = patience
         self.best, self.best_step, self.waited = -math.inf, 0, 0
+
+    def start(self, score):
+        """Begin with the score of the base model, unless a resumed run has scores already."""
+        if self.best == -math.inf:
+            self.best = score
 
     def update(self, step, score):
         """(whether this is the best score, why to stop or `None`)."""
@@ -189,8 +195,13 @@ class EarlyStopping:
         """Why to stop after a step, or `None`."""
         if self.patience is None or self.waited < self.patience:
             return None
-        reason = f"the held-out reward has been below {shown(self.best)} of step {self.best_step} for {self.waited} scorings"
-        return f"stopped early after step {step}: {reason}; that adapter is in best/"
+        best, kept = (
+            (f"step {self.best_step}", "that adapter is in best/")
+            if self.best_step
+            else ("the base model", "no adapter was better")
+        )
+        reason = f"the held-out reward has been below {shown(self.best)} of {best} for {self.waited} scorings"
+        return f"stopped early after step {step}: {reason}; {kept}"
 
     def state_dict(self):
         best = self.best if math.isfinite(self.best) else None
@@ -263,60 +274,51 @@ def compare_with_base(args, rewards, heldout, prompts, model):
         model: without an adapter, on the device of the rewards.
 
     Returns:
-        {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean", "standard_error"}, "members": {name:
-        {"base": {...}, "tuned": {...}}}, "heldout": {"base": {...}, "tuned": {...}}}, the last with a held-out reward
-        only; also written to evaluation.json, with images in before_after.png.
+        (results, failures). The results are {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean",
+        "standard_error"}} of the reward; "members", {name: the same three}; and with a held-out reward "heldout", the same
+        three. They are also written to evaluation.json, with images in before_after.png. The failures are a list of texts.
     """
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
-    device = model.network.device
-    images, scores, held, members = {}, {}, {}, {member: {} for member in rewards.members}
-    modules = [*rewards.modules, *(heldout.modules if heldout is not None else [])]
-    for name in ("base", "tuned"):
-        if name == "tuned":
-            load_adapter(model.pipeline, args.output_dir, name)
-        images[name] = generate(model, prompts, args, args.train_batch_size, desc=f"{name} images")
-        with offload_models(*modules, device=device, offload=args.reward_offload):
-            result = rewards(images[name], prompts, device=device)
-            if heldout is not None:
-                held[name] = mean_and_std(heldout(images[name], prompts, device=device).total)
-        scores[name] = result.total.cpu()
-        for member, values in result.members.items():
-            members[member][name] = mean_and_std(values)
-    gain = scores["tuned"] - scores["base"]
-    results = {"num_images": len(prompts), "members": members}
-    results |= {name: mean_and_std(values) for name, values in scores.items()}
+    images = {"base": generate(model, prompts, args, args.train_batch_size, desc="base images")}
+    load_adapter(model.pipeline, args.output_dir, "tuned")
+    images["tuned"] = generate(model, prompts, args, args.train_batch_size, desc="tuned images")
+
+    def scores_of(rewards):
+        device = model.network.device
+        with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
+            return {name: rewards(drawn, prompts, device=device) for name, drawn in images.items()}
+
+    scores, failures = scores_of(rewards), []
+    totals = {name: result.total.cpu() for name, result in scores.items()}
+    results = {"num_images": len(prompts), **compared(totals), "members": {}}
+    for member in rewards.members:
+        results["members"][member] = compared({name: result.members[member] for name, result in scores.items()})
     if heldout is not None:
-        results["heldout"] = held
-    results["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / len(gain) ** 0.5}
+        try:
+            results["heldout"] = compared({name: result.total for name, result in scores_of(heldout).items()})
+        except ValueError as error:  # a prompt that a custom reward was not tried on
+            failures.append(f"the held-out reward has failed in the comparison with the base model: {one_line(error)}")
     with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
-    plot_before_after(images, scores, prompts, os.path.join(args.output_dir, "before_after.png"), below(args, results))
-    return results
+    lines = footer_lines(args, results)
+    plot_before_after(images, totals, prompts, os.path.join(args.output_dir, "before_after.png"), lines)
+    return results, failures
 
 
-def mean_and_std(values):
-    """Of scores (N,), as numbers for a JSON file."""
-    return {"mean": values.mean().item(), "std": values.std().item()}
+def compared(scores):
+    """Means and standard deviations of the scores {"base", "tuned"} -> (N,), and the gain of the second over the first."""
+    gain = scores["tuned"] - scores["base"]
+    figures = {name: {"mean": values.mean().item(), "std": values.std().item()} for name, values in scores.items()}
+    error = gain.std().item() / len(gain) ** 0.5
+    return {**figures, "gain": {"mean": gain.mean().item(), "standard_error": error}}
 
 
-def rows_of(args, results):
-    """What was scored, {flag's value: {"base": {"mean", "std"}, "tuned": {...}}}: the reward, and the held-out one."""
-    rows = {args.reward: results}
-    if "heldout" in results:
-        rows[f"held-out {args.heldout_reward}"] = results["heldout"]
-    return rows
-
-
-def below(args, results):
-    """One line for each reward, with the means of both models, for the foot of before_after.png.
-
-    Of a custom reward from a file, its own name is enough.
-    """
+def footer_lines(args, results):
+    """One line for each reward, with the means of both models, for the foot of before_after.png."""
     lines = []
-    for name, row in rows_of(args, results).items():
+    for name, row in rows_of(results, without_files(args.reward), without_files(args.heldout_reward or "")).items():
         base, tuned = (scores_shown(row[model], results["num_images"])[0] for model in ("base", "tuned"))
-        name = re.sub(r"[^ ,]*\.py:", "", name)
         lines.append(f"mean {shortened(name)}: base {base}, tuned {tuned}")
     return lines
 
@@ -328,13 +330,11 @@ def print_result(args, command):
 
 
 def print_comparison(args, results):
-    """Print what `compare_with_base` returned."""
-    for reward, row in rows_of(args, results).items():
+    """Print the results of `compare_with_base`."""
+    for reward, row in rows_of(results, args.reward, args.heldout_reward).items():
         for name in ("base", "tuned"):
             mean, deviation = scores_shown(row[name], results["num_images"])
             print(f"{name:>6} {reward}: {mean} mean, {deviation} standard deviation")
-    gain, error = results["gain"]["mean"], results["gain"]["standard_error"]
-    print(
-        f"  gain {shown(gain, error, '+')} with a standard error of {shown(error, error)}, over"
-        f" {results['num_images']} images of the same prompts and seeds"
-    )
+        gain, error = row["gain"]["mean"], row["gain"]["standard_error"]
+        print(f"  gain {reward}: {shown(gain, error, '+')} mean, {shown(error, error)} standard error")
+    print(f"over {results['num_images']} images of the same prompts and seeds")

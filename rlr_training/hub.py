@@ -24,7 +24,7 @@ from diffusion_models.adapters import LORA_FILE
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from reward_models.loading import first_line
 
-from .display import scores_shown, shortened, shown
+from .display import rows_of, scores_shown, shortened, with_error
 from .prompts import levels_of
 
 
@@ -185,7 +185,7 @@ It was trained, and its images below are drawn, with a coarse, a middle and a fi
 change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the steps.
 """
     if results is not None:
-        text += _table_of(reward, args.heldout_reward, results)
+        text += _table_of(reward, without_folders(args.heldout_reward or ""), results)
     text += f"""
 ## How it was trained
 
@@ -231,20 +231,19 @@ image = pipeline(
 
 def _table_of(reward, heldout, results):
     """The scores of base and tuned model, as Markdown."""
-    rows = {reward: results, **(results["members"] if len(results["members"]) > 1 else {})}
-    if "heldout" in results:
-        rows[f"held out: {without_folders(heldout)}"] = results["heldout"]
-    text = "\n| reward | base | tuned |\n|---|---|---|\n"
+    rows = rows_of(results, reward, heldout)
+    if len(results["members"]) > 1:
+        rows |= results["members"]
+    text = "\n| reward | base | tuned | gain |\n|---|---|---|---|\n"
     for name, row in rows.items():
         cells = (scores_shown(row[model], results["num_images"]) for model in ("base", "tuned"))
-        cells = (f"{mean} (deviation {deviation})" for mean, deviation in cells)
+        cells = [f"{mean} (deviation {deviation})" for mean, deviation in cells]
+        cells.append(with_error(row["gain"]["mean"], row["gain"]["standard_error"], "+"))
         text += f"| `{without_folders(name)}` | {' | '.join(cells)} |\n"
-    gain, error = results["gain"]["mean"], results["gain"]["standard_error"]
     return (
         text
         + f"""
-Over {results["num_images"]} images of fixed seeds; the gain is {shown(gain, error, "+")} with a standard error of
-{shown(error, error)}. Some of them, base above tuned:
+Over {results["num_images"]} images of fixed seeds; the gain with its standard error. Some of them, base above tuned:
 
 ![base above tuned](./before_after.png)
 """

@@ -153,7 +153,7 @@ def prepare(args, script, tracker, defaults):
         trim_metrics(args.output_dir, first_step)
     print_plan(accelerator, args, rlr, schedule, len(prompts), trainable)
     if heldout is not None:
-        heldout.measure_base(model)
+        stopping.start(heldout.measure_base(model))
     return run
 
 
@@ -378,12 +378,12 @@ def compare_at_the_end(args, run, step):
         base = load_base(args, frozen_dtype(args.mixed_precision))
         base.pipeline.to(run.accelerator.device)
         heldout = None if run.heldout is None else run.heldout.heldout
-        results = compare_with_base(args, run.rewards, heldout, run.sampler.prompts, base)
+        results, failures = compare_with_base(args, run.rewards, heldout, run.sampler.prompts, base)
         run.save_card(step, results)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return [f"the comparison with the base model has failed: {one_line(error)}"]
     print_comparison(args, results)
-    return []
+    return failures
 
 
 def push_at_the_end(args, run):

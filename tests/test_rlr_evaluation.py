@@ -24,7 +24,8 @@ import pytest
 import torch
 from PIL import Image
 from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
-from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, below, generate, print_comparison
+from rlr_training.display import shown
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, footer_lines, generate, print_comparison
 from rlr_training.hub import EVALUATION_FLAGS
 from rlr_training.plots import plot_before_after
 from train_rlr_sd import parse_args
@@ -73,21 +74,33 @@ def test_images_need_not_be_square():
 # Held-out rewards
 
 
-def test_held_out_rewards_stop_the_run_and_the_best_adapter_is_kept(tmp_path, caplog):
+def test_a_run_that_only_lowers_the_held_out_reward_stops(tmp_path, caplog):
     """Trained for small files, which no prompt asks for: the agreement with the prompts falls at once."""
     flags = ["--reward", "jpeg_compressibility:-1", "--learning_rate", "0.3", "--max_train_steps", "9"]
-    metrics = train(tmp_path, *flags, *HELD_OUT, "--early_stop_patience", "2", "--checkpointing_steps", "1")
-    held = [line["heldout_mean"] for line in metrics]
-    best = int(np.argmax(held))
-    assert len(metrics) == best + 1 + 2 < 9
-    reason = f"stopped early after step {len(metrics)}: the held-out reward has been below {held[best]:.4f}"
-    assert reason in caplog.text
-    assert "base model on 8 images: heldout_mean" in caplog.text
+    metrics = train(tmp_path, *flags, *HELD_OUT, "--early_stop_patience", "2")
+    assert len(metrics) == 2 and not (tmp_path / "best").exists()
+    base = float(re.search(r"base model on 8 images: heldout_mean (\S+),", caplog.text)[1])
+    reason = f"stopped early after step 2: the held-out reward has been below {shown(base)} of the base model for 2"
+    assert f"{reason} scorings; no adapter was better" in caplog.text
     for line in metrics:
         assert 0 < line["diversity"] < 2 and 0 <= line["drift"] < 2 and line["heldout_std"] > 0
-        assert line["heldout_trained_mean"] != line["heldout_mean"]
-    assert same_adapter(tmp_path / "best", tmp_path / f"checkpoint-{best + 1}")
-    assert not same_adapter(tmp_path / "best", tmp_path)
+        assert line["heldout_trained_mean"] != line["heldout_mean"] < base
+
+
+def test_the_best_adapter_is_kept_and_ties_go_to_the_later_one(tmp_path, caplog):
+    """The held-out reward of a step depends on the checkpoints before it: .5 for base model and first step, then as listed."""
+    (tmp_path / "mine.py").write_text(
+        "import glob, torch\n\ndef listed(images, prompts):\n"
+        f"    saved = len(glob.glob({str(tmp_path / 'out')!r} + '/checkpoint-*'))\n"
+        "    return torch.full((len(images),), [0.5, 0.9, 0.7, 0.9, 0.8, 0.7, 0.9, 0.9, 0.9][saved])\n"
+    )
+    flags = ["--max_train_steps", "9", "--checkpointing_steps", "1", "--early_stop_patience", "2", *HELD_OUT]
+    out = tmp_path / "out"
+    metrics = train(out, *flags, "--num_heldout_images", "4", "--heldout_reward", f"{tmp_path}/mine.py:listed")
+    assert [round(line["heldout_mean"], 4) for line in metrics] == [0.5, 0.9, 0.7, 0.9, 0.8, 0.7]
+    reason = "stopped early after step 6: the held-out reward has been below 0.9 of step 4 for 2 scorings"
+    assert f"{reason}; that adapter is in best/" in caplog.text
+    assert same_adapter(out / "best", out / "checkpoint-4") and not same_adapter(out / "best", out)
 
 
 def test_early_stopping_counts_scorings_below_the_best():
@@ -99,6 +112,13 @@ def test_early_stopping_counts_scorings_below_the_best():
     resumed.load_state_dict(json.loads(json.dumps(stopping.state_dict())))
     is_best, reason = resumed.update(25, -0.6)
     assert not is_best and "after step 25" in reason and "below -0.5 of step 15 for 2 scorings" in reason
+    resumed.start(9.0)  # the base model's score counts on a fresh run only
+    assert resumed.best == -0.5
+    collapsed = EarlyStopping(2)
+    collapsed.start(1.0)
+    assert collapsed.update(5, 0.0) == (False, None)
+    is_best, reason = collapsed.update(10, 0.0)
+    assert not is_best and reason.endswith("below 1 of the base model for 2 scorings; no adapter was better")
     never, fresh = EarlyStopping(None), EarlyStopping(1)
     assert [never.update(step, -step)[1] for step in range(9)] == [None] * 9
     fresh.load_state_dict(json.loads(json.dumps(EarlyStopping(1).state_dict())))
@@ -124,7 +144,8 @@ def averaged_run(tmp_path_factory):
         "a red one",
         "a blue two",
     ]
-    metrics = train(out, *flags, *HELD_OUT, "--heldout_steps", "3")
+    # Disagreement with the prompts, which such a learning rate raises.
+    metrics = train(out, *flags, *HELD_OUT, "--heldout_steps", "3", "--heldout_reward", "clip_score:-1")
     (folder,) = (out / "logs").rglob("rlr-sd")
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     return out, metrics, events
@@ -213,7 +234,7 @@ def test_base_and_tuned_model_are_compared_on_the_same_images(tmp_path, capsys):
     printed = capsys.readouterr().out
     (base,) = re.findall(r" base aesthetic,clip_score:5: (\S+) mean, ", printed)
     assert float(base) == pytest.approx(results["base"]["mean"], rel=1e-2)
-    ((gain, error),) = re.findall(r"gain ([+-]\S+) with a standard error of ([^ ,]+),", printed)
+    ((gain, error),) = re.findall(r" gain aesthetic,clip_score:5: ([+-]\S+) mean, (\S+) standard error", printed)
     assert float(gain) == pytest.approx(results["gain"]["mean"], abs=0.01 * results["gain"]["standard_error"])
     assert float(error) == pytest.approx(results["gain"]["standard_error"], rel=1e-2)
     assert gain in (tmp_path / "README.md").read_text()
@@ -229,10 +250,28 @@ def test_the_held_out_reward_is_compared_too_and_stands_below_the_images(tmp_pat
     args, prompts = parse_args([*BASE, "--heldout_reward", held_out]), ["a red one"] * 3
     red = generate(tiny_model(), prompts, args, 2)[:, 0].mean((1, 2))
     assert results["heldout"]["base"] == pytest.approx({"mean": red.mean().item(), "std": red.std().item()}, rel=1e-4)
-    assert results["heldout"]["tuned"]["mean"] != results["heldout"]["base"]["mean"]
-    assert f"  base held-out {held_out}: " in capsys.readouterr().out
-    assert "| `held out: mine.py:red` |" in (out / "README.md").read_text()
-    assert [line.partition(": ")[0] for line in below(args, results)] == ["mean aesthetic", "mean held-out red"]
+    held = results["heldout"]
+    assert held["gain"]["mean"] == pytest.approx(held["tuned"]["mean"] - held["base"]["mean"], abs=1e-6) != 0
+    printed = capsys.readouterr().out
+    assert f"  base held-out {held_out}: " in printed and f"  gain held-out {held_out}: " in printed
+    assert "| `held-out mine.py:red` |" in (out / "README.md").read_text()
+    lines = footer_lines(args, results)
+    assert [line.partition(": ")[0] for line in lines] == ["mean aesthetic", "mean held-out red"]
+    assert lines[1].endswith(f"tuned {shown(held['tuned']['mean'], held['tuned']['std'] / 3**0.5)}")
+
+
+def test_a_held_out_reward_that_fails_at_the_end_leaves_the_rest_of_the_comparison(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def red(images, prompts):\n    if 'a red seven' in prompts:\n        raise ValueError('seven is not known')\n"
+        "    return images[:, 0].mean((1, 2)).detach()\n"
+    )
+    out, flags = tmp_path / "out", ["--num_eval_images", "18", "--max_train_steps", "1", "--heldout_steps", "9"]
+    flags += ["--heldout_reward", f"{tmp_path}/mine.py:red", "--num_heldout_images", "4", "--feature_model", TINY_CLIP]
+    with pytest.raises(SystemExit, match="the held-out reward has failed in the comparison .*seven is not known"):
+        train(out, *flags)
+    results = json.loads((out / "evaluation.json").read_text())
+    assert results["gain"] and "heldout" not in results
+    assert (out / "before_after.png").exists() and "| `aesthetic` |" in (out / "README.md").read_text()
 
 
 def test_small_gains_are_printed_with_their_digits(capsys):
@@ -243,7 +282,8 @@ def test_small_gains_are_printed_with_their_digits(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "  base aesthetic: 0.0412345 mean, 0.000988 standard deviation",
         " tuned aesthetic: 0.0412366 mean, 0.000988 standard deviation",
-        "  gain +0.00000213 with a standard error of 0.00000298, over 100 images of the same prompts and seeds",
+        "  gain aesthetic: +0.00000213 mean, 0.00000298 standard error",
+        "over 100 images of the same prompts and seeds",
     ]
 
 

@@ -37,7 +37,7 @@ STAGES = ["vae", "clip", "classifier", "unet", "cards"]
 # The steps of the trainings; the images that are encoded for the U-Net; and those of the cards' figures: of prompts of all
 # kinds, and of each concept without style and background.
 SIZES = {
-    **{"vae": 20_000, "clip": 2_500, "classifier": 1_500, "unet": 14_000},
+    **{"vae": 20_000, "clip": 2_500, "classifier": 1_500, "unet": 12_000},
     **{"latents": 64_000, "images": 500, "seeds": 8},
 }
 QUICK = {"vae": 2, "clip": 2, "classifier": 2, "unet": 2, "latents": 100, "images": 8, "seeds": 2}
@@ -66,8 +66,13 @@ def main():
     parser.add_argument(
         "--work_dir", default="emoji-training", help="Where interrupted stages are kept. Default: emoji-training."
     )
-    parser.add_argument("--quick", action="store_true", help="Two steps of each stage, to try the script.")
+    parser.add_argument(
+        "--quick", action="store_true", help="Two steps of each stage, to try the script; needs --out and --work_dir."
+    )
     args = parser.parse_args()
+    if args.quick and (args.out == "assets" or args.work_dir == "emoji-training"):
+        parser.error("--quick would replace the trained models: give it an --out and a --work_dir of its own")
+    os.makedirs(args.work_dir, exist_ok=True)
     emoji = EmojiImages(args.emoji)
     for stage in args.stages:
         make(stage, emoji, args.out, args.work_dir, QUICK if args.quick else SIZES)

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import (
     CLIPConfig,
@@ -46,7 +47,6 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
 )
-from word_tokenizer import TOKEN_LENGTH, make_tokenizer, tokenize
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -64,6 +64,7 @@ COLORS = {
 CAPTIONS = [f"a {color} {digit}" for color in COLORS for digit in DIGITS]
 RESOLUTION = 32
 NUM_TRAIN_DIGITS = 1500  # the other 297 scans are held out of all training
+TOKEN_LENGTH = 16
 
 
 def load_scans():
@@ -134,6 +135,34 @@ def real_quality():
     return Quality(torch.cat(images))
 
 
+def make_tokenizer():
+    """A CLIPTokenizer over all bytes that makes one token of every word in the captions."""
+    words = ["a", *DIGITS, *COLORS]
+    letters = sorted(ByteLevel.alphabet())
+    merges = []
+    for word in words:
+        left, *rest = [*word[:-1], word[-1] + "</w>"]
+        for right in rest:
+            if (left, right) not in merges:
+                merges.append((left, right))
+            left += right
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKEN_LENGTH
+    )
+    split = [word for word in words if len(tokenizer(word).input_ids) != 3]
+    if split:
+        raise RuntimeError(f"the order of the merges splits {split}: list those words earlier")
+    return tokenizer
+
+
+def tokenize(tokenizer, captions):
+    return tokenizer(
+        captions, padding="max_length", max_length=TOKEN_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
 def draw_batch(ink, labels, generator):
     """One scan for each of the 60 captions, in the order of CAPTIONS: ink (60, 1, 32, 32) and colors (60,)."""
     picks = []
@@ -148,7 +177,7 @@ def train_clip(out, steps):
     """Train CLIP contrastively on the 60 captions, together with the head, which predicts the quality."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    tokenizer = make_tokenizer(["a", *DIGITS, *COLORS])
+    tokenizer = make_tokenizer()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tower = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "projection_dim": 768}
     config = CLIPConfig(

@@ -13,10 +13,9 @@
 # limitations under the License.
 """What an emoji shows, read by a small convolutional network: its concept, style and background.
 
-`concept_accuracy` is a custom reward, a black box that suits `--heldout_reward`: is it still a fox?
+`ConceptAccuracy` is a custom reward for `--heldout_reward`: does an image still show what its prompt asks for?
 """
 
-import functools
 import json
 import os
 
@@ -57,35 +56,41 @@ class EmojiClassifier(nn.Module):
         return self.head(pooled).split(self.sizes, 1)
 
 
-@functools.cache
-def load_classifier(device="cpu"):
-    """The trained classifier on `device`, and the words for its concepts."""
+def load_classifier():
+    """The trained classifier, and the words for its concepts."""
     with open(os.path.join(FOLDER, "emoji_classifier.json"), encoding="utf-8") as file:
         concepts = json.load(file)
     classifier = EmojiClassifier(len(concepts))
     state = load_file(os.path.join(FOLDER, "emoji_classifier.safetensors"))
     classifier.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    return classifier.to(device).eval().requires_grad_(False), concepts
+    return classifier.eval().requires_grad_(False), concepts
 
 
-def concept_in(prompt, concepts):
-    """The index of the concept that `prompt` names.
+class ConceptAccuracy(nn.Module):
+    """1 for an image that shows the concept of its prompt, 0 for another: a black box."""
 
-    Raises:
-        ValueError: It names none, or more than one.
-    """
-    words = prompt.lower().replace(",", " ").replace(".", " ").split()
-    named = [index for index, concept in enumerate(concepts) if concept in words]
-    if len(named) != 1:
-        raise ValueError(f"the prompt {prompt!r} names {len(named)} of the emoji that the classifier knows: name one")
-    return named[0]
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.concepts = load_classifier()
 
+    def concept_in(self, prompt):
+        """The index of the concept that a prompt names.
 
-def concept_accuracy(images, prompts):
-    """Images (B, 3, H, W) in [0, 1] and B prompts such as "a fox" -> (B,): 1 if the image shows that concept, 0 if not."""
-    classifier, concepts = load_classifier(images.device)
-    asked = torch.tensor([concept_in(prompt, concepts) for prompt in prompts], device=images.device)
-    with torch.no_grad():
+        Raises:
+            ValueError: It names none, or more than one.
+        """
+        words = prompt.lower().replace(",", " ").replace(".", " ").split()
+        named = [index for index, concept in enumerate(self.concepts) if concept in words]
+        if len(named) != 1:
+            raise ValueError(
+                f"the prompt {prompt!r} names {len(named)} of the emoji that the classifier knows: name one"
+            )
+        return named[0]
+
+    @torch.no_grad()
+    def forward(self, images, prompts):
+        """Images (B, 3, H, W) in [0, 1] and B prompts such as "a fox" -> (B,)."""
+        asked = torch.tensor([self.concept_in(prompt) for prompt in prompts], device=images.device)
         images = F.interpolate(images, (RESOLUTION, RESOLUTION), mode="bicubic", antialias=True, align_corners=False)
-        concept, _, _ = classifier(images.clamp(0, 1))
-    return (concept.argmax(1) == asked).float()
+        concept, _, _ = self.classifier(images.clamp(0, 1))
+        return (concept.argmax(1) == asked).float()

@@ -20,7 +20,7 @@ from transformers import CLIPModel
 from .classifier import load_classifier
 from .clip import SCORES
 from .data import STYLE_WORDS
-from .measuring import load_pipeline, measure_pipeline, measure_real
+from .measuring import load_pipeline, measure_prompts, measure_real, measure_samples
 
 
 PIPELINE_CARD = """---
@@ -44,14 +44,17 @@ image = pipeline("a 3d fox on a blue background", num_inference_steps=20, guidan
 ([`../emoji/concepts.json`](../emoji/concepts.json)), two styles, six backgrounds (white, blue, green, yellow, pink, purple).
 It knows no other words.
 
+**License.** Apache-2.0 for the model. The images that it learned from are Fluent Emoji (copyright (c) Microsoft Corporation, MIT)
+and Noto Emoji (copyright 2013 Google LLC, Apache-2.0); the notices are in [`../emoji/README.md`](../emoji/README.md).
+
 **Data.** The emoji of [`../emoji`](../emoji) in three styles, at random places, sizes and angles, half of them mirrored, on a
-white background (40 %) or one of five colors. Their licenses (MIT and Apache-2.0) and notices are there.
+white background (40 %) or one of five colors.
 
 **Recipe** (`make emoji-assets`, seeded). VAE: {vae_parameters:,} parameters, {vae_steps:,} steps of 8 images, squared error plus
 .1 of the absolute error and 2e-4 of the KL term. Text encoder: the text tower of `../tiny-emoji-rewards/clip`, frozen. U-Net:
 {unet_parameters:,} parameters, {unet_steps:,} steps of 32 images, noise prediction on Stable Diffusion's schedule with min-SNR
-weights of 5, 10 % empty captions. Captions name the style of half of the images and the background of two thirds. All are
-moving averages of .999.
+weights of 5, 10 % empty captions. Captions name the style of half of the images and the background of two thirds. VAE and U-Net
+are moving averages of .999.
 
 **Figures.** {images} images, guidance 4.5, eta 1, 20 steps, read by the classifier of `../tiny-emoji-rewards`:
 
@@ -60,13 +63,14 @@ moving averages of .999.
 | concept as asked | {concept:.1%} |
 | style as asked, where it is | {style:.1%} |
 | background as asked, where it is | {background:.1%} |
-| share of 3D images where the style is not asked | {share_3d:.0%} |
-| of {seeds} seeds of a prompt without style and background, distinguishable images, the least of all prompts | {least_variety} |
-| squared error of the VAE on new images in [-1, 1] | {vae_mse:.4f} |
+| concept as asked by prompts such as "a fox", two seeds of each | {plain_concept:.1%} |
+| share of 3D images of these prompts | {share_3d:.0%} |
+| fewest distinguishable images of a prompt such as "a fox on a white background", over {seeds} seeds | {least_variety} |
+| squared error of the VAE in [-1, 1], on new placements of the emoji | {vae_mse:.4f} |
 
-Two images are distinguishable if the root of their mean squared difference in [0, 1] is above .1. On real images, placed
-further out than in its training, the classifier reads {classifier_concept:.1%} of the concepts, {classifier_style:.1%} of the
-styles and {classifier_background:.1%} of the backgrounds.
+Two images are distinguishable if the root of their mean squared difference in [0, 1] is above .1. The classifier reads
+{classifier_concept:.1%} of the concepts, {classifier_style:.1%} of the styles and {classifier_background:.1%} of the backgrounds
+of the emoji themselves at shifts that its training did not have.
 
 **What is poor.** TODO
 """
@@ -78,7 +82,9 @@ tags: [image-feature-extraction, reward-model]
 ---
 # tiny-emoji-rewards: a small CLIP, an aesthetic head and a classifier
 
-For images of [`../tiny-emoji`](../tiny-emoji). The data are the same emoji.
+For images of [`../tiny-emoji`](../tiny-emoji). The data are the same emoji, under the licenses in
+[`../emoji/README.md`](../emoji/README.md): Fluent Emoji, copyright (c) Microsoft Corporation, MIT; Noto Emoji, copyright 2013
+Google LLC, Apache-2.0.
 
 **CLIP and aesthetic head.** The layout of the LAION aesthetic predictor: `clip/` is a transformers `CLIPModel`
 ({clip_parameters:,} parameters, 48 x 48 pixels, projection to 768), `aesthetic_head.safetensors` the affine head with the keys
@@ -89,21 +95,22 @@ head's squared error.
 ```bash
 python train_rlr_sd.py --pretrained_model_name_or_path assets/tiny-emoji --prompts assets/emoji.txt \\
   --reward aesthetic --reward_path aesthetic=assets/tiny-emoji-rewards \\
-  --heldout_reward assets/tiny-emoji-rewards/emoji_classifier.py:concept_accuracy \\
+  --heldout_reward assets/tiny-emoji-rewards/emoji_classifier.py:ConceptAccuracy \\
   --feature_model assets/tiny-emoji-rewards/clip
 ```
 
 **Classifier.** `emoji_classifier.py` reads concept, style and background with a convolutional network
-({classifier_parameters:,} parameters, {classifier_steps:,} steps of 64 images) that has nothing in common with CLIP. Its custom reward
-`concept_accuracy` is 1 if an image shows the concept of its prompt and 0 if not: a black box, or a held-out reward.
+({classifier_parameters:,} parameters, {classifier_steps:,} steps of 64 images) trained on the same
+emoji without captions. Its custom reward `ConceptAccuracy` is 1 if an image shows the concept of its prompt and 0 if not: a
+black box, or a held-out reward.
 
 | | |
 |---|---|
-| new real images whose concept is the nearest of all {num_concepts} captions such as "a fox" | {clip_concept:.1%} |
-| aesthetic score of real 3D images, mean and standard deviation | {real_score_3d:.2f}, {real_deviation_3d:.2f} |
-| aesthetic score of real cartoons | {real_score_cartoon:.2f}, {real_deviation_cartoon:.2f} |
-| aesthetic score of tiny-emoji's images, prompts without a style | {plain_score:.2f} |
-| concepts, styles and backgrounds that the classifier reads on real images, placed further out than in training | {classifier_concept:.1%}, {classifier_style:.1%}, {classifier_background:.1%} |
+| new placements of the emoji whose concept is the nearest of all {num_concepts} captions such as "a fox" | {clip_concept:.1%} |
+| aesthetic score of the 3D emoji, mean and standard deviation | {real_score_3d:.2f}, {real_deviation_3d:.2f} |
+| aesthetic score of the cartoons | {real_score_cartoon:.2f}, {real_deviation_cartoon:.2f} |
+| aesthetic score of tiny-emoji's images of prompts such as "a fox" | {plain_score:.2f}, {plain_deviation:.2f} |
+| concepts, styles and backgrounds that the classifier reads from emoji at shifts that its training did not have | {classifier_concept:.1%}, {classifier_style:.1%}, {classifier_background:.1%} |
 """
 
 
@@ -113,15 +120,16 @@ def write_cards(emoji, out, work_dir, sizes):
     Args:
         sizes: of `make_emoji_assets.py`: the steps of each stage, and how many images are measured.
     """
-    pipeline, (classifier, _) = load_pipeline(out), load_classifier(out)
+    pipeline, classifier = load_pipeline(out), load_classifier(out)
     clip = CLIPModel.from_pretrained(os.path.join(out, "tiny-emoji-rewards", "clip"))
     models = {"vae": pipeline.vae, "unet": pipeline.unet, "clip": clip, "classifier": classifier}
     facts = {f"{name}_parameters": sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     facts |= sizes | {f"{stage}_steps": count for stage, count in sizes.items()}
     facts |= {f"target_{style}": score for style, score in zip(STYLE_WORDS, SCORES.tolist())}
     facts |= {"num_concepts": len(emoji.concepts)}
-    facts |= measure_real(emoji, out, work_dir, sizes["images"])
-    facts |= measure_pipeline(emoji, out, sizes["images"], sizes["seeds"])
+    facts |= measure_real(pipeline, emoji, out, work_dir, sizes["images"])
+    facts |= measure_prompts(pipeline, emoji, out, sizes["images"])
+    facts |= measure_samples(pipeline, emoji, out, sizes["seeds"])
     for folder, card in {"tiny-emoji": PIPELINE_CARD, "tiny-emoji-rewards": REWARDS_CARD}.items():
         with open(os.path.join(out, folder, "README.md"), "w", encoding="utf-8") as file:
             file.write(card.format(**facts))

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from reward_models.base import ScoreHead
 from reward_models.clip import preprocess_clip
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from word_tokenizer import TOKEN_LENGTH, make_tokenizer, tokenize
 
 from .data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, Captions, degrade
+from .tokenizer import TOKEN_LENGTH, make_tokenizer, tokenize
 from .training import fit
 
 

@@ -61,11 +61,11 @@ class EmojiImages:
         self.sprites = torch.stack(sheets)  # (styles, concepts, 4, 128, 128), color multiplied by alpha
         self.available = torch.tensor([[style in available[word]["styles"] for word in available] for style in STYLES])
 
-    def batch(self, size, generator, concepts=None, shift=3.0, scale=(0.74, 0.94), tilt=8.0):
+    def batch(self, size, generator, concepts=None, shift=(0.0, 3.0), scale=(0.74, 0.94), tilt=8.0):
         """`size` images, of random concepts or of `concepts` (size,).
 
-        `shift` is in pixels and `tilt` in degrees, both to either side; `scale` is the size of the emoji's cell against
-        the image.
+        `shift` is the least and the largest in pixels, `tilt` the largest in degrees, both to either side; `scale` is the
+        size of the emoji's cell against the image.
         """
         if concepts is None:
             concepts = torch.randint(len(self.concepts), (size,), generator=generator)
@@ -110,11 +110,16 @@ def random_placement(size, generator, shift, scale, tilt):
     angle, zoom = uniform(-tilt, tilt) * math.pi / 180, uniform(*scale)
     mirror = 1.0 - 2.0 * (torch.rand(size, generator=generator) < 0.5).float()
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    step = 2 / RESOLUTION / zoom
+    pixel, (least, most) = 2 / RESOLUTION / zoom, shift
+
+    def moved():
+        distance = uniform(least - most, most - least)
+        return (distance + least * distance.sign()) * pixel
+
     return torch.stack(
         [
-            torch.stack([mirror * cos, mirror * -sin, uniform(-shift, shift) * step], 1),
-            torch.stack([sin, cos, uniform(-shift, shift) * step], 1),
+            torch.stack([mirror * cos, mirror * -sin, moved()], 1),
+            torch.stack([sin, cos, moved()], 1),
         ],
         1,
     )

@@ -22,12 +22,12 @@ from reward_models import load_reward
 from reward_models.clip import preprocess_clip
 from tqdm import trange
 from transformers import CLIPModel
-from word_tokenizer import tokenize
 
 from diffusers import StableDiffusionPipeline
 
 from .classifier import HELD_OUT, accuracies, read
 from .data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, caption
+from .tokenizer import tokenize
 
 
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 4.5, "eta": 1.0}
@@ -53,7 +53,7 @@ def draw(pipeline, prompts, seed, size=50):
 
 
 def sheet(rows, path, zoom=2):
-    """Write rows of images, a list of (N, 3, H, W) in [0, 1], as one picture."""
+    """Write rows of images, a list of (N, 3, H, W) in [0, 1], as one image."""
     pixels = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     image = Image.fromarray((255 * pixels.permute(1, 2, 0)).round().clamp(0, 255).byte().numpy())
     image.resize((zoom * image.width, zoom * image.height), Image.NEAREST).save(path)
@@ -63,29 +63,30 @@ def accuracy(read_indices, indices, where=slice(None)):
     return (read_indices[where] == indices[where]).float().mean().item()
 
 
-@torch.no_grad()
-def measure_real(emoji, out, work_dir, num_images):
-    """Autoencoder, classifier, CLIP and head on real images that no training has seen.
+def load_aesthetic(out):
+    return load_reward("aesthetic", path=os.path.join(out, "tiny-emoji-rewards"))
 
-    Writes the reconstructions of the first 32 below their originals to vae.png in `work_dir`.
+
+@torch.no_grad()
+def measure_real(pipeline, emoji, out, work_dir, num_images):
+    """Autoencoder, classifier, CLIP and head on new placements of the emoji.
+
+    Writes reconstructions below their originals to vae.png in `work_dir`.
     """
     figures, generator = {}, torch.Generator().manual_seed(7)
     batch = emoji.batch(4 * num_images, generator)
-    vae = load_pipeline(out).vae
     some = batch.images[:num_images]
-    decoded = vae.decode(vae.encode(2 * some - 1).latent_dist.mean).sample
+    decoded = pipeline.vae.decode(pipeline.vae.encode(2 * some - 1).latent_dist.mean).sample
     figures["vae_mse"] = F.mse_loss(decoded, 2 * some - 1).item()
-    decoded = (decoded / 2 + 0.5).clamp(0, 1)
-    sheet([x for i in range(0, 32, 8) for x in (some[i : i + 8], decoded[i : i + 8])], f"{work_dir}/vae.png", zoom=4)
-    clip = CLIPModel.from_pretrained(os.path.join(out, "tiny-emoji-rewards", "clip"), dtype=torch.float32)
-    text = tokenize(load_pipeline(out).tokenizer, [caption(concept) for concept in emoji.concepts])
+    both = zip(some.split(8)[:4], (decoded / 2 + 0.5).clamp(0, 1).split(8))
+    sheet([images for pair in both for images in pair], os.path.join(work_dir, "vae.png"), zoom=4)
+    clip = CLIPModel.from_pretrained(os.path.join(out, "tiny-emoji-rewards", "clip"))
+    text = tokenize(pipeline.tokenizer, [caption(concept) for concept in emoji.concepts])
     text = F.normalize(clip.get_text_features(input_ids=text).pooler_output, dim=1)
     pixels = preprocess_clip(batch.images, RESOLUTION)
     embeds = torch.cat([clip.get_image_features(pixel_values=p).pooler_output for p in pixels.split(200)])
     figures["clip_concept"] = accuracy((embeds @ text.T).argmax(1), batch.concepts)
-    scores = load_reward("aesthetic", path=os.path.join(out, "tiny-emoji-rewards"))(
-        batch.images, [""] * len(batch.images)
-    )
+    scores = load_aesthetic(out)(batch.images, [""] * len(batch.images))
     for index, style in enumerate(STYLE_WORDS):
         figures[f"real_score_{style}"] = scores[batch.styles == index].mean().item()
         figures[f"real_deviation_{style}"] = scores[batch.styles == index].std().item()
@@ -94,12 +95,9 @@ def measure_real(emoji, out, work_dir, num_images):
     return figures | dict(zip(names, accuracies(shifted, out)))
 
 
-def measure_pipeline(emoji, out, num_images, seeds):
-    """Whether the pipeline draws what prompts ask for, and how much its images of one prompt differ.
-
-    Writes two images of each concept to samples.png of the pipeline.
-    """
-    pipeline, generator = load_pipeline(out), torch.Generator().manual_seed(8)
+def measure_prompts(pipeline, emoji, out, num_images):
+    """Whether the pipeline draws the concept, the style and the background that prompts of all kinds ask for."""
+    generator = torch.Generator().manual_seed(8)
     concepts = torch.arange(num_images) % len(emoji.concepts)
     styles = torch.randint(-1, len(STYLE_WORDS), (num_images,), generator=generator)
     backgrounds = torch.randint(-1, len(BACKGROUNDS), (num_images,), generator=generator)
@@ -108,29 +106,33 @@ def measure_pipeline(emoji, out, num_images, seeds):
         caption(emoji.concepts[c], style_words[s], colors[b])
         for c, s, b in zip(concepts.tolist(), styles.tolist(), backgrounds.tolist())
     ]
-    images = draw(pipeline, prompts, seed=0)
-    concept, style, background = read(images, out)
-    figures = {
+    concept, style, background = read(draw(pipeline, prompts, seed=0), out)
+    wrong = (concept != concepts).nonzero().flatten().tolist()
+    print("drawn as another:", ", ".join(f"{prompts[i]} ({emoji.concepts[concept[i]]})" for i in wrong) or "none")
+    return {
         "concept": accuracy(concept, concepts),
         "style": accuracy(style, styles, styles >= 0),
         "background": accuracy(background, backgrounds, backgrounds >= 0),
-        "share_3d": (style[styles < 0] == STYLE_WORDS.index("3d")).float().mean().item(),
     }
-    wrong = (concept != concepts).nonzero().flatten().tolist()
-    print("drawn as another:", ", ".join(f"{prompts[i]} ({emoji.concepts[concept[i]]})" for i in wrong))
-    plain = [caption(concept) for concept in emoji.concepts]
-    drawn = draw(pipeline, [prompt for prompt in plain for _ in range(seeds)], seed=1000).unflatten(0, (-1, seeds))
-    figures["least_variety"] = min(count_distinguishable(images) for images in drawn)
-    figures["plain_concept"] = accuracy(
-        read(drawn.flatten(0, 1), out)[0], torch.arange(len(plain)).repeat_interleave(seeds)
-    )
-    aesthetic = load_reward("aesthetic", path=os.path.join(out, "tiny-emoji-rewards"))
-    figures["plain_score"] = aesthetic(drawn.flatten(0, 1), [""] * len(drawn) * seeds).mean().item()
-    sheet(
-        [torch.cat([images[:2] for images in drawn[i : i + 8]]) for i in range(0, 64, 8)],
-        os.path.join(out, "tiny-emoji", "samples.png"),
-    )
-    return figures
+
+
+def measure_samples(pipeline, emoji, out, seeds):
+    """What prompts such as "a fox" give, two images of each in samples.png of the pipeline, and how much seeds differ."""
+    prompts = [caption(concept) for concept in emoji.concepts]
+    images = draw(pipeline, [prompt for prompt in prompts for _ in range(2)], seed=1000)
+    sheet(images.split(16), os.path.join(out, "tiny-emoji", "samples.png"))
+    concept, style, _ = read(images, out)
+    scores = load_aesthetic(out)(images, [""] * len(images))
+    # On one background, whose color would make any two images differ.
+    on_white = [f"{prompt} on a white background" for prompt in prompts]
+    by_prompt = draw(pipeline, [prompt for prompt in on_white for _ in range(seeds)], seed=2000).split(seeds)
+    return {
+        "plain_concept": accuracy(concept, torch.arange(len(prompts)).repeat_interleave(2)),
+        "share_3d": (style == STYLE_WORDS.index("3d")).float().mean().item(),
+        "plain_score": scores.mean().item(),
+        "plain_deviation": scores.std().item(),
+        "least_variety": min(count_distinguishable(images) for images in by_prompt),
+    }
 
 
 def count_distinguishable(images):

@@ -25,6 +25,9 @@ def fit(model, loss, steps, learning_rate, seed, state_file, weight_decay=0.0, e
 
     Progress goes to `state_file` every `save_every` steps. A later call with the same file continues there, or returns at
     once if that training had ended. Returns the exponential moving average of `model`.
+
+    Raises:
+        ValueError: `state_file` is of a training of another length.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -32,7 +35,7 @@ def fit(model, loss, steps, learning_rate, seed, state_file, weight_decay=0.0, e
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1, pct_start=0.05)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
-    start = resume(state_file, parts, generator)
+    start = resume(state_file, parts, generator, steps)
     name = os.path.basename(state_file)
     bar = tqdm(range(start, steps), desc=name.partition(".")[0], initial=start, total=steps, mininterval=2)
     for step in bar:
@@ -46,24 +49,29 @@ def fit(model, loss, steps, learning_rate, seed, state_file, weight_decay=0.0, e
         if step % 20 == 0:
             bar.set_postfix({name: f"{figure:.4f}" for name, figure in figures.items()})
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save(state_file, parts, generator, step + 1)
+            save(state_file, parts, generator, step + 1, steps)
     return average.module
 
 
-def save(state_file, parts, generator, step):
+def save(state_file, parts, generator, step, steps):
     """Write the state beside `state_file`, then move it into place: an interruption leaves the earlier one."""
     state = {name: part.state_dict() for name, part in parts.items()}
     os.makedirs(os.path.dirname(state_file), exist_ok=True)
-    torch.save(state | {"generator": generator.get_state(), "step": step}, f"{state_file}.new")
+    # Dropout draws from torch's own generator.
+    random_state = {"generator": generator.get_state(), "dropout": torch.get_rng_state()}
+    torch.save(state | random_state | {"step": step, "steps": steps}, f"{state_file}.new")
     os.replace(f"{state_file}.new", state_file)
 
 
-def resume(state_file, parts, generator):
+def resume(state_file, parts, generator, steps):
     """Load what an earlier call saved; returns the step to continue with, 0 if there is none."""
     if not os.path.exists(state_file):
         return 0
     state = torch.load(state_file, weights_only=True)
+    if state["steps"] != steps:
+        raise ValueError(f"{state_file} is of a training of {state['steps']} steps, not {steps}: remove it")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     generator.set_state(state["generator"])
+    torch.set_rng_state(state["dropout"])
     return state["step"]

@@ -18,12 +18,12 @@ import os
 import torch
 from tqdm import trange
 from transformers import CLIPTextModel, CLIPTokenizer
-from word_tokenizer import tokenize
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
 from .data import Captions
+from .tokenizer import tokenize
 from .training import fit
 
 
@@ -62,9 +62,11 @@ def make_unet(latent_channels, latent_size, width):
 def encode_images(emoji, vae, file, count, size=100):
     """Means and standard deviations (count, 2c, h, w) of the latents of `count` images, with a caption (count,) each.
 
-    Kept in `file`: a later call reads them.
+    Kept in `file`: a later call with the same autoencoder reads them.
     """
-    if not os.path.exists(file):
+    weights = torch.cat([parameter.flatten() for parameter in vae.parameters()])
+    saved = torch.load(file, weights_only=True) if os.path.exists(file) else {}
+    if len(saved.get("captions", [])) != count or not torch.equal(saved["weights"], weights):
         generator, captions = torch.Generator().manual_seed(5), Captions(emoji.concepts)
         latents, index = [], []
         for _ in trange(0, count, size, desc="latents"):
@@ -72,9 +74,9 @@ def encode_images(emoji, vae, file, count, size=100):
             posterior = vae.encode(2 * batch.images - 1).latent_dist
             latents.append(torch.cat([posterior.mean, posterior.std], 1))
             index.append(captions.index(batch, generator))
-        torch.save({"latents": torch.cat(latents), "captions": torch.cat(index)}, f"{file}.new")
+        saved = {"latents": torch.cat(latents), "captions": torch.cat(index), "weights": weights}
+        torch.save(saved, f"{file}.new")
         os.replace(f"{file}.new", file)
-    saved = torch.load(file, weights_only=True)
     return saved["latents"], saved["captions"]
 
 

@@ -20,11 +20,14 @@ demo: $(VENV)/installed
 	rm -rf demo-output
 	$(BIN)/python -m accelerate.commands.launch --num_processes 1 \
 		--num_machines 1 --mixed_precision no --dynamo_backend no train_rlr_sd.py \
-		--pretrained_model_name_or_path assets/tiny-sd \
-		--reward aesthetic --reward_path aesthetic=assets/tiny-aesthetic \
-		--prompts assets/digits.txt --num_inference_steps 20 \
-		--train_batch_size 32 --decode_batch_size 32 --learning_rate 1e-3 \
-		--max_train_steps 40 --num_eval_images 120 --seed 0 \
+		--pretrained_model_name_or_path assets/tiny-emoji \
+		--prompts assets/emoji.txt \
+		--reward aesthetic --reward_path aesthetic=assets/tiny-emoji-rewards \
+		--heldout_reward assets/tiny-emoji-rewards/emoji_classifier.py:ConceptAccuracy \
+		--heldout_steps 10 --num_heldout_images 64 --feature_model assets/tiny-emoji-rewards/clip \
+		--num_inference_steps 20 --guidance_scale 4.5 \
+		--train_batch_size 16 --decode_batch_size 16 --learning_rate 2e-3 \
+		--max_train_steps 40 --num_eval_images 128 --seed 0 \
 		--output_dir demo-output
 
 # Two processes of one thread each, see tests/conftest.py.

@@ -191,7 +191,7 @@ def test_commands_are_accepted_by_the_scripts(document, capsys):
 def test_the_demo_of_the_makefile_is_accepted():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (arguments,) = [words for parser, words in commands_of_scripts(f"```bash\n{makefile}```\n")]
-    assert train_rlr_sd.parse_args(arguments).pretrained_model_name_or_path == "assets/tiny-sd"
+    assert train_rlr_sd.parse_args(arguments).pretrained_model_name_or_path == "assets/tiny-emoji"
 
 
 @each_document

@@ -30,17 +30,17 @@ from emoji_models.clip import train_clip
 from emoji_models.data import EmojiImages
 from emoji_models.saving import save_clip, save_pipeline, save_vae
 from emoji_models.unet import train_unet
-from emoji_models.vae import train_vae
+from emoji_models.vae import load_vae, train_decoder, train_vae
 
 
-STAGES = ["vae", "clip", "classifier", "unet", "cards"]
+STAGES = ["vae", "decoder", "clip", "classifier", "unet", "cards"]
 # The steps of the trainings; the images that are encoded for the U-Net; and those of the cards' figures: of prompts of all
 # kinds, and of each concept without style and background.
 SIZES = {
-    **{"vae": 20_000, "clip": 2_500, "classifier": 1_500, "unet": 12_000},
+    **{"vae": 20_000, "decoder": 12_000, "clip": 2_500, "classifier": 1_500, "unet": 12_000},
     **{"latents": 64_000, "images": 500, "seeds": 8},
 }
-QUICK = {"vae": 2, "clip": 2, "classifier": 2, "unet": 2, "latents": 100, "images": 8, "seeds": 2}
+QUICK = {"vae": 2, "decoder": 2, "clip": 2, "classifier": 2, "unet": 2, "latents": 100, "images": 8, "seeds": 2}
 
 
 def make(stage, emoji, out, work_dir, sizes):
@@ -48,6 +48,8 @@ def make(stage, emoji, out, work_dir, sizes):
     state_file = os.path.join(work_dir, f"{stage}.pt")
     if stage == "vae":
         save_vae(train_vae(emoji, state_file, sizes[stage]), out)
+    elif stage == "decoder":
+        save_vae(train_decoder(load_vae(out), emoji, state_file, sizes[stage]), out)
     elif stage == "clip":
         save_clip(*train_clip(emoji, state_file, sizes[stage]), out)
     elif stage == "classifier":

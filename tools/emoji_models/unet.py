@@ -19,12 +19,13 @@ import torch
 from tqdm import trange
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
 from .data import Captions
 from .tokenizer import tokenize
 from .training import fit
+from .vae import load_vae
 
 
 EMPTY_CAPTIONS = 0.1  # the share that classifier-free guidance needs
@@ -86,7 +87,7 @@ def train_unet(emoji, state_file, steps, out, num_latents, batch_size=32):
     Args:
         num_latents: images that are encoded once; each is seen several times.
     """
-    vae = AutoencoderKL.from_pretrained(os.path.join(out, "tiny-emoji", "vae"))
+    vae = load_vae(out)
     clip_folder = os.path.join(out, "tiny-emoji-rewards", "clip")
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
     text_encoder = CLIPTextModel.from_pretrained(clip_folder, dtype=torch.float32)

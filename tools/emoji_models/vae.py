@@ -13,6 +13,8 @@
 # limitations under the License.
 """The autoencoder of tiny-emoji: 48 x 48 pixels to latents of 4 x 12 x 12."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 
@@ -56,4 +58,26 @@ def train_vae(emoji, state_file, steps, batch_size=8):
         images = 2 * emoji.batch(512, generator).images - 1
         std = vae.encode(images).latent_dist.sample(generator).std()
     vae.register_to_config(scaling_factor=round(1 / std.item(), 5))
+    return vae
+
+
+def load_vae(out):
+    """The autoencoder that `save_vae` wrote."""
+    return AutoencoderKL.from_pretrained(os.path.join(out, "tiny-emoji", "vae"))
+
+
+def train_decoder(vae, emoji, state_file, steps, batch_size=8):
+    """Train the decoder alone for longer, on the latents of the encoder as it is; returns the whole autoencoder."""
+    decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+
+    def loss(generator):
+        images = 2 * emoji.batch(batch_size, generator).images - 1
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.sample(generator)
+        decoded = vae.decode(latents).sample
+        squared, absolute = F.mse_loss(decoded, images), F.l1_loss(decoded, images)
+        return squared + 0.1 * absolute, {"squared error": squared}
+
+    average = fit(decoder, loss, steps, 1e-3, seed=9, state_file=state_file)
+    decoder.load_state_dict(average.state_dict())
     return vae

@@ -23,9 +23,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reward_models import load_rewards, parse_reward
 from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
 from rlr_training.display import shown
-from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, footer_lines, generate, print_comparison
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, HeldOut, footer_lines, generate, print_comparison
 from rlr_training.hub import EVALUATION_FLAGS
 from rlr_training.plots import plot_before_after
 from train_rlr_sd import parse_args
@@ -101,6 +102,17 @@ def test_the_best_adapter_is_kept_and_ties_go_to_the_later_one(tmp_path, caplog)
     reason = "stopped early after step 6: the held-out reward has been below 0.9 of step 4 for 2 scorings"
     assert f"{reason}; that adapter is in best/" in caplog.text
     assert same_adapter(out / "best", out / "checkpoint-4") and not same_adapter(out / "best", out)
+
+
+@pytest.mark.parametrize("count, picks", [(4, [0]), (8, [0, 2]), (16, [0, 1, 2, 3]), (20, [0, 0, 1, 2, 3])])
+def test_held_out_images_are_of_prompts_from_the_whole_list(count, picks):
+    prompts, rewards = (
+        ["a red one", "a red two", "a blue one", "a blue two"],
+        load_rewards(parse_reward("jpeg_compressibility"), {}),
+    )
+    args = parse_args([*BASE, "--num_heldout_images", str(count)])
+    held_out = HeldOut(args, rewards, rewards, torch.nn.Identity(), prompts, "cpu")
+    assert held_out.prompts == [prompts[i] for i in picks for _ in range(4)]
 
 
 def test_early_stopping_counts_scorings_below_the_best():

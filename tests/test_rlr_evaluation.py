@@ -335,3 +335,20 @@ def test_prompts_are_shown_as_they_are_written_above_the_images(tmp_path):
     scores = {name: torch.rand(3) for name in images}
     plot_before_after(images, scores, [r"one of $5 or $6", r"$\frac$", "a {red} #_^ one"], tmp_path / "images.png")
     assert np.asarray(Image.open(tmp_path / "images.png")).std() > 5
+
+
+def test_lines_below_the_images_are_drawn():
+    images, scores = (
+        {name: torch.zeros(1, 3, 8, 8) for name in ("base", "tuned")},
+        {"base": torch.ones(1), "tuned": torch.ones(1)},
+    )
+
+    def drawn(below):
+        file = io.BytesIO()
+        plot_before_after(images, scores, ["a red one"], file, below)
+        return np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+    plain, one, other = drawn([]), drawn(["mean red: base 1"]), drawn(["mean blue: base 2"])
+    assert plain.shape[0] < one.shape[0] == other.shape[0]
+    rows = np.flatnonzero(np.abs(one - other).any((1, 2)))
+    assert len(rows) and rows.min() > 0.85 * len(one)

@@ -26,12 +26,13 @@ from emoji_models.classifier import HELD_OUT, accuracies, classifier_code, read
 from emoji_models.clip import make_clip
 from emoji_models.data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, Captions, EmojiImages, caption, random_placement
 from emoji_models.measuring import count_distinguishable, draw, load_pipeline
-from emoji_models.tokenizer import make_tokenizer, tokenize
+from emoji_models.tokenizer import make_tokenizer
 from emoji_models.training import fit
 from reward_models import load_reward, load_rewards, parse_reward
 from reward_models.clip import preprocess_clip
 from rlr_testing import ASSETS
 from safetensors import safe_open
+from tiny_stable_diffusion import tokenize
 from transformers import CLIPModel, CLIPTextModel
 
 from diffusers import StableDiffusionPipeline

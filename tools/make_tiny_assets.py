@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
+from tiny_stable_diffusion import TOKEN_LENGTH, make_scheduler, tokenize
 from tokenizers.pre_tokenizers import ByteLevel
 from tqdm import tqdm
 from transformers import (
@@ -48,7 +49,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 
@@ -64,7 +65,6 @@ COLORS = {
 CAPTIONS = [f"a {color} {digit}" for color in COLORS for digit in DIGITS]
 RESOLUTION = 32
 NUM_TRAIN_DIGITS = 1500  # the other 297 scans are held out of all training
-TOKEN_LENGTH = 16
 
 
 def load_scans():
@@ -155,12 +155,6 @@ def make_tokenizer():
     if split:
         raise RuntimeError(f"the order of the merges splits {split}: list those words earlier")
     return tokenizer
-
-
-def tokenize(tokenizer, captions):
-    return tokenizer(
-        captions, padding="max_length", max_length=TOKEN_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids
 
 
 def draw_batch(ink, labels, generator):
@@ -274,14 +268,7 @@ def train_unet(out, steps):
     tokenizer = CLIPTokenizer.from_pretrained(clip_directory)
     text_encoder = CLIPTextModel.from_pretrained(clip_directory)
     vae = AutoencoderKL.from_pretrained(os.path.join(out, "tiny-sd", "vae"))
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
+    scheduler = make_scheduler()
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 4,
         block_out_channels=(64, 64),

@@ -62,10 +62,15 @@ def load_classifier(out):
     return classifier_code(out)["load_classifier"]()[0]
 
 
+def accuracy(read_indices, indices, where=slice(None)):
+    """The share of indices (N,) that were read right, of those `where` says."""
+    return (read_indices[where] == indices[where]).float().mean().item()
+
+
 def accuracies(batch, out):
     """The shares of a batch's concepts, styles and backgrounds that the classifier reads from its images."""
     found, true = read(batch.images, out), (batch.concepts, batch.styles, batch.backgrounds)
-    return [(a == b).float().mean().item() for a, b in zip(found, true)]
+    return [accuracy(*pair) for pair in zip(found, true)]
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from reward_models.base import ScoreHead
 from reward_models.clip import preprocess_clip
+from tiny_stable_diffusion import TOKEN_LENGTH, tokenize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from .data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, Captions, degrade
-from .tokenizer import TOKEN_LENGTH, make_tokenizer, tokenize
+from .tokenizer import make_tokenizer
 from .training import fit
 
 

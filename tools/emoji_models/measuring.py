@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from PIL import Image
 from reward_models import load_reward
 from reward_models.clip import preprocess_clip
+from tiny_stable_diffusion import tokenize
 from tqdm import trange
 from transformers import CLIPModel
 
 from diffusers import StableDiffusionPipeline
 
-from .classifier import HELD_OUT, accuracies, read
+from .classifier import HELD_OUT, accuracies, accuracy, read
 from .data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, caption
-from .tokenizer import tokenize
 
 
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 4.5, "eta": 1.0}
@@ -57,10 +57,6 @@ def sheet(rows, path, zoom=2):
     pixels = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     image = Image.fromarray((255 * pixels.permute(1, 2, 0)).round().clamp(0, 255).byte().numpy())
     image.resize((zoom * image.width, zoom * image.height), Image.NEAREST).save(path)
-
-
-def accuracy(read_indices, indices, where=slice(None)):
-    return (read_indices[where] == indices[where]).float().mean().item()
 
 
 def load_aesthetic(out):

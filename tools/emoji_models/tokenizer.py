@@ -15,11 +15,9 @@
 
 import json
 
+from tiny_stable_diffusion import TOKEN_LENGTH
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
-
-
-TOKEN_LENGTH = 16
 
 
 def make_tokenizer(words):
@@ -38,10 +36,3 @@ def make_tokenizer(words):
     return CLIPTokenizer(
         vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=TOKEN_LENGTH
     )
-
-
-def tokenize(tokenizer, captions):
-    """Captions -> token ids (B, TOKEN_LENGTH)."""
-    return tokenizer(
-        captions, padding="max_length", max_length=TOKEN_LENGTH, truncation=True, return_tensors="pt"
-    ).input_ids

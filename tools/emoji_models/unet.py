@@ -16,32 +16,20 @@
 import os
 
 import torch
+from tiny_stable_diffusion import make_scheduler, tokenize
 from tqdm import trange
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 
 from .data import Captions
-from .tokenizer import tokenize
 from .training import fit
 from .vae import load_vae
 
 
 EMPTY_CAPTIONS = 0.1  # the share that classifier-free guidance needs
 SNR_GAMMA = 5.0  # min-SNR weighting (huggingface.co/papers/2303.09556)
-
-
-def make_scheduler():
-    """Stable Diffusion's own noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        steps_offset=1,
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
 
 
 def make_unet(latent_channels, latent_size, width):

@@ -39,6 +39,12 @@ def make_vae():
     )
 
 
+def reconstruction_error(decoded, images):
+    """(what is minimized, what is shown of it): squared error plus a tenth of the absolute error."""
+    squared = F.mse_loss(decoded, images)
+    return squared + 0.1 * F.l1_loss(decoded, images), {"squared error": squared}
+
+
 def train_vae(emoji, state_file, steps, batch_size=8):
     """Train on squared and absolute error with a small KL term; the scaling factor is 1 / std of the latents."""
     torch.manual_seed(1)
@@ -48,9 +54,9 @@ def train_vae(emoji, state_file, steps, batch_size=8):
         images = 2 * emoji.batch(batch_size, generator).images - 1
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
-        squared, absolute = F.mse_loss(decoded, images), F.l1_loss(decoded, images)
+        error, figures = reconstruction_error(decoded, images)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return squared + 0.1 * absolute + KL_WEIGHT * kl, {"squared error": squared, "kl": kl}
+        return error + KL_WEIGHT * kl, {**figures, "kl": kl}
 
     vae = fit(vae, loss, steps, 2e-3, seed=1, state_file=state_file)
     with torch.no_grad():
@@ -75,8 +81,7 @@ def train_decoder(vae, emoji, state_file, steps, batch_size=8):
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.sample(generator)
         decoded = vae.decode(latents).sample
-        squared, absolute = F.mse_loss(decoded, images), F.l1_loss(decoded, images)
-        return squared + 0.1 * absolute, {"squared error": squared}
+        return reconstruction_error(decoded, images)
 
     average = fit(decoder, loss, steps, 1e-3, seed=9, state_file=state_file)
     decoder.load_state_dict(average.state_dict())

@@ -28,7 +28,7 @@ import os
 
 from diffusion_models.levels import BOUNDARIES
 from diffusion_models.schedulers import SCHEDULERS
-from rlr_training import arguments
+from rlr_training import sampling
 from rlr_training.errors import bad_input_ends_the_run, errors_in_one_line
 from rlr_training.flags import FlagParser, whole_number
 
@@ -71,7 +71,9 @@ def parse_args(input_args=None):
     add(
         "--dcot_boundaries", type=float, nargs=2, default=list(BOUNDARIES), metavar=("A", "B"), help="As for training."
     )
-    arguments.add_sampling_flags(parser, SCHEDULERS)
+    group = sampling.add_sampling_flags(parser)
+    sampling.add_scheduler_flags(group, SCHEDULERS)
+    sampling.add_flow_flags(group)
 
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=whole_number(), default=8, help="Images drawn at a time.")
@@ -102,35 +104,34 @@ def numbers(text):
     return values
 
 
-def draw_and_measure(args, model, names, prompts, measured):
+def draw_and_measure(args, model, draw, names, prompts, measured):
     """Draw and measure the images of every model.
 
     Args:
+        draw: `draw(prompts, batch_size, desc)` of the model, see `make_draw`.
         names: of the adapters in the pipeline.
         measured: `measured(images, base) -> (summary, details)`.
 
     Returns:
         (results as in results.json, {model: (N, 3, H, W)} for the grid, the prompts of the grid).
     """
-    from rlr_training.evaluation import generate
-
     # Only the images of the grid are kept: all images of many models may not fit in memory.
     in_grid = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:8]]
     model.pipeline.disable_lora()
-    images = generate(model, prompts, args, args.batch_size, desc="base")
+    images = draw(prompts, args.batch_size, desc="base")
     summary, base = measured(images, None)
     results = {"settings": vars(args), "num_images": len(prompts), "models": {"base": summary}, "lora_scales": {}}
     grid = {"base": images[in_grid]}
     model.pipeline.enable_lora()
     for name in names:
         model.pipeline.set_adapters([name], [1.0])
-        images = generate(model, prompts, args, args.batch_size, desc=name)
+        images = draw(prompts, args.batch_size, desc=name)
         results["models"][name], _ = measured(images, base)
         grid[name] = images[in_grid]
         by_scale = {}
         for scale in args.lora_scales:
             model.pipeline.set_adapters([name], [scale])
-            images = generate(model, prompts, args, args.batch_size, desc=f"{name} at {scale:g}")
+            images = draw(prompts, args.batch_size, desc=f"{name} at {scale:g}")
             by_scale[f"{scale:g}"], _ = measured(images, base)
         if by_scale:
             results["lora_scales"][name] = by_scale
@@ -163,8 +164,9 @@ def main(args):
     # Here and not above, so that --help and errors of the command line do not wait for heavy libraries.
     from accelerate import PartialState
     from reward_models.features import load_features
+    from rlr_training.chains import set_defaults, set_size
     from rlr_training.comparison import load_adapters, load_real, measure
-    from rlr_training.evaluation import load_base, set_size
+    from rlr_training.evaluation import load_base, make_draw
     from rlr_training.output_dir import check_writable
     from rlr_training.processes import frozen_dtype, refuse_engines, set_up_logging
     from rlr_training.prompts import load_prompts, warn_of_long_prompts
@@ -186,15 +188,16 @@ def main(args):
         model = load_base(args, frozen_dtype(args.mixed_precision))
         model.pipeline.to(device)
         set_size(args, model)
+        set_defaults(args, model)
         rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
-        warn_of_long_prompts(args.prompts, [*prompts, args.negative_prompt], model.pipeline.tokenizer)
+        warn_of_long_prompts(args.prompts, [*prompts, args.negative_prompt], *model.prompt_reader)
         names = load_adapters(model.pipeline, args.adapters, args.cache_dir)
         os.makedirs(args.output_dir, exist_ok=True)
 
         def measured(images, base):
             return measure(images, prompts, rewards, features, base, real, device)
 
-        results, grid, grid_prompts = draw_and_measure(args, model, names, prompts, measured)
+        results, grid, grid_prompts = draw_and_measure(args, model, make_draw(args, model), names, prompts, measured)
         write(args.output_dir, results, grid, grid_prompts)
     return results
 

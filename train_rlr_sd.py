@@ -22,9 +22,10 @@ prompt -> rollout -> reward -> advantages -> sweep -> optimizer step; see the RE
 
 import time
 
+from diffusion_models import UNET_FAMILIES
 from diffusion_models.levels import BOUNDARIES
 from diffusion_models.schedulers import SCHEDULERS
-from rlr_training import arguments
+from rlr_training import arguments, sampling
 from rlr_training.errors import errors_in_one_line, naming
 from rlr_training.flags import FlagParser
 
@@ -34,13 +35,14 @@ SCRIPT, TRACKER = "train_rlr_sd.py", "rlr-sd"
 
 def parse_args(input_args=None):
     parser = FlagParser(prog=SCRIPT, description="Fine-tune a LoRA of Stable Diffusion 1.x, 2.x or XL on a reward.")
-    model = arguments.add_model_flags(parser, "CompVis/stable-diffusion-v1-4")
+    model = arguments.add_model_flags(parser, "CompVis/stable-diffusion-v1-4", "to_k,to_q,to_v,to_out.0")
     model.add_argument(
         "--pretrained_vae_model_name_or_path",
         help="A VAE instead of the model's own (folder or Hub name). For SDXL, madebyollin/sdxl-vae-fp16-fix runs in half"
         " precision, where the model's own stays in float32.",
     )
-    arguments.add_sampling_flags(parser, SCHEDULERS)
+    group = sampling.add_sampling_flags(parser, num_inference_steps=50, guidance_scale=5.0)
+    sampling.add_scheduler_flags(group, SCHEDULERS)
     arguments.add_reward_flags(parser)
     arguments.add_estimator_flags(parser)
     arguments.add_paper_flags(parser)
@@ -48,7 +50,11 @@ def parse_args(input_args=None):
     arguments.add_prompt_flags(parser, BOUNDARIES)
     arguments.add_validation_flags(parser)
     arguments.add_training_flags(parser, "rlr-sd-lora")
-    arguments.add_saving_flags(parser)
+    arguments.add_saving_flags(parser).add_argument(
+        "--export_kohya",
+        action="store_true",
+        help="Also write the final adapter in the layout of kohya, which ComfyUI and AUTOMATIC1111 load.",
+    )
     return arguments.parse_training_args(parser, input_args)
 
 
@@ -56,12 +62,13 @@ def parse_args(input_args=None):
 def main(args):
     # Here and not above, so that --help and errors of the command line do not wait for heavy libraries.
     from rlr_training.after_step import after_step
+    from rlr_training.finish import finish
     from rlr_training.metrics import Progress, gather_scores, metrics_of
     from rlr_training.optimizer import loss_scale, optimizer_step
     from rlr_training.processes import generators_of, stopping_after_a_step
-    from rlr_training.run import finish, prepare
+    from rlr_training.run import prepare
 
-    run = prepare(args, SCRIPT, TRACKER, defaults=parse_args([]))
+    run = prepare(args, SCRIPT, TRACKER, UNET_FAMILIES, defaults=parse_args([]))
     accelerator, rlr, size = run.accelerator, run.rlr, (args.height, args.width)
     step, end = run.first_step, run.stopping.reason(run.first_step)
     progress = Progress(accelerator, run.first_step, args.max_train_steps)

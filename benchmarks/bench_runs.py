@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from bench_common import DIGITS, TINY_AESTHETIC, TINY_CLIP, TINY_SD
 from make_tiny_assets import COLORS, load_scans, paint
 from reward_models.features import load_features
+from rlr_training.chains import set_size
 from rlr_training.comparison import measure
-from rlr_training.evaluation import generate, load_base, set_size
+from rlr_training.evaluation import load_base, make_draw
 from rlr_training.prompts import load_prompts
 from rlr_training.scoring import load_reward_sum
 from train_rlr_sd import main, parse_args
@@ -58,7 +59,7 @@ class BaseModel(NamedTuple):
 
     def draw(self, desc=None):
         """Images (N, 3, H, W) of the prompts, from fixed seeds, with the adapter that is loaded at the time."""
-        return generate(self.model, self.prompts, self.args, self.args.train_batch_size, desc)
+        return make_draw(self.args, self.model)(self.prompts, self.args.train_batch_size, desc)
 
     def measure(self, images, base=None, real=None):
         """(summary, details) as in `rlr_training.comparison.measure`; the summary has "nearest_real" as well."""

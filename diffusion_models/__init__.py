@@ -17,7 +17,8 @@
     chain = model.make_chain(model.network, num_steps=50, size=(512, 512))
     chain = chain.conditioned_on(model.embed(prompts), model.embed([""]))
 
-A new family is a subclass of `base.DiffusionModel` in a file of its own, and a line in `FAMILIES`.
+A new family is a subclass of `unet.UNetModel` or `flow.FlowModel` in a file of its own, and a line below. See
+docs/models.md.
 """
 
 from importlib import import_module
@@ -25,24 +26,33 @@ from importlib import import_module
 from .schedulers import SCHEDULERS, make_scheduler
 
 
-__all__ = ["FAMILIES", "SCHEDULERS", "as_model", "load_model", "make_scheduler"]
+__all__ = ["FAMILIES", "FLOW_FAMILIES", "SCHEDULERS", "UNET_FAMILIES", "as_model", "load_model", "make_scheduler"]
 
 # {class of the pipeline: "module:class" here}
-FAMILIES = {
+UNET_FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl:StableDiffusionXL",
 }
+FLOW_FAMILIES = {
+    "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
+    "FluxPipeline": "flux:Flux",
+    "Flux2KleinPipeline": "flux2_klein:Flux2Klein",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "ZImagePipeline": "z_image:ZImage",
+}
+FAMILIES = {**UNET_FAMILIES, **FLOW_FAMILIES}
 
 
-def family_of(pipeline_class):
+def family_of(pipeline_class, families=FAMILIES):
     """The `DiffusionModel` subclass for a pipeline class's name.
 
     Raises:
         ValueError: if there is none.
     """
-    if pipeline_class not in FAMILIES:
-        raise ValueError(f"a {pipeline_class} is not supported, only {', '.join(FAMILIES)}")
-    module, name = FAMILIES[pipeline_class].split(":")
+    if pipeline_class not in families:
+        elsewhere = ", but by another script" if pipeline_class in FAMILIES else ""
+        raise ValueError(f"a {pipeline_class} is not supported here{elsewhere}, only {', '.join(families)}")
+    module, name = families[pipeline_class].split(":")
     return getattr(import_module(f".{module}", __name__), name)
 
 
@@ -57,15 +67,18 @@ def as_model(pipeline):
     return family(pipeline)
 
 
-def load_model(source, *, dtype=None, scheduler="ddim", vae=None, revision=None, variant=None, cache_dir=None):
+def load_model(
+    source, *, dtype=None, scheduler=None, vae=None, revision=None, variant=None, cache_dir=None, families=FAMILIES
+):
     """Load a pipeline as a `DiffusionModel`: frozen, its sampler replaced, its family found out from the model.
 
     Args:
         source: folder or Hub repository of a diffusers pipeline, or a single file of Stable Diffusion 1.x or XL.
         dtype: of the networks; default: torch.float32. A VAE that overflows in half precision stays in float32.
-        scheduler: a key of `SCHEDULERS`.
+        scheduler: a key of `SCHEDULERS` for a model that was trained on a schedule of betas; default: DDIM.
         vae: a VAE in float32, to use instead of the model's own.
         revision, variant, cache_dir: as for `from_pretrained`; a file has neither revision nor variant.
+        families: those that may be loaded, such as `FLOW_FAMILIES`.
 
     Raises:
         ValueError: naming the source, if it cannot be loaded or its family is not supported.
@@ -81,9 +94,9 @@ def load_model(source, *, dtype=None, scheduler="ddim", vae=None, revision=None,
             if revision is not None or variant is not None:
                 raise ValueError("revision and variant are for folders and repositories, not for a single file")
             folder = download_configuration(source, cache_dir)
-            family = family_of(read_index(folder)["_class_name"])
+            family = family_of(read_index(folder)["_class_name"], families)
             pipeline = load_single_file(family, source, folder, dtype, vae)
         else:
-            family = family_of(read_index(source, **hub)["_class_name"])
+            family = family_of(read_index(source, **hub)["_class_name"], families)
             pipeline = load_pipeline(family, source, dtype, vae, variant, **hub)
         return family(finish_pipeline(family, pipeline, dtype, scheduler))

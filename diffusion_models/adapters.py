@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 
 from .loading import loading
-from .lora_files import LORA_FILE, find_lora, read_lora
+from .lora_files import LORA_FILE, TRAINED, find_lora, read_lora
 from .original_names import original_names
 
 
@@ -67,7 +67,7 @@ def load_lora(model, source, cache_dir=None):
     """
     with loading(source):
         layers = _layers_to_train(model, find_lora(source, cache_dir))
-        model.network.add_adapter(_config_of(layers))
+        model.network.add_adapter(_config_of(model.network, layers))
         cast_training_params(model.network, dtype=torch.float32)
         _set_layers(model.network, layers)
 
@@ -80,10 +80,11 @@ def load_adapter(pipeline, source, name, cache_dir=None):
     """
     with loading(source):
         for component, layers in read_lora(find_lora(source, cache_dir), pipeline).items():
-            network, config = getattr(pipeline, component), _config_of(layers)
-            if component == "unet":
+            network = getattr(pipeline, component)
+            config = _config_of(network, layers)
+            if component in TRAINED:
                 network.add_adapter(config, adapter_name=name)
-            else:  # the same of transformers may need another version of peft than diffusers
+            else:  # the same of the library transformers may need another version of peft than diffusers
                 inject_adapter_in_model(config, network, adapter_name=name)
             _set_layers(network, layers, name)
 
@@ -111,7 +112,7 @@ def _layers_to_train(model, path):
     return components[model.trained]
 
 
-def _config_of(layers):
+def _config_of(network, layers):
     """The `LoraConfig` of layers {name: `LayerUpdate`}, with their common scale, or 1 if they have none."""
     scales = {layer.scale for layer in layers.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -128,8 +129,20 @@ def _config_of(layers):
         rank_pattern=others,
         alpha_pattern={name: scale * own for name, own in others.items()},
         target_modules=list(layers),
+        exclude_modules=_layers_named_alike(network, layers) or None,
         use_dora=doras.pop(),
     )
+
+
+def _layers_named_alike(network, layers):
+    """Names of modules that end in the name of a layer: peft would adapt those, too. FLUX has several "proj_out"."""
+    found = []
+    for name, _ in network.named_modules():
+        parts = name.split(".")
+        ends = (".".join(parts[i:]) for i in range(1, len(parts)))
+        if name not in layers and any(end in layers for end in ends):
+            found.append(name)
+    return found
 
 
 @torch.no_grad()
@@ -171,18 +184,20 @@ def _lora_layers(network, adapter="default"):
 def save_lora(model, directory):
     """Write the LoRA into a folder, as `LORA_FILE`, with its configuration in the metadata."""
     network = model.network
-    # All layers in the same names: of a mixture diffusers would take those of its first key only.
-    layers = {
-        key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value
-        for key, value in get_peft_model_state_dict(network).items()
-    }
+    layers = get_peft_model_state_dict(network)
+    if model.trained == "unet":
+        # All layers in the same names: of a mixture diffusers would take those of its first key only.
+        layers = {
+            key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value
+            for key, value in layers.items()
+        }
     model.pipeline.save_lora_weights(
         directory, **{f"{model.trained}_lora_layers": layers}, **_collate_lora_metadata({model.trained: network})
     )
 
 
 def save_kohya(model, directory):
-    """Write the LoRA into a folder that is there, as `KOHYA_FILE`, which ComfyUI and AUTOMATIC1111 load.
+    """Write the LoRA of a U-Net into a folder that is there, as `KOHYA_FILE`, which ComfyUI and AUTOMATIC1111 load.
 
     They read the alpha of each layer from a tensor and the kind of the base model from the metadata. Layers of SDXL have
     the original names there, those of Stable Diffusion the names of diffusers.

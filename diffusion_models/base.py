@@ -13,12 +13,10 @@
 # limitations under the License.
 """The interface of a model family, and what all families share."""
 
-import copy
 import math
-from functools import partial
 
 import torch
-from rlr_utils import DenoisingChain, draw_noise, linear_guidance, scheduler_steps
+from rlr_utils import draw_noise, linear_guidance
 
 
 class DiffusionModel:
@@ -35,17 +33,27 @@ class DiffusionModel:
         name: of the family, as the Hub tags its models.
         trained: name of the component that gets the LoRA.
         components: what the pipeline is loaded with instead of what its folder holds.
+        optional: components that a folder may lack, beside those that the pipeline says.
         vae_in_half_precision: whether the VAE may run in half precision though its configuration asks for float32.
+        num_inference_steps, guidance_scale, lora_layers: what the flags of these names are by default.
+        sampling_options: arguments of `make_chain` beside the guidance scale that flags set.
+        missing: the optional components that this pipeline lacks.
     """
 
     pipeline_class = None
     name = None
-    trained = "unet"
+    trained = None
     components = {}
+    optional = ()
     vae_in_half_precision = False
+    num_inference_steps = 50
+    guidance_scale = 5.0
+    lora_layers = "to_k,to_q,to_v,to_out.0"
+    sampling_options = ("eta",)
 
     def __init__(self, pipeline):
         self.pipeline = pipeline
+        self.missing = [name for name in self.optional if getattr(pipeline, name) is None]
 
     # What a family defines
 
@@ -53,20 +61,64 @@ class DiffusionModel:
     def check(cls, pipeline):
         """Raise ValueError for a pipeline whose components do not fit the family."""
 
+    @staticmethod
+    def make_scheduler(name, config):
+        """The scheduler of the chain, from the configuration of the pipeline's own.
+
+        Args:
+            name: a key of `SCHEDULERS`, or `None` for the family's default.
+            config: of a scheduler.
+
+        Raises:
+            ValueError: if the chain cannot use it.
+        """
+        raise NotImplementedError
+
     def embed(self, prompts, device=None):
         """The conditions {name: (B, ...)} of B prompts; the text encoders must be on `device`, by default the network's."""
         raise NotImplementedError
 
-    def embed_nothing(self, device=None):
-        """The conditions {name: (1, ...)} of images without a negative prompt, if they are not those of an empty one."""
-        return None
+    def embed_negative(self, prompt=None, device=None):
+        """The conditions {name: (1, ...)} of a negative prompt, or of none; `None` for a model without guidance.
 
-    def static(self, size):
-        """Conditions that depend on the size alone, handed to `call` as they are."""
+        Raises:
+            ValueError: for a prompt where the pipeline takes none.
+        """
+        return self.embed([prompt or ""], device)
+
+    def static(self, size, guidance_scale=1.0):
+        """Conditions that do not depend on the prompt, handed to `call` as they are."""
         return {}
 
     def latents_shape(self, batch_size, size):
         """Shape of the latents of a batch."""
+        raise NotImplementedError
+
+    def noise_schedule(self, num_steps, size=None):
+        """The pipeline's scheduler, set to T steps.
+
+        Raises:
+            ValueError: if the model has no such steps.
+        """
+        raise NotImplementedError
+
+    def make_chain(self, network, num_steps, size, *, guidance_scale=5.0, eta=1.0, device="cpu"):
+        """The model's chain without prompts; `conditioned_on(conditions, negative)` gives it those of a batch.
+
+        Args:
+            network: `self.network`, or what wraps it.
+            num_steps: T.
+            size: (height, width) in pixels.
+            guidance_scale: of classifier-free guidance, as the pipeline takes it.
+            eta: of DDIM, from 0 for the deterministic chain up to 1 for the noise of DDPM.
+            device: of the timesteps and the static conditions.
+
+        Returns:
+            `rlr_utils.DenoisingChain`
+
+        Raises:
+            ValueError: if there is no such chain.
+        """
         raise NotImplementedError
 
     def call(self, network, x, timestep, conditions, static):
@@ -75,7 +127,32 @@ class DiffusionModel:
 
     def decode(self, latents, vae=None):
         """Latents (B, ...) -> images (B, 3, H, W) in [0, 1], differentiable; with another `vae` of the same latents."""
-        raise NotImplementedError
+        return decode_latents(vae or self.pipeline.vae, latents)
+
+    def scheduler_code(self, name):
+        """(class, {setting: value}) of a scheduler for the pipeline that draws as the chain does, or `None` for its own.
+
+        Args:
+            name: as for `make_scheduler`.
+        """
+        return None
+
+    def drawing_options(self, options):
+        """The arguments of `make_chain` with which the chain draws what the pipeline draws, from those of training."""
+        return options
+
+    def pipeline_arguments(self, size, num_steps, guidance_scale, negative_prompt=None, **options):
+        """The arguments of the pipeline's call with which it draws what the chain draws.
+
+        Args:
+            options: from `drawing_options`.
+        """
+        height, width = size
+        given = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+        return {
+            **{**given, "height": height, "width": width},
+            **{"num_inference_steps": num_steps, "guidance_scale": guidance_scale},
+        }
 
     guide = staticmethod(linear_guidance)
 
@@ -91,6 +168,17 @@ class DiffusionModel:
         """The pipeline's text encoders."""
         names = [name for name in self.pipeline.components if name.startswith("text_encoder")]
         return [getattr(self.pipeline, name) for name in sorted(names) if getattr(self.pipeline, name) is not None]
+
+    def free_text_encoders(self):
+        """Take the text encoders out of the pipeline, which can embed no prompts from then on."""
+        for name in self.pipeline.components:
+            if name.startswith("text_encoder"):
+                setattr(self.pipeline, name, None)
+
+    @property
+    def prompt_reader(self):
+        """(tokenizer, how many tokens of a prompt the text encoder reads)."""
+        return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     @property
     def default_size(self):
@@ -121,135 +209,20 @@ class DiffusionModel:
         like = torch.empty(0, device=chain.timesteps.device)
         return chain.init_noise_sigma * draw_noise(self.latents_shape(batch_size, size), generators, like=like)
 
-    def noise_schedule(self, num_steps):
-        """The pipeline's scheduler, set to T steps.
 
-        Raises:
-            ValueError: if T steps reach beyond the timesteps that the model was trained on.
-        """
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(num_steps)
-        if scheduler.timesteps.max() >= scheduler.config.num_train_timesteps:
-            raise ValueError(f"{num_steps} steps reach beyond the model's timesteps: use fewer")
-        return scheduler
-
-    def make_chain(self, network, num_steps, size, *, guidance_scale=5.0, eta=1.0, device="cpu"):
-        """The model's chain without prompts; `conditioned_on(conditions, negative)` gives it those of a batch.
-
-        Args:
-            network: `self.network`, or what wraps it.
-            num_steps: T.
-            size: (height, width) in pixels.
-            guidance_scale: of classifier-free guidance; off at 1.
-            eta: of DDIM, from 0 for the deterministic chain up to 1 for the noise of DDPM.
-            device: of the timesteps and the static conditions.
-
-        Returns:
-            `rlr_utils.DenoisingChain`
-
-        Raises:
-            ValueError: if the scheduler's steps are not Gaussian with an affine mean, see `rlr_utils.scheduler_steps`.
-        """
-        scheduler = self.noise_schedule(num_steps)
-        timesteps = scheduler.timesteps.to(device)
-        static = {name: value.to(device) for name, value in self.static(size).items()}
-        return DenoisingChain(
-            lambda x, timestep, conditions: self.call(network, x, timestep, conditions, static),
-            scheduler_steps(scheduler, eta),
-            timesteps,
-            {},
-            guidance_scale=guidance_scale,
-            guide=self.guide,
-            add_noise=partial(_last_step_noised, scheduler, timesteps[-1:]),
-            init_noise_sigma=scheduler.init_noise_sigma,
-        )
-
-
-# Entries of a U-Net's configuration under which it takes more than latents, a timestep and prompts. The pipelines of the
-# families here feed none of them, or, for the first, in another way than the chain.
-OTHER_INPUTS = {
-    "time_cond_proj_dim": "an embedding of the guidance scale, since its guidance was distilled",
-    "class_embed_type": "class labels",
-    "num_class_embeds": "class labels",
-    "encoder_hid_dim_type": "embeddings of another kind of encoder",
-}
-
-
-class UNetModel(DiffusionModel):
-    """What pipelines with a U-Net and an AutoencoderKL share.
-
-    Attributes:
-        added: of the U-Net's configuration, the `addition_embed_type` that the family feeds.
-    """
-
-    added = None
-
-    def __init__(self, pipeline):
-        super().__init__(pipeline)
-        for tokenizer, encoder in _tokenizers(pipeline):
-            # A tokenizer whose configuration does not say it takes any length, to which prompts could not be padded.
-            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-
-    @classmethod
-    def check(cls, pipeline):
-        unet, vae = pipeline.unet.config, pipeline.vae.config
-        for entry, needed in OTHER_INPUTS.items():
-            if unet[entry] is not None:
-                raise ValueError(f"the U-Net needs {needed} ({entry} in its config.json), which is not supported")
-        if unet.attention_type != "default":  # as GLIGEN's, whose further layers would get no input
-            raise ValueError(f"the U-Net's attention_type is {unet.attention_type!r}, which is not supported")
-        if unet.addition_embed_type != cls.added:
-            raise ValueError(
-                f"model_index.json says {cls.pipeline_class}, whose U-Net has the addition_embed_type {cls.added!r}, and this"
-                f" one has {unet.addition_embed_type!r}"
-            )
-        if unet.in_channels != unet.out_channels:
-            raise ValueError(
-                f"the U-Net takes {unet.in_channels} channels and predicts {unet.out_channels}: not a text-to-image model"
-            )
-        if vae.latent_channels != unet.in_channels:
-            raise ValueError(f"the VAE has latents of {vae.latent_channels} channels, the U-Net of {unet.in_channels}")
-        _check_text(pipeline)
-
-    def latents_shape(self, batch_size, size):
-        height, width = (side // self.pipeline.vae_scale_factor for side in size)
-        return batch_size, self.pipeline.unet.config.in_channels, height, width
-
-    def decode(self, latents, vae=None):
-        return decode_latents(vae or self.pipeline.vae, latents)
-
-
-def _tokenizers(pipeline):
-    """Each tokenizer of a Stable Diffusion pipeline with its text encoder."""
+def tokenizers(pipeline):
+    """Each tokenizer of a pipeline with its text encoder."""
     parts = pipeline.components
-    names = [(f"tokenizer{suffix}", f"text_encoder{suffix}") for suffix in ("", "_2")]
+    names = [(f"tokenizer{suffix}", f"text_encoder{suffix}") for suffix in ("", "_2", "_3")]
     return [(parts[one], parts[other]) for one, other in names if parts.get(one) and parts.get(other)]
 
 
-def _check_text(pipeline):
-    """Raise ValueError if tokenizers, text encoders and U-Net do not fit together."""
-    pairs, widths = _tokenizers(pipeline), pipeline.unet.config.cross_attention_dim
-    for tokenizer, encoder in pairs:
-        if len(tokenizer) > encoder.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer knows {len(tokenizer)} tokens, its text encoder only {encoder.config.vocab_size}"
-            )
-    widths, given = {widths} if isinstance(widths, int) else set(widths), sum(e.config.hidden_size for _, e in pairs)
-    if widths != {given}:
-        wanted = " and ".join(map(str, sorted(widths)))
-        raise ValueError(f"the U-Net reads embeddings of width {wanted}, and prompts are embedded in {given}")
-
-
-def _last_step_noised(scheduler, timestep, x_0, noise):
-    """x_1 of the scheduler's forward process, for its last timestep, (1,)."""
-    return scheduler.add_noise(x_0, noise, timestep)
-
-
-def encode_prompt(pipeline, prompts, device):
-    """What the `encode_prompt` of a Stable Diffusion pipeline returns for the prompts, without negative prompts."""
-    with torch.no_grad():
-        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        return pipeline.encode_prompt(prompts, device=device, **options)[::2]
+def check_vocabularies(pipeline):
+    """Raise ValueError for a tokenizer that knows more tokens than its text encoder."""
+    for tokenizer, encoder in tokenizers(pipeline):
+        size = encoder.config.get_text_config().vocab_size
+        if len(tokenizer) > size:
+            raise ValueError(f"the tokenizer knows {len(tokenizer)} tokens, its text encoder only {size}")
 
 
 def decode_latents(vae, latents):
@@ -257,7 +230,7 @@ def decode_latents(vae, latents):
     latents = latents.to(vae.dtype)
     mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
-        latents = latents / vae.config.scaling_factor
+        latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
     else:
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         latents = latents * std / vae.config.scaling_factor + mean

@@ -37,12 +37,15 @@ class ChainOfThought:
         inputs: further arguments of the pipeline's call.
 
     Raises:
-        ValueError: as `levels_of_steps` does.
+        ValueError: as `levels_of_steps` does, and for a pipeline that lets no callback change all that it takes of a prompt.
     """
 
     def __init__(self, pipeline, coarse, mid, fine, num_inference_steps, boundaries=BOUNDARIES):
         device = pipeline.text_encoder.device
         self.embeds = [as_model(pipeline).embed(level, device) for level in (coarse, mid, fine)]
+        fixed = self.embeds[0].keys() - set(pipeline._callback_tensor_inputs)
+        if fixed:
+            raise ValueError(f"a {type(pipeline).__name__} lets no callback change {', '.join(sorted(fixed))}")
         self.levels = levels_of_steps(num_inference_steps, boundaries)
         self.first = (coarse, mid, fine)[self.levels[0]]
         self.names = list(self.embeds[0])
@@ -54,6 +57,5 @@ class ChainOfThought:
             return {}
         level = self.embeds[self.levels[step_index + 1]]
         found = {name: level[name].to(kwargs[name]) for name in self.names}
-        if pipeline.do_classifier_free_guidance:
-            found = {name: torch.cat([kwargs[name].chunk(2)[0], embeds]) for name, embeds in found.items()}
-        return found
+        # Under guidance most pipelines hold negative and positive prompts in one batch.
+        return {name: torch.cat([kwargs[name][: -len(embeds)], embeds]) for name, embeds in found.items()}

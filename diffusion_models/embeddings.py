@@ -13,9 +13,15 @@
 # limitations under the License.
 """The embeddings of prompts, each computed once."""
 
-import torch
+import os
+import tempfile
 
-from diffusers.training_utils import offload_models
+import torch
+from rlr_utils import joined
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from diffusers.training_utils import free_memory, offload_models
 
 
 class PromptEmbeds:
@@ -26,42 +32,76 @@ class PromptEmbeds:
     Args:
         model: `DiffusionModel`, whose text encoders are moved to the CPU.
         device: of the results.
-        max_prompts: how many prompts are kept, the latest. One of SD 1.4 takes 118 KB in half precision, one of SDXL 318
-            KB. If a run has more prompts, the encoders are moved for every batch.
+        max_bytes: of the embeddings kept in memory, the latest. A prompt of SD 1.4 takes 118 KB in half precision, one of
+            SDXL 318 KB, one of SD3 2.7 MB and one of FLUX.1 4.2 MB.
     """
 
-    def __init__(self, model, device, max_prompts=4096):
+    def __init__(self, model, device, max_bytes=4 * 2**30):
         self.model = model
         for encoder in model.text_encoders:
             encoder.cpu()
         self.device = device
-        self.max_prompts = max_prompts
-        self.kept = {}
+        self.max_bytes, self.bytes = max_bytes, 0
+        self.kept = {}  # {prompt: its conditions, or the file that holds them}
+        self.folder = None
 
     @torch.no_grad()
     def __call__(self, prompts):
-        """B prompts -> conditions {name: (B, ...)}."""
-        self._keep([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept])
-        found = [self.kept[prompt] for prompt in prompts]
-        embeds = {name: torch.cat([one[name] for one in found]).to(self.device) for name in found[0]}
-        for prompt in list(self.kept)[: -self.max_prompts]:
-            del self.kept[prompt]
-        return embeds
+        """B prompts -> conditions {name: (B, ...)}, see `rlr_utils.joined` for prompts of differing length.
 
-    def _keep(self, new):
-        if not new:
-            return
-        with offload_models(*self.model.text_encoders, device=self.device):
-            for prompt in new:
-                embeds = self.model.embed(prompt, self.device)
-                self.kept[prompt] = {name: value.cpu() for name, value in embeds.items()}
+        Raises:
+            ValueError: for a prompt that was not encoded before the encoders were freed.
+        """
+        self._encode([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept])
+        found = [self._read(self.kept[prompt]) for prompt in prompts]
+        while self.bytes > self.max_bytes and len(self.kept) > 1:
+            self.bytes -= _size(self.kept.pop(next(iter(self.kept))))
+        return {name: value.to(self.device) for name, value in joined(found).items()}
 
     @torch.no_grad()
-    def negative(self, negative_prompt):
-        """Conditions {name: (1, ...)} of a negative prompt, or of none, which for some pipelines is not the empty one."""
-        if negative_prompt is None:
-            with offload_models(*self.model.text_encoders, device=self.device):
-                nothing = self.model.embed_nothing(self.device)
-            if nothing is not None:
-                return nothing
-        return self([negative_prompt or ""])
+    def negative(self, prompt):
+        """Conditions {name: (1, ...)} of a negative prompt, or of none; `None` for a model without guidance."""
+        with offload_models(*self.model.text_encoders, device=self.device):
+            return self.model.embed_negative(prompt, self.device)
+
+    @torch.no_grad()
+    def encode_all(self, prompts):
+        """Encode prompts now, those beyond `max_bytes` into files, and free the text encoders."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
+        self.folder = tempfile.TemporaryDirectory(prefix="prompt-embeds-")
+        with offload_models(*self.model.text_encoders, device=self.device):
+            for number, prompt in enumerate(tqdm(new, desc="prompts", disable=len(new) < 100)):
+                embeds = self._embed(prompt)
+                if self.bytes + _size(embeds) > self.max_bytes:
+                    path = os.path.join(self.folder.name, f"{number}.safetensors")
+                    save_file(embeds, path)
+                    self.kept[prompt] = path
+                else:
+                    self._keep(prompt, embeds)
+        self.model.free_text_encoders()
+        free_memory()
+
+    def _encode(self, new):
+        if not new:
+            return
+        if self.folder is not None:
+            raise ValueError(f"the prompt {new[0]!r} was not encoded before the text encoders were freed")
+        with offload_models(*self.model.text_encoders, device=self.device):
+            for prompt in new:
+                self._keep(prompt, self._embed(prompt))
+
+    def _embed(self, prompt):
+        embeds = self.model.embed([prompt], self.device)
+        return {name: value.cpu().contiguous() for name, value in embeds.items()}
+
+    def _keep(self, prompt, embeds):
+        self.kept[prompt] = embeds
+        self.bytes += _size(embeds)
+
+    def _read(self, entry):
+        return load_file(entry) if isinstance(entry, str) else entry
+
+
+def _size(embeds):
+    """Bytes of conditions {name: tensor}."""
+    return sum(value.nbytes for value in embeds.values())

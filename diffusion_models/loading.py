@@ -27,20 +27,19 @@ from transformers import PreTrainedTokenizerBase
 import diffusers
 from diffusers import DiffusionPipeline
 
-from .schedulers import make_scheduler
-
 
 # Components that images are drawn without.
 NOT_NEEDED = {"feature_extractor": None, "image_encoder": None}
 # Entries of a component's configuration that the shapes of its weights do not show. Without them the libraries would take
 # defaults, which are those of another model.
 ENTRIES = {
-    "scheduler": ("beta_start", "beta_end", "beta_schedule", "prediction_type"),
+    "scheduler": ("beta_start", "beta_end", "beta_schedule", "prediction_type", "shift"),
     "unet": ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
+    "transformer": ("attention_head_dim", "num_attention_heads", "n_heads"),
     "vae": ("act_fn", "scaling_factor"),
     "text_encoder": ("eos_token_id", "hidden_act", "num_attention_heads", "num_hidden_layers"),
-    "text_encoder_2": ("eos_token_id", "hidden_act", "num_attention_heads", "num_hidden_layers"),
 }
+ENTRIES_OF_T5 = ("feed_forward_proj", "num_heads", "num_layers")
 # Versions of diffusers from which on they are surely written. The defaults are right for older files.
 SINCE = {"prediction_type": "0.14", "scaling_factor": "0.16"}
 
@@ -85,13 +84,15 @@ def load_pipeline(family, source, dtype, vae, variant=None, **hub):
         ValueError: naming the component that cannot be loaded, besides whatever the libraries raise.
     """
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    given = {**NOT_NEEDED, **family.components, **({} if vae is None else {"vae": vae})}
+    parameters = signature(pipeline_class).parameters
+    given = {name: value for name, value in {**NOT_NEEDED, **family.components}.items() if name in parameters}
+    given |= {} if vae is None else {"vae": vae}
     folder = source
     if not os.path.isdir(source):
         folder = pipeline_class.download(source, variant=variant, **given, **hub)
-    index, parameters = read_index(folder), signature(pipeline_class).parameters
+    index, optional = read_index(folder), (*pipeline_class._optional_components, *family.optional)
     needed = [name for name in parameters if parameters[name].default is Parameter.empty and name not in given]
-    classes = {name: _class_of(name, index, optional=name in pipeline_class._optional_components) for name in needed}
+    classes = {name: _class_of(name, index, optional=name in optional) for name in needed}
     components = {**_load_components(classes, folder, dtype, variant), **given}
     settings = {name: index[name] for name in parameters if name in index and name not in components}
     return pipeline_class(**components, **settings)
@@ -104,14 +105,15 @@ def finish_pipeline(family, pipeline, dtype, scheduler):
         ValueError: if it is not what the family expects.
     """
     family.check(pipeline)
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
-    if not pipeline.vae.config.force_upcast or family.vae_in_half_precision:
+    pipeline.scheduler = family.make_scheduler(scheduler, pipeline.scheduler.config)
+    if family.vae_in_half_precision or not pipeline.vae.config.force_upcast:
         # Not diffusers' own `to`, which warns of modules to be kept in float32, of which there are none.
         torch.nn.Module.to(pipeline.vae, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    # The memory format in which convolutions are fastest on a CPU.
-    for name in (family.trained, "vae"):
-        getattr(pipeline, name).to(memory_format=torch.channels_last)
+    # The memory format in which convolutions are fastest on a CPU; it is one of images, not of videos.
+    for network in (getattr(pipeline, family.trained), pipeline.vae):
+        if all(weight.ndim < 5 for weight in network.parameters()):
+            network.to(memory_format=torch.channels_last)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
@@ -157,7 +159,8 @@ def _load_part(component_class, folder, name, dtype, variant):
     written = _read_configuration(path, getattr(component_class, "config_name", "config.json"))
     options = {"variant": variant} if variant is not None and _has_variant(path, variant) else {}
     component = load_component(component_class, path, dtype, **options)
-    _check_entries(component, written.get("text_config") or written, ENTRIES.get(name, ()))
+    entries = ENTRIES_OF_T5 if written.get("model_type") == "t5" else ENTRIES.get(name.rstrip("_23"), ())
+    _check_entries(component, written.get("text_config") or written, entries)
     return component
 
 

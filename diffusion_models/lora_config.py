@@ -38,14 +38,15 @@ UNDERSTOOD = (*WITHOUT_EFFECT, *NUMBERS, *PATTERNS, "use_rslora", "use_dora", "i
 INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def read_configs(path, keys, header, components):
+def read_configs(path, keys, header, components, trained):
     """The configurations of a file's layers, {component: {entry: value}}, empty if it has none.
 
     Args:
         path: of the file.
         keys: of its tensors.
         header: {key: text}.
-        components: that it may have layers of. Entries without one are the U-Net's.
+        components: that it may have layers of.
+        trained: the component of the entries that name none.
 
     Raises:
         ValueError: naming what is not the configuration of a plain LoRA or DoRA.
@@ -55,14 +56,14 @@ def read_configs(path, keys, header, components):
         if not os.path.isfile(beside):
             raise ValueError(f"it is in PEFT's layout, and there is no {PEFT_CONFIG} beside it")
         with open(beside, encoding="utf-8") as file:
-            configs = {"unet": _parse(file.read(), PEFT_CONFIG)}
+            configs = {trained: _parse(file.read(), PEFT_CONFIG)}
     else:
         configs = {}
         for key, value in _parse(header.get(METADATA, "{}"), f"metadata {METADATA!r}").items():
             component, _, entry = key.rpartition(".")
             if component and component not in components:
-                raise ValueError(f"its metadata has the key {key!r}, of no component of Stable Diffusion")
-            configs.setdefault(component or "unet", {})[entry] = value
+                raise ValueError(f"its metadata has the key {key!r}, of no component of the base model")
+            configs.setdefault(component or trained, {})[entry] = value
     for config in configs.values():
         _check_entries(config)
         _check_numbers(config)

@@ -19,6 +19,8 @@
 | PEFT | `base_model.model.mid_block...to_q.lora_A.weight` | adapter_config.json |
 | kohya | `lora_unet_mid_block_..._to_q.lora_down.weight`, or with the original names of `original_names` | a tensor `.alpha` |
 
+Layers of a transformer have the prefixes `transformer.` and `lora_transformer_` instead, and the names of diffusers only.
+
 Everything else in a file is refused by name. diffusers skips what it does not know, and of several alphas takes the most
 frequent for most layers, so that an adapter would be half there.
 """
@@ -39,8 +41,15 @@ from .original_names import original_names
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 
+# Components that may be trained. A pipeline has one of them, to which keys without a component belong.
+TRAINED = ("unet", "transformer")
 # {component: its prefixes in the layout of kohya}
-COMPONENTS = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+PREFIXES = {
+    "unet": ("lora_unet",),
+    "transformer": ("lora_transformer",),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+}
 KEY = re.compile(
     r"(?P<layer>.+?)(?:\.lora|_lora|\.lora_linear_layer)?"
     r"\.(?P<part>(?:lora_)?(?:down|up)|lora_[AB]|alpha|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
@@ -121,7 +130,7 @@ def read_lora(path, pipeline):
 
     Args:
         path: of a .safetensors file, or of one that torch.load reads without running code.
-        pipeline: of Stable Diffusion.
+        pipeline: of diffusers, with a U-Net or a transformer.
 
     Returns:
         {component of the pipeline: {name of a layer: `LayerUpdate`}}, of which none is empty.
@@ -130,7 +139,11 @@ def read_lora(path, pipeline):
         ValueError: naming the tensor or the entry that is not one of a LoRA for this model.
     """
     tensors, header = _read_tensors(path)
-    configs, spellings = read_configs(path, tensors, header, COMPONENTS), _spellings(pipeline)
+    # Not all that the pipeline has: diffusers adapts no other text encoders than CLIP's.
+    components = [name for name in PREFIXES if name in pipeline._lora_loadable_modules]
+    (trained,) = (name for name in components if name in TRAINED)
+    configs = read_configs(path, tensors, header, components, trained)
+    spellings = _spellings(pipeline, components)
     found = {}
     for key, tensor in tensors.items():
         place, part = _place_of(key, spellings)
@@ -162,22 +175,23 @@ def _read_tensors(path):
     return tensors, {}
 
 
-def _spellings(pipeline):
-    """{how files spell a layer: (component, name)}, of all linear and convolutional layers."""
+def _spellings(pipeline, components):
+    """{how files spell a layer: (component, name)}, of all linear and convolutional layers of some components."""
     found = {}
-    for component, prefixes in COMPONENTS.items():
+    for component in components:
         network = getattr(pipeline, component, None)
-        modules = [] if network is None else network.named_modules()
+        if network is None:
+            continue
         originals = original_names(network) if component == "unet" else {}
-        for name, module in modules:
+        for name, module in network.named_modules():
             if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) or ".lora_" in name:
                 continue
             name = name.removesuffix(".base_layer")  # of a layer that has an adapter already
             for spelled in {*_names_in_files(component, name), originals.get(name, name)}:
-                for prefix in prefixes:
+                for prefix in PREFIXES[component]:
                     found[f"{prefix}_{spelled.replace('.', '_')}"] = component, name
                 found[f"{component}.{spelled}"] = component, name
-                if component == "unet":
+                if component in TRAINED:
                     found[spelled] = component, name
     return found
 
@@ -186,6 +200,8 @@ def _names_in_files(component, name):
     """How a layer was called by the versions of diffusers and transformers that have written files."""
     if component == "unet":
         return name, name.removesuffix(".0") if name.endswith("to_out.0") else name
+    if component == "transformer":
+        return (name,)
     return name, f"text_model.{name.removeprefix('text_model.')}"
 
 

@@ -29,7 +29,7 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
 def make_scheduler(name, config):
-    """The scheduler of a key of `SCHEDULERS`, from the configuration of another scheduler.
+    """The scheduler of a key of `SCHEDULERS`, or DDIM for `None`, from the configuration of another scheduler.
 
     Raises:
         ValueError: as `check_noise_schedule` does, and for a beta schedule that the new scheduler does not know.
@@ -37,11 +37,39 @@ def make_scheduler(name, config):
     import diffusers
 
     check_noise_schedule(config)
-    class_name, settings = SCHEDULERS[name]
+    class_name, settings = SCHEDULERS[name or "ddim"]
     try:
         return getattr(diffusers, class_name).from_config(config, **settings)
     except NotImplementedError as error:
         raise ValueError(f"the configuration of its scheduler: {error}") from error
+
+
+def make_flow_scheduler(name, config):
+    """`FlowMatchEulerDiscreteScheduler` from the configuration of a flow-matching model's scheduler.
+
+    Of a multistep scheduler set to flow matching it takes over the shift. Its steps between levels are not those of the
+    multistep scheduler, which remembers earlier ones.
+
+    Raises:
+        ValueError: naming a scheduler of another kind, or an entry that would change the chain.
+    """
+    import diffusers
+
+    class_name = config.get("_class_name", "")
+    if name not in (None, "ddim"):  # whose steps the chain takes
+        raise ValueError(
+            f"the scheduler {name} is for models that were trained on a schedule of betas, not for this one"
+        )
+    if config.get("stochastic_sampling") or config.get("invert_sigmas"):
+        entry = "stochastic_sampling" if config.get("stochastic_sampling") else "invert_sigmas"
+        raise ValueError(f"its scheduler's configuration has {entry}, which is not supported")
+    if config.get("use_flow_sigmas"):
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(f"its scheduler, {class_name}, shifts by the size of the image, which is not supported")
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=config["flow_shift"])
+    if class_name != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"its scheduler, {class_name}, is not set to flow matching: the transformer predicts a flow")
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
 def check_noise_schedule(config):

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Stable Diffusion 1.x and 2.x: a U-Net under one CLIP text encoder, for noise and v prediction."""
 
-from .base import UNetModel, encode_prompt
+from .unet import UNetModel, encode_prompt
 
 
 class StableDiffusion(UNetModel):

@@ -15,7 +15,7 @@
 
 import torch
 
-from .base import UNetModel, encode_prompt
+from .unet import UNetModel, encode_prompt
 
 
 class StableDiffusionXL(UNetModel):
@@ -47,12 +47,13 @@ class StableDiffusionXL(UNetModel):
         embeds, pooled = encode_prompt(self.pipeline, prompts, device or self.network.device)
         return {"prompt_embeds": embeds, "add_text_embeds": pooled}
 
-    def embed_nothing(self, device=None):
-        if not self.pipeline.config.force_zeros_for_empty_prompt:
-            return None
-        return {name: torch.zeros_like(value) for name, value in self.embed([""], device).items()}
+    def embed_negative(self, prompt=None, device=None):
+        embeds = super().embed_negative(prompt, device)
+        if prompt is not None or not self.pipeline.config.force_zeros_for_empty_prompt:
+            return embeds
+        return {name: torch.zeros_like(value) for name, value in embeds.items()}
 
-    def static(self, size):
+    def static(self, size, guidance_scale=1.0):
         # As in the pipeline: original size, crop and target size of images that are not cropped.
         return {"time_ids": torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)}
 

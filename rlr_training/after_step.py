@@ -17,11 +17,11 @@ from accelerate.logging import get_logger
 
 from .checkpoints import save_checkpoint
 from .evaluation import log_validation, score_held_out
+from .finish import STOPPED, save_result
 from .hub import push
 from .metrics import log_metrics
 from .optimizer import averaged
 from .output_dir import place_adapter
-from .run import STOPPED, save_result
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -41,7 +41,7 @@ def after_step(args, run, step, line, progress):
     accelerator, reason = run.accelerator, None
     if args.heldout_reward is not None and step % args.heldout_steps == 0:
         with averaged(run.optimization):
-            figures, is_best, reason = score_held_out(run.heldout, run.stopping, run.model, step)
+            figures, is_best, reason = score_held_out(run.heldout, run.stopping, run.draw, step)
             if is_best:
                 place_adapter(run.model, args.output_dir, "best")
         line.update(figures)
@@ -61,7 +61,7 @@ def after_step(args, run, step, line, progress):
     if accelerator.is_main_process:
         if args.validation_prompts and (step % args.validation_steps == 0 or is_last):
             with averaged(run.optimization):
-                log_validation(run.model, args, accelerator, step)
+                log_validation(run.draw, args, accelerator, step)
         if pushing:
             save_result(args, run, step)
             try:

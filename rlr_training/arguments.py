@@ -13,7 +13,7 @@
 # limitations under the License.
 """The flags that training scripts share, in groups; a script adds those of its own models."""
 
-from .flags import BETA, NOT_NEGATIVE, OPEN_SHARE, POSITIVE, SHARE, number_or_auto, whole_number
+from .flags import BETA, NOT_NEGATIVE, OF_FAMILY, OPEN_SHARE, POSITIVE, number_or_auto, whole_number
 
 
 ESTIMATORS = ("rlr", "rlr_paper", "full_bp", "truncated_bp", "draft_lv", "alignprop", "ddpo")
@@ -31,7 +31,7 @@ LOW_MEMORY = {
 }
 
 
-def add_model_flags(parser, default):
+def add_model_flags(parser, default, lora_layers=None):
     """The pipeline to train and its LoRA; returns the group, for the flags that a family adds."""
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -49,27 +49,12 @@ def add_model_flags(parser, default):
     )
     add("--rank", type=whole_number(), default=4, help="Rank of the LoRA.")
     add("--lora_alpha", type=whole_number(), help="The LoRA update is scaled by lora_alpha / rank. Default: the rank.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Names of the layers that get a LoRA, with commas.")
-    return group
-
-
-def add_sampling_flags(parser, schedulers):
-    """How a chain draws images; for training and evaluation."""
-    add = parser.add_argument_group("sampling").add_argument
-    add("--resolution", type=whole_number(), help="Side of the images in pixels. Default: the model's own.")
-    add("--height", type=whole_number(), help="Height in pixels, instead of --resolution.")
-    add("--width", type=whole_number(), help="Width in pixels, instead of --resolution.")
     add(
-        "--scheduler",
-        default="ddim",
-        choices=schedulers,
-        help="Sampler of the chain, with the model's configuration. dpm_sde is first-order DPM-Solver++ as an SDE. All but"
-        " ddim add no noise at the last step, so that rlr needs a reward with a gradient there.",
+        "--lora_layers",
+        default=lora_layers,
+        help="Names of the layers that get a LoRA, with commas." + (OF_FAMILY if lora_layers is None else ""),
     )
-    add("--num_inference_steps", type=whole_number(), default=50, help="Steps T of the denoising chain.")
-    add("--guidance_scale", type=NOT_NEGATIVE, default=5.0, help="Classifier-free guidance; off at 1.")
-    add("--negative_prompt", help="Negative prompt of all images.")
-    add("--eta", type=SHARE, default=1.0, help="Noise of --scheduler ddim, from 0 (none) to 1 (as in DDPM).")
+    return group
 
 
 def add_reward_flags(parser):
@@ -293,8 +278,9 @@ def add_training_flags(parser, output_dir):
 
 
 def add_saving_flags(parser):
-    """Checkpoints, trackers, Hub."""
-    add = parser.add_argument_group("checkpoints, trackers, Hub").add_argument
+    """Checkpoints, trackers, Hub; returns the group, for the flags that a family adds."""
+    group = parser.add_argument_group("checkpoints, trackers, Hub")
+    add = group.add_argument
     add("--checkpointing_steps", type=whole_number(), default=500, help="Save a checkpoint every so many steps.")
     add("--checkpoints_total_limit", type=whole_number(), help="Keep at most so many checkpoints.")
     add(
@@ -305,11 +291,6 @@ def add_saving_flags(parser):
         "--overwrite_output_dir",
         action="store_true",
         help="Remove an earlier run from the output folder, its checkpoints too, and start afresh.",
-    )
-    add(
-        "--export_kohya",
-        action="store_true",
-        help="Also write the final adapter in the layout of kohya, which ComfyUI and AUTOMATIC1111 load.",
     )
     add("--logging_dir", default="logs", help="Folder of the trackers in the output folder.")
     add(
@@ -326,6 +307,7 @@ def add_saving_flags(parser):
         " environment variable HF_TOKEN.",
     )
     add("--hub_model_id", help="Repository on the Hub. Default: the output folder's name.")
+    return group
 
 
 def parse_training_args(parser, input_args):

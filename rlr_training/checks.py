@@ -14,6 +14,7 @@
 """What is wrong with the arguments of a training script, as far as it shows without loading a model."""
 
 import math
+import sys
 from dataclasses import fields
 from importlib.util import find_spec
 
@@ -49,7 +50,7 @@ def check_args(args, default_of):
     Raises:
         ValueError: one line that names the flag and what it should be.
     """
-    check_settings(Settings(**rlr_settings(args)), args.num_inference_steps, name=flag_of)
+    check_settings(Settings(**rlr_settings(args)), args.num_inference_steps or sys.maxsize, name=flag_of)
     check_shared_flags(args)
     _check_noise(args)
     _check_adapter(args, default_of)
@@ -63,10 +64,11 @@ def check_shared_flags(args):
     Raises:
         ValueError: one line that names the flag and what it should be.
     """
-    if args.eta < 1 and args.scheduler != "ddim":
-        raise ValueError(f"--eta {args.eta} is for --scheduler ddim, and {args.scheduler} has a noise of its own")
+    scheduler = getattr(args, "scheduler", "ddim")
+    if scheduler != "ddim" and args.eta < 1:
+        raise ValueError(f"--eta {args.eta} is for --scheduler ddim, and {scheduler} has a noise of its own")
     with naming("--dcot_boundaries:"):
-        levels_of_steps(args.num_inference_steps, args.dcot_boundaries)
+        levels_of_steps(args.num_inference_steps or 1, args.dcot_boundaries)
     parse_reward(args.reward)
     parse_reward_paths(args.reward_path)
 
@@ -78,6 +80,13 @@ def _check_noise(args):
         raise ValueError(
             f"--eta 0 leaves no noise in the chain, which --kl_weight {args.kl_weight} needs: use --eta 1"
         )
+    if getattr(args, "final_noise", "auto") != "auto":
+        if args.noise != "ddim":
+            raise ValueError(
+                f"--final_noise {args.final_noise} is for --noise ddim, and {args.noise} has a noise of its own"
+            )
+        if not 0 <= args.final_noise < 1:
+            raise ValueError(f"--final_noise {args.final_noise} is neither auto nor a number in [0, 1)")
     if args.baseline_vae is not None and args.baseline not in ("auto", "predicted_x0"):
         raise ValueError(f"--baseline_vae {args.baseline_vae!r} needs --baseline auto or predicted_x0")
 
@@ -86,7 +95,7 @@ def _check_adapter(args, default_of):
     for name in ("rank", "lora_alpha", "lora_layers"):
         if args.adapter_path is not None and getattr(args, name) != default_of(name):
             raise ValueError(f"--{name} is for a new adapter, and --adapter_path {args.adapter_path!r} has its own")
-    if not all(name.strip() for name in args.lora_layers.split(",")):
+    if args.lora_layers is not None and not all(name.strip() for name in args.lora_layers.split(",")):
         raise ValueError(f"--lora_layers {args.lora_layers!r} has an empty name: give names, separated by commas")
 
 

@@ -17,26 +17,27 @@ import json
 import math
 import os
 import re
+from functools import partial
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
-from diffusion_models import load_model
+from diffusion_models import FAMILIES, load_model
 from diffusion_models.adapters import LORA_FILE, load_adapter, lora_disabled
-from diffusion_models.chain_of_thought import ChainOfThought
 from diffusion_models.loading import load_vae
 from reward_models.features import diversity, drift
+from rlr_utils import rollout
 from tqdm.auto import tqdm
 
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
+from .chains import drawing_chain_of
 from .display import rows_of, scores_shown, shortened, shown, without_files
 from .errors import RunError, naming, one_line, saving
 from .output_dir import VALIDATION_FOLDER
 from .plots import plot_before_after
-from .prompts import levels_of
 
 
 if is_wandb_available():
@@ -50,46 +51,40 @@ EVALUATION_SEED = 1_000_000
 HELDOUT_SEED = 2_000_000
 
 
-@torch.no_grad()
-def generate(model, prompts, args, batch_size, desc=None, first_seed=EVALUATION_SEED):
-    """One image per prompt, from consecutive seeds: (N, 3, H, W) in [0, 1] on the CPU.
+def make_draw(args, model, embeds=None):
+    """`draw(prompts, batch_size, ...)`, see `generate`, for the model as it is when it draws.
 
     Args:
-        model: `DiffusionModel`.
         args: of a script, for the sampling flags, --prompts, --dcot_boundaries and --decode_batch_size.
+        model: `DiffusionModel`.
+        embeds: `PromptEmbeds` of the model, or `None` for new ones.
+    """
+    return partial(generate, args, model, drawing_chain_of(args, model, embeds))
+
+
+@torch.no_grad()
+def generate(args, model, chain_of, prompts, batch_size, desc=None, first_seed=EVALUATION_SEED):
+    """One image per prompt, from consecutive seeds: (N, 3, H, W) in [0, 1] on the CPU.
+
+    They are those that the pipeline draws from the same generators.
+
+    Args:
         batch_size: images drawn at a time.
         desc: of the progress bar; without one there is no bar.
     """
-    pipeline, images = model.pipeline, []
+    images = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=desc, disable=desc is None):
         batch = prompts[start : start + batch_size]
         # Generators of the CPU, so that a seed is the same image on every device.
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-        # The text encoders rest on the CPU in training. The latents are decoded here: in mixed precision the network under
-        # training passes float32 to a VAE in half precision.
-        with offload_models(*model.text_encoders, device=model.network.device):
-            levels, prompts_of_first_step, thought = levels_of(args.prompts, batch), batch, {}
-            if levels is not None:
-                callback = ChainOfThought(pipeline, *levels, args.num_inference_steps, args.dcot_boundaries)
-                prompts_of_first_step = callback.first
-                thought = {"callback_on_step_end": callback, **callback.inputs}
-            latents = pipeline(
-                prompts_of_first_step,
-                height=args.height,
-                width=args.width,
-                negative_prompt=None if args.negative_prompt is None else [args.negative_prompt] * len(batch),
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                eta=args.eta,
-                generator=generators,
-                output_type="latent",
-                **thought,
-            ).images
+        chain = chain_of(batch)
+        x_T = model.draw_latents(chain, len(batch), (args.height, args.width), generators)
+        latents = rollout(chain, x_T, generators).latents[0]
         images += [model.decode(part).cpu() for part in latents.split(args.decode_batch_size)]
     return torch.cat(images)
 
 
-def log_validation(model, args, accelerator, step):
+def log_validation(draw, args, accelerator, step):
     """Draw images of the validation prompts, from the same seeds each time, as PNG files and for every tracker.
 
     Raises:
@@ -98,7 +93,7 @@ def log_validation(model, args, accelerator, step):
     folder = os.path.join(args.output_dir, VALIDATION_FOLDER, f"step-{step:06}")
     logger.info(f"Running validation: {args.num_validation_images} images of each validation prompt, in {folder}")
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    images = generate(model, prompts, args, args.train_batch_size).permute(0, 2, 3, 1).numpy()
+    images = draw(prompts, args.train_batch_size).permute(0, 2, 3, 1).numpy()
     with saving(folder):
         os.makedirs(folder, exist_ok=True)
         for number, (image, prompt) in enumerate(zip(VaeImageProcessor.numpy_to_pil(images), prompts), 1):
@@ -132,11 +127,11 @@ class HeldOut:
         self.prompts = [pool[i // 4 * len(pool) // count] for i in range(args.num_heldout_images)]
         self.base_embeds = None
 
-    def _measure(self, model):
+    def _measure(self, draw):
         """The figures of the model as it is, {name: number}, and the embeddings (N, D) of its images."""
         args = self.args
         try:
-            images = generate(model, self.prompts, args, args.train_batch_size, first_seed=HELDOUT_SEED)
+            images = draw(self.prompts, args.train_batch_size, first_seed=HELDOUT_SEED)
             with offload_models(*self.modules, device=self.device, offload=args.reward_offload):
                 embeds = self.features(images, args.decode_batch_size)
                 trained = self.rewards(images, self.prompts, device=self.device).total
@@ -150,17 +145,17 @@ class HeldOut:
             "diversity": diversity(embeds, self.prompts),
         }, embeds
 
-    def measure_base(self, model):
+    def measure_base(self, model, draw):
         """Keep the embeddings of the base model's images, and log the rest; returns its held-out reward."""
         with lora_disabled(model):
-            figures, self.base_embeds = self._measure(model)
+            figures, self.base_embeds = self._measure(draw)
         listed = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
         logger.info(f"base model on {len(self.prompts)} images: {listed}")
         return figures["heldout_mean"]
 
-    def measure(self, model):
+    def measure(self, draw):
         """The figures of the model as it is, {name: number}."""
-        figures, embeds = self._measure(model)
+        figures, embeds = self._measure(draw)
         return {**figures, "drift": drift(self.base_embeds, embeds).mean().item()}
 
 
@@ -212,12 +207,13 @@ class EarlyStopping:
         self.best_step, self.waited = state["best_step"], state["waited"]
 
 
-def score_held_out(heldout, stopping, model, step):
+def score_held_out(heldout, stopping, draw, step):
     """Score the held-out reward on the main process, for all ranks.
 
     Args:
         heldout: `HeldOut`, or `None` on the other ranks.
         stopping: `EarlyStopping`.
+        draw: from `make_draw`.
 
     Returns:
         (figures {name: number}, whether they are the best so far, why to stop or `None`), the first two empty and false on
@@ -225,45 +221,37 @@ def score_held_out(heldout, stopping, model, step):
     """
     figures, is_best, reason = {}, False, None
     if heldout is not None:
-        figures = heldout.measure(model)
+        figures = heldout.measure(draw)
         is_best, reason = stopping.update(step, figures["heldout_mean"])
     return figures, is_best, broadcast_object_list([reason])[0]
 
 
-def load_base(args, dtype):
+def load_base(args, dtype, families=FAMILIES):
     """The base model of the arguments, see `diffusion_models.load_model`.
 
     Raises:
         ValueError: naming the flag, if it cannot be loaded.
     """
     vae = None
-    if args.pretrained_vae_model_name_or_path is not None:
+    if getattr(args, "pretrained_vae_model_name_or_path", None) is not None:
         with naming("--pretrained_vae_model_name_or_path"):
             vae = load_vae(
                 args.pretrained_vae_model_name_or_path, "AutoencoderKL", torch.float32, cache_dir=args.cache_dir
             )
     with naming("--pretrained_model_name_or_path"):
-        return load_model(
+        model = load_model(
             args.pretrained_model_name_or_path,
             dtype=dtype,
-            scheduler=args.scheduler,
+            scheduler=getattr(args, "scheduler", None),
             vae=vae,
             revision=args.revision,
             variant=args.variant,
             cache_dir=args.cache_dir,
+            families=families,
         )
-
-
-def set_size(args, model):
-    """Set --height and --width where they are not given: to --resolution, or else to the model's own size.
-
-    Raises:
-        ValueError: if the model cannot draw images of that size.
-    """
-    height, width = (args.resolution,) * 2 if args.resolution else model.default_size
-    args.height, args.width = args.height or height, args.width or width
-    args.resolution = args.resolution or height
-    model.check_size((args.height, args.width))
+        if getattr(args, "max_sequence_length", None) is not None:
+            model.max_sequence_length = args.max_sequence_length
+        return model
 
 
 def compare_with_base(args, rewards, heldout, prompts, model):
@@ -280,9 +268,10 @@ def compare_with_base(args, rewards, heldout, prompts, model):
     """
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
-    images = {"base": generate(model, prompts, args, args.train_batch_size, desc="base images")}
+    draw = make_draw(args, model)
+    images = {"base": draw(prompts, args.train_batch_size, desc="base images")}
     load_adapter(model.pipeline, args.output_dir, "tuned")
-    images["tuned"] = generate(model, prompts, args, args.train_batch_size, desc="tuned images")
+    images["tuned"] = draw(prompts, args.train_batch_size, desc="tuned images")
 
     def scores_of(rewards):
         device = model.network.device

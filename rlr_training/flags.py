@@ -18,6 +18,10 @@ import math
 import re
 
 
+# Ends the help of a flag whose default depends on the model.
+OF_FAMILY = " Default: that of the model's family, see docs/models.md."
+
+
 class FlagParser(argparse.ArgumentParser):
     """An argument parser that shows defaults in its help and reports an error in one line, without the usage."""
 

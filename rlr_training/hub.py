@@ -19,11 +19,11 @@ import shlex
 from importlib.metadata import version
 
 from accelerate.logging import get_logger
-from diffusion_models import SCHEDULERS
 from diffusion_models.adapters import LORA_FILE
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from reward_models.loading import first_line
 
+from .chains import sampling_options
 from .display import rows_of, scores_shown, shortened, with_error
 from .prompts import levels_of
 
@@ -40,7 +40,8 @@ TEXTS = ("negative_prompt", "validation_prompts")
 EVALUATION_FLAGS = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
     *("reward", "reward_path", "feature_model", "prompts", "dcot_boundaries", "resolution", "height", "width"),
-    *("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "eta", "mixed_precision"),
+    *("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "eta", "sigmas", "max_sequence_length"),
+    "mixed_precision",
 )
 
 
@@ -139,12 +140,14 @@ def command_of(flags, accelerator, script):
     return shlex.join(words)
 
 
-def evaluation_command_of(flags, output_dir):
+def evaluation_command_of(args, flags):
     """The command that compares the adapter of a run with the base model.
 
     Args:
+        args: of the script.
         flags: from `typed_flags`.
     """
+    output_dir, flags = args.output_dir, {**flags, EVALUATION_FLAGS[0]: args.pretrained_model_name_or_path}
     words = ["python", "evaluate_rlr.py", "--adapters", output_dir]
     for name in EVALUATION_FLAGS:
         words += flag_words(name, flags[name]) if name in flags else []
@@ -206,24 +209,29 @@ Seed {args.seed}; {", ".join(f"{name} {version(name)}" for name in LIBRARIES)}. 
 
 def _example(args, model, source, prompt):
     """Python that draws an image with the adapter."""
-    scheduler, settings = SCHEDULERS[args.scheduler]
-    settings = "".join(f", {name}={value!r}" for name, value in settings.items())
-    loaded, vae_class = repr(without_folders(args.pretrained_model_name_or_path)), ""
-    if args.pretrained_vae_model_name_or_path is not None:
-        vae = without_folders(args.pretrained_vae_model_name_or_path)
-        loaded += f", vae=AutoencoderKL.from_pretrained({vae!r})"
-        vae_class = "AutoencoderKL, "
+    loaded, classes, lines = repr(without_folders(args.pretrained_model_name_or_path)), {model.pipeline_class}, ""
+    if getattr(args, "pretrained_vae_model_name_or_path", None) is not None:
+        loaded += f", vae=AutoencoderKL.from_pretrained({without_folders(args.pretrained_vae_model_name_or_path)!r})"
+        classes.add("AutoencoderKL")
+    loaded += "".join(f", {name}=None" for name in model.missing)
+    scheduler = model.scheduler_code(getattr(args, "scheduler", None))
+    if scheduler is not None:
+        name, settings = scheduler
+        settings = "".join(f", {key}={value!r}" for key, value in settings.items())
+        lines = f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config{settings})\n"
+        classes.add(name)
     loader = "from_single_file" if os.path.isfile(args.pretrained_model_name_or_path) else "from_pretrained"
-    negative = "" if args.negative_prompt is None else f", negative_prompt={args.negative_prompt!r}"
+    options = model.drawing_options(sampling_options(args, model))
+    size, guidance = (args.height, args.width), (args.guidance_scale, args.negative_prompt)
+    arguments = model.pipeline_arguments(size, args.num_inference_steps, *guidance, **options)
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f"""```py
-from diffusers import {vae_class}{scheduler}, {model.pipeline_class}
+from diffusers import {", ".join(sorted(classes))}
 
 pipeline = {model.pipeline_class}.{loader}({loaded})
-pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config{settings})
-pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
+{lines}pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
 image = pipeline(
-    {shortened(prompt)!r}{negative}, height={args.height}, width={args.width},
-    num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}, eta={args.eta}
+    prompt={shortened(prompt)!r}, {given}
 ).images[0]
 ```
 """

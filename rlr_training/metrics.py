@@ -21,6 +21,7 @@ import time
 
 import torch
 from accelerate.logging import get_logger
+from rlr_utils import prediction_weights
 from tqdm.auto import tqdm
 
 from .display import shown
@@ -32,16 +33,17 @@ from .output_dir import METRICS_FILE
 logger = get_logger(__name__, log_level="INFO")
 
 
-def print_plan(accelerator, args, rlr, schedule, num_prompts, trainable):
+def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
     """Print the arithmetic of the run as one table.
 
     Args:
         rlr: `RLRStep`.
         schedule: one of its schedules.
-        num_prompts: of the run.
+        chain: of the run, without prompts.
+        sampler: `PromptSampler`.
         trainable: the parameters that are trained.
     """
-    images = images_of_a_step(args, accelerator)
+    images, num_prompts = images_of_a_step(args, accelerator), len(sampler.prompts)
     epochs = args.max_train_steps * images / (num_prompts * args.images_per_prompt)
     extra = {
         "predictions": len(rlr.predicted_steps(schedule)),
@@ -59,11 +61,19 @@ def print_plan(accelerator, args, rlr, schedule, num_prompts, trainable):
         "images scored per step": f"{images * (1 + sum(extra.values()))}"
         + (f" = {images}" if any(extra.values()) else "")
         + "".join(f" + {number} {what} of each" for what, number in extra.items() if number),
+        "weight of the steps": _describe_weights(chain),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
         "trainable parameters": f"{sum(p.numel() for p in trainable):,}",
     }
     width = max(map(len, rows))
     accelerator.print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
+
+
+def _describe_weights(chain):
+    """What the predictions of the last steps are worth."""
+    weights = prediction_weights(chain.steps)
+    counts = range(1, min(len(weights), 4))
+    return ", ".join(f"{100 * sum(weights[-n:]):.2g} % the last{'' if n == 1 else f' {n}'}" for n in counts) or "100 %"
 
 
 def _describe_calls(args, rlr, schedule, images):

@@ -155,8 +155,9 @@ def to_device(args, accelerator, model, baseline_vae):
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
-    # Costs one more decoding per image, as much as one or two steps of its chain.
-    model.pipeline.vae.enable_gradient_checkpointing()
+    # Costs one more decoding per image, as much as one or two steps of its chain. Decoders of videos do not have it.
+    if model.pipeline.vae._supports_gradient_checkpointing:
+        model.pipeline.vae.enable_gradient_checkpointing()
     for module in (model.network, model.pipeline.vae, *([] if baseline_vae is None else [baseline_vae])):
         module.to(accelerator.device)
     # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward

@@ -190,18 +190,25 @@ def conditions_of(args, prompts, embed):
     return [by_level[level] for level in levels_of_steps(args.num_inference_steps, args.dcot_boundaries)]
 
 
-def warn_of_long_prompts(source, prompts, tokenizer):
+def texts_of(source, prompts):
+    """The texts that are encoded for some prompts, each once: those of their levels, or themselves.
+
+    Args:
+        source, prompts: as for `levels_of`.
+    """
+    levels = levels_of(source, prompts)
+    return list(dict.fromkeys(prompts if levels is None else itertools.chain(*levels)))
+
+
+def warn_of_long_prompts(source, prompts, tokenizer, limit):
     """Warn of prompts that are longer than the text encoder reads, with what it does not see of the first of them.
 
     Args:
         source: of the prompts, as for `load_prompts`, or `None`.
         prompts: all that will be encoded; `None` stands for none.
+        tokenizer, limit: of the text encoder, and how many tokens it reads.
     """
-    prompts = list(dict.fromkeys(filter(None, prompts)))
-    levels = levels_of(source, prompts)
-    if levels is not None:
-        prompts = list(dict.fromkeys(itertools.chain(*levels)))
-    limit = tokenizer.model_max_length
+    prompts = texts_of(source, list(filter(None, prompts)))
     tokens = zip(prompts, tokenizer(prompts, verbose=False).input_ids)
     long = [(prompt, ids) for prompt, ids in tokens if len(ids) > limit]
     if long:
@@ -348,6 +355,7 @@ class PromptSampler:
 
     def __init__(self, prompts, seed, rank=0, num_ranks=1, images_per_prompt=1):
         self.prompts = prompts
+        self.num_distinct = len(set(prompts))
         self.seed = seed
         self.rank = rank
         self.num_ranks = num_ranks

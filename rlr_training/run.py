@@ -11,14 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run is made of, how it begins and how it ends. The loop between is in the scripts."""
+"""What a run is made of and how it begins. The loop is in the scripts, the end in `finish`."""
 
 import math
-import os
 from functools import partial
 from typing import Any, Callable, NamedTuple, Optional
 
-import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusion_models.adapters import add_lora, load_lora, lora_disabled
@@ -28,34 +26,39 @@ from reward_models.features import load_features
 from rlr_utils import RLRStep, Settings
 from rlr_utils.settings import NEED_GRADIENT, check_reward
 
-from diffusers.training_utils import free_memory
 from diffusers.utils.torch_utils import is_compiled_module
 
+from .chains import (
+    conditioned,
+    encode_prompts_of_run,
+    make_chain,
+    sampler_of,
+    sampling_options,
+    set_defaults,
+    set_size,
+    settle_noise,
+)
 from .checkpoints import check_same_run, check_whole, configuration, find_start, load_checkpoint, register_state
 from .checks import flag_of, rlr_settings
-from .errors import RunError, RunStopped, bad_input_ends_the_run, naming, one_line, saving
-from .evaluation import EarlyStopping, HeldOut, compare_with_base, load_base, print_comparison, print_result, set_size
+from .errors import bad_input_ends_the_run, naming
+from .evaluation import EarlyStopping, HeldOut, load_base, make_draw
 from .hub import (
     command_of,
     create_repository,
     evaluation_command_of,
     license_of,
-    push,
     save_model_card,
     typed_flags,
 )
 from .metrics import print_plan, start_trackers, trim_metrics
-from .optimizer import Optimization, averaged, images_of_a_step, make_optimization
-from .output_dir import METRICS_FILE, check_output_dir, check_writable, place_adapter, write_configuration
-from .plots import plot_reward_curve
+from .optimizer import Optimization, images_of_a_step, make_optimization
+from .output_dir import check_output_dir, check_writable, write_configuration
 from .processes import compiles, frozen_dtype, make_accelerator, to_device, try_model
-from .prompts import PromptSampler, conditions_of, load_training_prompts, warn_of_long_prompts
+from .prompts import PromptSampler, load_training_prompts, warn_of_long_prompts
 from .scoring import BatchScorer, load_reward_sum
 
 
 logger = get_logger(__name__, log_level="INFO")
-
-STOPPED = "stopped"
 
 
 class Run(NamedTuple):
@@ -66,6 +69,7 @@ class Run(NamedTuple):
         model: `DiffusionModel`, whose network has the adapter.
         rlr: `RLRStep`.
         chain_of: `chain_of(prompts) -> DenoisingChain` of a batch.
+        draw: `draw(prompts, batch_size, ...)` for validation and held-out rewards, see `evaluation.make_draw`.
         scorer_of: `scorer_of(prompts) -> BatchScorer` of the images in which a rollout ends.
         prediction_scorer_of: the same for predicted images, with --baseline_vae.
         sampler: `PromptSampler`.
@@ -83,6 +87,7 @@ class Run(NamedTuple):
     model: Any
     rlr: RLRStep
     chain_of: Callable
+    draw: Callable
     scorer_of: Callable
     prediction_scorer_of: Callable
     sampler: PromptSampler
@@ -96,12 +101,13 @@ class Run(NamedTuple):
     first_step: int
 
 
-def prepare(args, script, tracker, defaults):
+def prepare(args, script, tracker, families, defaults):
     """Load and check everything, claim the output folder, and resume if the arguments say so; returns `Run`.
 
     Args:
         args: of the script; what they leave open is set.
         script, tracker: name of the script, and of its runs in the trackers.
+        families: that the script trains, see `diffusion_models`.
         defaults: the arguments of the script without any flag.
 
     Raises:
@@ -114,7 +120,7 @@ def prepare(args, script, tracker, defaults):
         prompts = load_training_prompts(args)
         set_num_steps(args, accelerator, len(prompts))
         resume_path, first_step = find_start(args, accelerator)
-        model = load_base(args, frozen_dtype(args.mixed_precision))
+        model = load_base(args, frozen_dtype(args.mixed_precision), families)
         config = fit_to_model(args, accelerator, model, prompts, resume_path)
         rewards, heldout = load_run_rewards(args, prompts, accelerator)
         baseline_vae = load_baseline_vae(args, frozen_dtype(args.mixed_precision))
@@ -122,20 +128,22 @@ def prepare(args, script, tracker, defaults):
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
         schedule = rlr.draw_schedule()
         network = to_device(args, accelerator, model, baseline_vae)
-        chain = make_chain(args, accelerator, model, network)
-        with naming(f"--scheduler {args.scheduler}, --reward {args.reward!r}:"):
-            rlr.check_chain(chain, schedule)
+        chain = make_training_chain(args, accelerator, model, network, rlr, schedule)
+        embeds = PromptEmbeds(model, accelerator.device)
         sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
-        chain_of = make_chain_of(args, accelerator, model, chain, network, schedule, prompts)
+        chain_of = make_chain_of(args, model, chain, network, schedule, embeds, prompts)
+        draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
+        drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
+        encode_prompts_of_run(args, embeds, sampler, drawn, args.max_train_steps - first_step)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
 
     command = command_of(flags, accelerator, script)
     run = Run(
-        *(accelerator, model, rlr, chain_of),
+        *(accelerator, model, rlr, chain_of, draw),
         scorer_of=partial(BatchScorer, args, accelerator, model, rewards),
         prediction_scorer_of=partial(BatchScorer, args, accelerator, model, rewards, vae=baseline_vae),
         sampler=sampler,
@@ -144,16 +152,11 @@ def prepare(args, script, tracker, defaults):
         stopping=stopping,
         rewards=rewards,
         save_card=partial(save_model_card, args, model, command, prompts[0], repo_id, base_license),
-        evaluation_command=evaluation_command_of(flags, args.output_dir),
+        evaluation_command=evaluation_command_of(args, flags),
         repo_id=repo_id,
         first_step=first_step,
     )
-    start_trackers(accelerator, config, tracker, first_step)
-    if accelerator.is_main_process:
-        trim_metrics(args.output_dir, first_step)
-    print_plan(accelerator, args, rlr, schedule, len(prompts), trainable)
-    if heldout is not None:
-        stopping.start(heldout.measure_base(model))
+    begin(args, run, config, tracker, schedule, chain)
     return run
 
 
@@ -199,15 +202,16 @@ def fit_to_model(args, accelerator, model, prompts, resume_path):
         ValueError: if the model cannot draw such images in so many steps, or the checkpoint is of another run.
     """
     set_size(args, model)
+    set_defaults(args, model)
     if accelerator.is_main_process:
         encoded = [*prompts, *(args.validation_prompts or []), args.negative_prompt]
-        warn_of_long_prompts(args.prompts, encoded, model.pipeline.tokenizer)
+        warn_of_long_prompts(args.prompts, encoded, *model.prompt_reader)
     config = configuration(args, accelerator.num_processes)
     if resume_path is not None:
         check_same_run(config, resume_path)
         check_whole(config, resume_path)
     with naming(f"--num_inference_steps {args.num_inference_steps}:"):
-        model.noise_schedule(args.num_inference_steps)
+        model.noise_schedule(args.num_inference_steps, (args.height, args.width))
     return config
 
 
@@ -255,35 +259,57 @@ def make_rlr_step(args, accelerator, model, rewards, trainable):
         )
 
 
-def make_chain(args, accelerator, model, network):
-    """The model's chain without prompts, under the sampling flags."""
-    size, options = (args.height, args.width), {"guidance_scale": args.guidance_scale, "eta": args.eta}
-    return model.make_chain(network, args.num_inference_steps, size, device=accelerator.device, **options)
+def make_training_chain(args, accelerator, model, network, rlr, schedule):
+    """The model's chain without prompts, under the sampling flags.
+
+    Raises:
+        ValueError: if the schedule cannot be swept on it.
+    """
+    settle_noise(args, rlr, schedule)
+    chain = make_chain(args, model, network, accelerator.device, sampling_options(args, model))
+    with naming(f"{sampler_of(args)}, --reward {args.reward!r}:"):
+        rlr.check_chain(chain, schedule)
+    return chain
 
 
-def make_chain_of(args, accelerator, model, chain, network, schedule, prompts):
+def make_chain_of(args, model, chain, network, schedule, embeds, prompts):
     """`chain_of(prompts) -> DenoisingChain` of a batch; a network that cannot be compiled runs as it is.
 
     Args:
         chain: without prompts.
         network: of the chain.
         schedule: of the sweep, which the compiler is tried on.
+        embeds: `PromptEmbeds`.
         prompts: of the run.
 
     Raises:
         ValueError: if the model cannot draw an image.
     """
-    embeds = PromptEmbeds(model, accelerator.device)
-    negative = embeds.negative(args.negative_prompt)
-
-    def chain_of(prompts):
-        return chain.conditioned_on(conditions_of(args, prompts, embeds), negative)
-
+    chain_of = conditioned(args, chain, embeds)
     if not is_compiled_module(network):
         try_model(args, model, chain_of(prompts[:1]))
     elif not compiles(args, model, chain_of(prompts[:1] * args.train_batch_size), schedule):
-        chain = make_chain(args, accelerator, model, model.network)
+        chain = make_chain(args, model, model.network, chain.timesteps.device, sampling_options(args, model))
+        return conditioned(args, chain, embeds)
     return chain_of
+
+
+def begin(args, run, config, tracker, schedule, chain):
+    """Start the trackers, print the plan of the run, and score the held-out images of the base model.
+
+    Args:
+        run: `Run`.
+        config, tracker: of `prepare`.
+        schedule: of the sweep.
+        chain: without prompts.
+    """
+    accelerator, heldout = run.accelerator, run.heldout
+    start_trackers(accelerator, config, tracker, run.first_step)
+    if accelerator.is_main_process:
+        trim_metrics(args.output_dir, run.first_step)
+    print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable)
+    if heldout is not None:
+        run.stopping.start(heldout.measure_base(run.model, run.draw))
 
 
 def start(args, accelerator, resume_path, stopping):
@@ -320,78 +346,3 @@ def claim_output_dir(args, accelerator, config, resume_path, tracker):
     repo_id = create_repository(args)
     write_configuration(args, config, tracker)
     return repo_id, base_license
-
-
-def save_result(args, run, step):
-    """Write the adapter, its moving average, the reward curve and the model card into the output folder."""
-    place_adapter(run.model, args.output_dir, with_kohya=args.export_kohya)
-    if run.optimization.ema is not None:
-        with averaged(run.optimization):
-            place_adapter(run.model, args.output_dir, "ema")
-    metrics_file, curve, card = (
-        os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md")
-    )
-    with saving(curve):
-        plot_reward_curve(metrics_file, curve)
-    with saving(card):
-        run.save_card(step)
-
-
-def finish(args, run, step, end):
-    """Save the result, compare it with the base model, upload it.
-
-    Args:
-        step: the last step that was taken.
-        end: from `after_step`, why the run is over.
-
-    Raises:
-        RunStopped: if somebody has asked for the end; nothing is saved but the checkpoint.
-        RunError: for failures after the adapter has been saved.
-    """
-    accelerator, failures = run.accelerator, []
-    if end == STOPPED:
-        accelerator.end_training()
-        if not accelerator.is_main_process:
-            raise SystemExit(1)
-        how = "continue with the same command and --resume_from_checkpoint latest"
-        raise RunStopped(f"stopped after step {step}; {how}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with naming(f"step {step}:"):
-            save_result(args, run, step)
-        run.model.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
-        free_memory()
-        # The adapter is already saved; later failures are reported at the end.
-        failures = compare_at_the_end(args, run, step)
-        print_result(args, run.evaluation_command)
-        failures += push_at_the_end(args, run)
-    accelerator.end_training()
-    if failures:
-        raise RunError("; ".join(failures))
-
-
-def compare_at_the_end(args, run, step):
-    """Compare the adapter with the base model, for the card and on stdout; returns what went wrong, a list."""
-    if args.num_eval_images == 0:
-        return []
-    try:
-        base = load_base(args, frozen_dtype(args.mixed_precision))
-        base.pipeline.to(run.accelerator.device)
-        heldout = None if run.heldout is None else run.heldout.heldout
-        results, failures = compare_with_base(args, run.rewards, heldout, run.sampler.prompts, base)
-        run.save_card(step, results)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        return [f"the comparison with the base model has failed: {one_line(error)}"]
-    print_comparison(args, results)
-    return failures
-
-
-def push_at_the_end(args, run):
-    """Upload the output folder with --push_to_hub; returns what went wrong, a list."""
-    if run.repo_id is None:
-        return []
-    try:
-        push(args, run.repo_id, "End of training")
-    except ValueError as error:
-        return [str(error)]
-    return []

@@ -16,7 +16,7 @@
 from .baselines import PredictedReward, RunningReward, leave_one_out, normalize, per_prompt
 from .batch import Batch
 from .branching import branch
-from .chain import AffineStep, DenoisingChain, linear_guidance, scheduler_steps
+from .chain import AffineStep, DenoisingChain, joined, linear_guidance, prediction_weights, scheduler_steps
 from .estimators import (
     SubchainSampler,
     alignprop,
@@ -69,11 +69,13 @@ __all__ = [
     "draw_noise",
     "flow_sde_steps",
     "full_bp",
+    "joined",
     "leave_one_out",
     "likelihood_ratio",
     "linear_guidance",
     "normalize",
     "per_prompt",
+    "prediction_weights",
     "renoise",
     "rlr",
     "rlr_paper",

@@ -106,9 +106,40 @@ def _probe(scheduler, i, options, numbers):
     return step if abs(step.sigma) >= 1e-6 else step._replace(sigma=0.0)
 
 
+def prediction_weights(steps):
+    r"""How much the prediction of each step weighs in the image, as shares that add up to 1; the first executed first.
+
+    With all other predictions held fixed, a change of the prediction at step k changes x_0 by the factor
+    $b_k a_{k-1} \cdots a_1$, where $a$ is `x_from_x` and $b$ is `x_from_e`. A last step of little weight leaves little to
+    learn for estimators that differentiate it alone.
+    """
+    weights, passed_on = [], 1.0
+    for step in reversed(steps):
+        weights.append(abs(step.x_from_e) * passed_on)
+        passed_on *= abs(step.x_from_x)
+    return [weight / sum(weights) for weight in reversed(weights)]
+
+
 def linear_guidance(negative, positive, scale):
     """Classifier-free guidance, e = e_neg + s (e_pos - e_neg) (huggingface.co/papers/2207.12598)."""
     return negative + scale * (positive - negative)
+
+
+def joined(parts):
+    """Conditions {name: (B_i, ...)} of several batches -> those of one batch.
+
+    If a mask is among them, a condition whose name ends in "_mask", prompts of differing length are padded with zeros, which
+    is the mask's own word for padding. Without one they must have the same length.
+    """
+    is_masked = any(name.endswith("_mask") for name in parts[0])
+    return {name: _stacked([part[name] for part in parts], is_masked) for name in parts[0]}
+
+
+def _stacked(tensors, is_masked):
+    if is_masked and tensors[0].ndim > 1:
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [torch.cat([t, t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+    return torch.cat(tensors)
 
 
 class DenoisingChain:
@@ -122,7 +153,7 @@ class DenoisingChain:
         timesteps: (T,), what the network is told at each step.
         conditions: {name: (B, ...)} for the whole chain, or a list of T of them for a prompt per step.
         negative: {name: (B, ...)} of the negative prompts, {name: (1, ...)} for the same in all images, or `None` for no
-            guidance.
+            guidance. Where they differ in length from the others they need a mask, see `joined`.
         guidance_scale: s; guidance is off at s <= 1, as in diffusers' pipelines.
         guide: `guide(negative, positive, s) -> prediction`.
         add_noise: `add_noise(x_0, noise) -> x_1`, the forward process up to the last step, for `renoise`.
@@ -197,7 +228,7 @@ class DenoisingChain:
         conditions, model_input = self.conditions[i], self.steps[i].input_scale * x
         if not self.guided:
             return self.call(model_input, self.timesteps[i], conditions).to(x.dtype)
-        both = {name: torch.cat([self.negative[name], value]) for name, value in conditions.items()}
+        both = joined([self.negative, conditions])
         predictions = self.call(torch.cat([model_input, model_input]), self.timesteps[i], both).to(x.dtype)
         return self.guide(*predictions.chunk(2), self.guidance_scale)
 

@@ -144,6 +144,13 @@ class RLRStep:
         kept = sum(p for k, p in probabilities.items() if k <= settings.keep_graphs)
         return Calls(num_steps - kept + (swept if settings.kl_weight > 0 else 0), swept)
 
+    def noisy_steps(self, schedule):
+        """The steps of a schedule at which the chain must add noise."""
+        if self.settings.kl_weight > 0 or self.settings.branches:
+            return schedule.swept
+        last = [1] if self.differentiable and self.black_box else []
+        return [k for k in schedule.swept if schedule.mixing[k] < 1] + last
+
     def check_chain(self, chain, schedule):
         """Refuse a chain that the schedule cannot be swept on.
 
@@ -161,15 +168,9 @@ class RLRStep:
         ):
             if needed and not hasattr(chain, method):
                 raise ValueError(f"a chain without `{method}` cannot be used with this estimator and baseline")
-        noisy = [k for k in schedule.swept if schedule.mixing[k] < 1]
-        if self.differentiable and self.black_box:
-            noisy.append(1)
-        if settings.kl_weight > 0 or settings.branches:
-            noisy += schedule.swept
-        silent = [k for k in noisy if chain.sigma(k) == 0]
-        if silent:
+        for k in (k for k in self.noisy_steps(schedule) if chain.sigma(k) == 0):
             raise ValueError(
-                f"the chain adds no noise at step {silent[0]} from the end, where {settings.estimator} needs it for a reward"
+                f"the chain adds no noise at step {k} from the end, where {settings.estimator} needs it for a reward"
                 f" {'with' if self.differentiable else 'without'} a gradient"
                 f"{' and a part without' if self.differentiable and self.black_box else ''}"
                 f"{' and the divergence from the base model' if settings.kl_weight > 0 else ''}"

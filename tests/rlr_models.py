@@ -50,7 +50,7 @@ def tiny_sdxl():
 
     It has encoders of two widths, a text_time embedding, and the scheduler's configuration of SDXL base.
     """
-    folder = os.path.join(_temporary_folder().name, "tiny-sdxl")
+    folder = os.path.join(temporary_folder().name, "tiny-sdxl")
     tiny = tiny_pipeline()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def tiny_sdxl():
 
 
 @functools.cache
-def _temporary_folder():
+def temporary_folder():
     """A folder that is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="rlr-models-")
 
@@ -116,8 +116,7 @@ def plain_pipeline(folder, scheduler="ddim", dtype=torch.float32, **components):
 def chain_of(model, num_steps=3, prompts=PROMPTS, negative_prompt=None, size=(32, 32), **options):
     """The chain of a `DiffusionModel` under some prompts, as the training script makes it."""
     chain = model.make_chain(model.network, num_steps, size, **options)
-    nothing = model.embed_nothing() if negative_prompt is None else None
-    return chain.conditioned_on(model.embed(prompts), nothing or model.embed([negative_prompt or ""]))
+    return chain.conditioned_on(model.embed(prompts), model.embed_negative(negative_prompt))
 
 
 def edit_json(path, changes):

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The training script in processes of its own, forked from one in which everything has been imported."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -23,10 +24,10 @@ from multiprocessing import forkserver
 import matplotlib.figure  # noqa: F401
 import rlr_training.after_step
 import rlr_training.evaluation
+import rlr_training.finish
 import rlr_training.run  # noqa: F401
 import torch
 from rlr_testing import BASE, tiny_model
-from train_rlr_sd import main, parse_args
 
 
 # A process that has used a pool of threads must not be forked: the copy would wait for them for ever.
@@ -36,11 +37,12 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def start_run(output_dir, *flags, **environment):
+def start_run(output_dir, *flags, script="train_rlr_sd", **environment):
     """Start a run of the training script on the embedded models; returns the process.
 
     Args:
         output_dir: of the run. What the process prints goes to a file beside it, see `printed_by`.
+        script: the module of the training script.
         environment: further variables of the process.
     """
     before = os.environ.get("PYTHONPATH")
@@ -52,18 +54,19 @@ def start_run(output_dir, *flags, **environment):
         if before is not None:
             os.environ["PYTHONPATH"] = before
     arguments = [*BASE, "--output_dir", str(output_dir), *flags]
-    process = CONTEXT.Process(target=_run, args=(arguments, f"{output_dir}.log", environment))
+    process = CONTEXT.Process(target=_run, args=(script, arguments, f"{output_dir}.log", environment))
     process.start()
     return process
 
 
-def _run(arguments, log, environment):
+def _run(script, arguments, log, environment):
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
-    main(parse_args(arguments))
+    module = importlib.import_module(script)
+    module.main(module.parse_args(arguments))
 
 
 def printed_by(output_dir):
@@ -79,13 +82,13 @@ def run(output_dir, *flags, **environment):
     assert process.exitcode == 0, printed_by(output_dir)
 
 
-def run_two_ranks(output_dir, *flags):
+def run_two_ranks(output_dir, *flags, script="train_rlr_sd"):
     """A run on two ranks, as torchrun starts them; it must end without an error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [start_run(output_dir, *flags, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    ranks = [start_run(output_dir, *flags, script=script, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     for rank in ranks:
         rank.join()
     assert [rank.exitcode for rank in ranks] == [0, 0], printed_by(output_dir)

@@ -19,7 +19,7 @@ import inspect
 import pytest
 import torch
 from diffusion_models import SCHEDULERS, make_scheduler
-from rlr_utils import AffineStep, DenoisingChain, renoise, rollout, scheduler_steps
+from rlr_utils import AffineStep, DenoisingChain, ddim_steps, prediction_weights, renoise, rollout, scheduler_steps
 
 from diffusers import (
     CogVideoXDDIMScheduler,
@@ -350,3 +350,16 @@ def test_renoising_repeats_the_last_step_from_another_noise(steps):
     assert not torch.equal(first.latents[1], second.latents[1])
     step = chain.mean(1, first.latents[1]) + chain.sigma(1) * first.noises[1]
     torch.testing.assert_close(first.latents[0], step.detach())
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_weights_of_predictions_are_the_derivatives_of_the_image(eta):
+    """With all predictions held fixed but one, by autograd."""
+    steps = ddim_steps([(1 - s, s) for s in (1.0, 0.9, 0.6, 0.3, 0.05, 0.0)], "flow_prediction", eta)
+    predictions = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn((), dtype=torch.float64)
+    for step, prediction in zip(steps, predictions):
+        x = step.x_from_x * x + step.x_from_e * prediction
+    (gradient,) = torch.autograd.grad(x, predictions)
+    expected = gradient.abs() / gradient.abs().sum()
+    torch.testing.assert_close(torch.tensor(prediction_weights(steps), dtype=torch.float64), expected)

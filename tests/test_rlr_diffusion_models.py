@@ -20,7 +20,7 @@ import sys
 
 import pytest
 import torch
-from diffusion_models import FAMILIES, SCHEDULERS, as_model, load_model, make_scheduler
+from diffusion_models import FAMILIES, FLOW_FAMILIES, SCHEDULERS, UNET_FAMILIES, as_model, load_model, make_scheduler
 from diffusion_models.loading import load_vae
 from rlr_models import FOLDERS, edit_json, tiny_sdxl
 from rlr_testing import ROOT, TINY_SD, refused, train
@@ -115,10 +115,12 @@ def test_the_packages_first_imports_are_light():
 
 
 def test_a_pipeline_of_no_family_is_refused_with_what_is_supported(tmp_path):
-    supported = "is not supported, only StableDiffusionPipeline, StableDiffusionXLPipeline"
+    supported = (
+        f"is not supported here, only StableDiffusionPipeline, StableDiffusionXLPipeline, {', '.join(FLOW_FAMILIES)}"
+    )
     assert all(name in supported for name in FAMILIES)
-    other = changed(TINY_SD, tmp_path / "other", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match=f"other' cannot be loaded: a FluxPipeline {supported}"):
+    other = changed(TINY_SD, tmp_path / "other", _class_name="SanaPipeline")
+    with pytest.raises(ValueError, match=f"other' cannot be loaded: a SanaPipeline {supported}"):
         load_model(other)
     with pytest.raises(ValueError, match=f"^a DiffusionPipeline {supported}"):
         as_model(DiffusionPipeline())
@@ -135,7 +137,7 @@ def test_a_pipeline_of_no_family_is_refused_with_what_is_supported(tmp_path):
     ],
 )
 def test_a_model_index_that_names_the_other_family_is_refused(tmp_path, name, message):
-    (other,) = FAMILIES.keys() - {name}
+    (other,) = UNET_FAMILIES.keys() - {name}
     folder = changed(FOLDERS[name](), tmp_path / "other", _class_name=other)
     with pytest.raises(ValueError, match=f"other' cannot be loaded: {message}"):
         load_model(folder)
@@ -394,7 +396,10 @@ def test_a_vae_of_another_class_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--pretrained_model_name_or_path", "'.*' cannot be loaded: a FluxPipeline is not supported, only Stable.*"),
+        (
+            "--pretrained_model_name_or_path",
+            "'.*' cannot be loaded: a FluxPipeline is not supported here, but by another script, only Stable.*",
+        ),
         ("--pretrained_vae_model_name_or_path", "'.*' cannot be loaded: its config.json says .*"),
     ],
 )

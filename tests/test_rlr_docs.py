@@ -24,6 +24,7 @@ from pathlib import Path
 import evaluate_rlr
 import pytest
 import torch
+import train_rlr_flow
 import train_rlr_sd
 
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     **dict.fromkeys(("train_rlr_sd.py", "rlr-train-sd"), train_rlr_sd.parse_args),
+    **dict.fromkeys(("train_rlr_flow.py", "rlr-train-flow"), train_rlr_flow.parse_args),
     **dict.fromkeys(("evaluate_rlr.py", "rlr-evaluate"), evaluate_rlr.parse_args),
 }
 PACKAGES = ("rlr_utils", "diffusion_models", "reward_models", "rlr_training")

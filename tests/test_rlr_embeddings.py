@@ -13,6 +13,7 @@
 # limitations under the License.
 """`PromptEmbeds`: every prompt is encoded once, and the text encoders rest on the CPU."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,9 @@ import torch
 from diffusion_models import load_model
 from diffusion_models.embeddings import PromptEmbeds
 from rlr_models import FOLDERS, PROMPTS
+
+
+BYTES = 32  # of a prompt of one letter
 
 
 class CountingModel:
@@ -30,13 +34,18 @@ class CountingModel:
         self.text_encoders = [self.encoder]
         self.encoded = []
 
-    def embed(self, prompt, device=None):
+    def embed(self, prompts, device=None):
+        """A prompt of n letters has n + 2 states."""
+        (prompt,) = prompts
         self.encoded.append(prompt)
-        states = self.encoder(torch.full((1, 3, 1), float(ord(prompt or " "))))
+        states = self.encoder(torch.full((1, 2 + len(prompt), 1), float(ord((prompt or " ")[0]))))
         return {"states": states, "pooled": states.mean(1)}
 
-    def embed_nothing(self, device=None):
-        return None
+    def embed_negative(self, prompt=None, device=None):
+        return self.embed([prompt or ""])
+
+    def free_text_encoders(self):
+        self.text_encoders = []
 
 
 def test_every_prompt_is_encoded_once_and_by_itself():
@@ -44,7 +53,7 @@ def test_every_prompt_is_encoded_once_and_by_itself():
     embeds = PromptEmbeds(model, "cpu")
     conditions = embeds(["a", "b", "a"])
     assert model.encoded == ["a", "b"] and not conditions["states"].requires_grad
-    expected = torch.cat([model.embed(prompt)["states"] for prompt in "aba"]).detach()
+    expected = torch.cat([model.embed([prompt])["states"] for prompt in "aba"]).detach()
     torch.testing.assert_close(conditions["states"], expected)
     torch.testing.assert_close(conditions["pooled"], expected.mean(1))
     model.encoded.clear()
@@ -53,7 +62,7 @@ def test_every_prompt_is_encoded_once_and_by_itself():
 
 def test_the_latest_prompts_are_kept():
     model = CountingModel()
-    embeds = PromptEmbeds(model, "cpu", max_prompts=2)
+    embeds = PromptEmbeds(model, "cpu", max_bytes=2 * BYTES)
     embeds(["a", "b"])
     embeds(["b", "c"])  # which drops the oldest, a
     embeds(["b", "c"])
@@ -63,6 +72,45 @@ def test_the_latest_prompts_are_kept():
     assert model.encoded == ["a", "b", "c", "a"]
     # A batch may hold more prompts than are kept.
     assert len(embeds(["a", "c", "d", "e"])["states"]) == 4 and list(embeds.kept) == ["d", "e"]
+    assert embeds.bytes == 2 * BYTES
+
+
+def test_shorter_prompts_are_padded_with_zeros_where_there_is_a_mask():
+    model = CountingModel()
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        PromptEmbeds(model, "cpu")(["abc", "a"])
+    plain = model.embed
+    model.embed = lambda prompts, device: {**plain(prompts), "mask": torch.ones(1, 2 + len(prompts[0]), dtype=bool)}
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        PromptEmbeds(model, "cpu")(["abc", "a"])
+    model.embed = lambda prompts, device: {
+        "states": plain(prompts)["states"],
+        "states_mask": torch.ones(1, 2 + len(prompts[0]), dtype=bool),
+    }
+    conditions = PromptEmbeds(model, "cpu")(["abc", "a"])
+    states, mask = conditions["states"], conditions["states_mask"]
+    assert states.shape == (2, 5, 2) and not states[1, 3:].any()
+    assert mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    torch.testing.assert_close(states[1:, :3], plain(["a"])["states"].detach())
+
+
+def test_prompts_are_encoded_before_training_and_the_encoders_freed():
+    """What exceeds the memory goes into files, which are gone with the object."""
+    model = CountingModel()
+    embeds = PromptEmbeds(model, "cpu", max_bytes=2 * BYTES)
+    expected = {prompt: model.embed([prompt])["states"].detach() for prompt in "abcd"}
+    model.encoded.clear()
+    embeds.encode_all(["a", "b", "a", "c", "d"])
+    assert model.encoded == ["a", "b", "c", "d"] and model.text_encoders == []
+    folder = embeds.folder.name
+    assert embeds.bytes == 2 * BYTES and len(os.listdir(folder)) == 2
+    for _ in range(2):  # nothing is dropped
+        states = embeds(list("dcba"))["states"]
+        torch.testing.assert_close(states, torch.cat([expected[prompt] for prompt in "dcba"]))
+    with pytest.raises(ValueError, match="the prompt 'e' was not encoded before the text encoders were freed"):
+        embeds(["a", "e"])
+    del embeds
+    assert not os.path.exists(folder)
 
 
 def test_the_text_encoders_are_on_the_device_for_new_prompts_alone(monkeypatch):
@@ -76,7 +124,7 @@ def test_the_text_encoders_are_on_the_device_for_new_prompts_alone(monkeypatch):
     embeds(["a", "b", "c"])
     assert moves == ["on", "off"] * 2
     embeds.negative("a")
-    assert moves == ["on", "off"] * 2
+    assert moves == ["on", "off"] * 3
 
 
 def recorder(moves):

@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 from reward_models import load_rewards, parse_reward
 from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
+from rlr_training.chains import set_size
 from rlr_training.display import shown
-from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, HeldOut, footer_lines, generate, print_comparison
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, HeldOut, footer_lines, make_draw, print_comparison
 from rlr_training.hub import EVALUATION_FLAGS
 from rlr_training.plots import plot_before_after
 from train_rlr_sd import parse_args
@@ -36,22 +37,29 @@ HELD_OUT = ["--heldout_reward", "clip_score", "--heldout_steps", "1", "--num_hel
 HELD_OUT += ["--feature_model", TINY_CLIP]
 
 
+def draw_of(model, *flags):
+    """The `draw` of a run on a model."""
+    args = parse_args([*BASE, *flags])
+    set_size(args, model)
+    return make_draw(args, model)
+
+
 def images_of(adapter, prompts):
-    """What `generate` draws with the adapter of a folder in a plain pipeline."""
+    """What is drawn with the adapter of a folder in a plain pipeline."""
     model = tiny_model()
     model.pipeline.load_lora_weights(adapter, weight_name=LORA)
-    return generate(model, prompts, parse_args(BASE), 4)
+    return draw_of(model)(prompts, 4)
 
 
-# generate
+# Drawing
 
 
 def test_an_image_depends_on_its_place_and_not_on_the_batches():
-    model, args = tiny_model(), parse_args([*BASE, "--negative_prompt", "a blue one"])
-    prompts = ["a red one", "a blue two", "a green three"]
-    whole = generate(model, prompts, args, 3)
-    torch.testing.assert_close(generate(model, prompts, args, 2), whole, rtol=0, atol=1e-4)
-    assert (generate(model, prompts, args, 3, first_seed=HELDOUT_SEED) - whole).abs().max() > 0.1
+    model, prompts = tiny_model(), ["a red one", "a blue two", "a green three"]
+    draw = draw_of(model, "--negative_prompt", "a blue one")
+    whole = draw(prompts, 3)
+    torch.testing.assert_close(draw(prompts, 2), whole, rtol=0, atol=1e-4)
+    assert (draw(prompts, 3, first_seed=HELDOUT_SEED) - whole).abs().max() > 0.1
     # As the pipeline itself draws it, clamped to [0, 1].
     pipeline = tiny_pipeline()
     pipeline.scheduler = model.pipeline.scheduler
@@ -68,8 +76,8 @@ def test_an_image_depends_on_its_place_and_not_on_the_batches():
 
 
 def test_images_need_not_be_square():
-    args = parse_args([*BASE, "--height", "48", "--width", "32"])
-    assert generate(tiny_model(), ["a red one"], args, 1).shape == (1, 3, 48, 32)
+    draw = draw_of(tiny_model(), "--height", "48", "--width", "32")
+    assert draw(["a red one"], 1).shape == (1, 3, 48, 32)
 
 
 # Held-out rewards
@@ -260,7 +268,7 @@ def test_the_held_out_reward_is_compared_too_and_stands_below_the_images(tmp_pat
     train(out, *flags, "--heldout_reward", held_out, "--feature_model", TINY_CLIP)
     results = json.loads((out / "evaluation.json").read_text())
     args, prompts = parse_args([*BASE, "--heldout_reward", held_out]), ["a red one"] * 3
-    red = generate(tiny_model(), prompts, args, 2)[:, 0].mean((1, 2))
+    red = draw_of(tiny_model())(prompts, 2)[:, 0].mean((1, 2))
     assert results["heldout"]["base"] == pytest.approx({"mean": red.mean().item(), "std": red.std().item()}, rel=1e-4)
     held = results["heldout"]
     assert held["gain"]["mean"] == pytest.approx(held["tuned"]["mean"] - held["base"]["mean"], abs=1e-6) != 0
@@ -312,7 +320,9 @@ def test_the_end_of_a_run_says_where_the_adapter_is_and_how_to_evaluate_it(tmp_p
         "negative_prompt": "-- it's",
     }
     trained = vars(parse_args([*BASE, *flags, "--feature_model", TINY_CLIP]))
-    shared = {name: trained[name] for name in EVALUATION_FLAGS if name != "reward"}
+    # The evaluation takes these from the model's family, which has the same as the script.
+    assert (args.pop("guidance_scale"), trained.pop("guidance_scale")) == (None, tiny_model().guidance_scale)
+    shared = {name: trained[name] for name in EVALUATION_FLAGS if name in trained and name != "reward"}
     assert args.items() >= {**shared, **ways}.items()
     # A default of training and not of the evaluation, which also scores what was not trained for.
     assert args["reward"] == "aesthetic,clip_score"

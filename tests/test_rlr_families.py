@@ -15,7 +15,7 @@
 
 import pytest
 import torch
-from diffusion_models import FAMILIES, as_model, load_model
+from diffusion_models import UNET_FAMILIES, as_model, load_model
 from rlr_models import FOLDERS, PROMPTS, chain_of, plain_pipeline, seeded
 from rlr_utils import rollout
 
@@ -23,7 +23,7 @@ from diffusers import AutoencoderTiny
 
 
 def test_every_family_has_a_model_for_these_tests():
-    assert FOLDERS.keys() == FAMILIES.keys()
+    assert FOLDERS.keys() == UNET_FAMILIES.keys()
 
 
 @pytest.fixture(params=FOLDERS, scope="module")
@@ -86,7 +86,7 @@ def test_a_loaded_pipeline_is_the_same_model(model, pipeline):
 
 
 def test_a_family_says_what_it_is(model):
-    assert model.pipeline_class == type(model.pipeline).__name__ and FAMILIES[model.pipeline_class]
+    assert model.pipeline_class == type(model.pipeline).__name__ and UNET_FAMILIES[model.pipeline_class]
     assert isinstance(model.name, str) and model.trained in model.pipeline.components
     assert model.network is getattr(model.pipeline, model.trained)
     encoders = [part for name, part in model.pipeline.components.items() if name.startswith("text_encoder")]
@@ -121,15 +121,16 @@ def test_prompts_are_embedded_as_the_pipeline_embeds_them(model, pipeline):
 
 def test_images_without_a_negative_prompt_have_the_conditions_of_nothing(folder, model):
     """They are those of an empty prompt, or zeros where the pipeline's configuration says so."""
-    nothing, empty = model.embed_nothing(), model.embed([""])
+    nothing, empty = model.embed_negative(), model.embed([""])
+    assert all(torch.equal(value, empty[name]) for name, value in model.embed_negative("").items())
     if not model.pipeline.config.get("force_zeros_for_empty_prompt"):
-        assert nothing is None
+        assert all(torch.equal(value, empty[name]) for name, value in nothing.items())
         return
     assert {name: value.shape for name, value in nothing.items()} == {n: v.shape for n, v in empty.items()}
     assert not any(value.any() for value in nothing.values())
     other = load_model(folder)
     other.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    assert other.embed_nothing() is None
+    assert all(torch.equal(value, empty[name]) for name, value in other.embed_negative().items())
 
 
 def test_static_conditions_depend_on_the_size_and_nothing_else(model):

@@ -28,7 +28,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("rlr_utils", "diffusion_models", "reward_models", "rlr_training")
-SCRIPTS = {"rlr-train-sd": "train_rlr_sd", "rlr-evaluate": "evaluate_rlr"}
+SCRIPTS = {
+    "rlr-train-sd": "train_rlr_sd",
+    "rlr-train-flow": "train_rlr_flow",
+    "rlr-evaluate": "evaluate_rlr",
+}
 # Runs an installed script. Afterwards says where its modules are from, and which heavy ones have been imported.
 RUN_SCRIPT = """
 import json, runpy, sys
@@ -117,9 +121,9 @@ def test_entry_points_answer_from_another_directory_without_heavy_imports(target
     report = json.loads(report)
     assert report["code"] == 0 and report["heavy"] == []
     assert all(Path(file).is_relative_to(target) for file in report["files"])
-    assert "--pretrained_model_name_or_path" in text and "Default: CompVis/stable-diffusion-v1-4" in " ".join(
-        text.split()
-    )
+    model = "stabilityai/stable-diffusion-3.5-medium" if "flow" in script else "CompVis/stable-diffusion-v1-4"
+    # Lines are also broken after a hyphen.
+    assert "--pretrained_model_name_or_path" in text and f"Default:{model}" in "".join(text.split())
 
 
 def test_the_dev_extra_is_requirements_dev():

@@ -164,7 +164,7 @@ def test_an_entry_without_a_value_that_peft_does_not_know_is_ignored(tmp_path, p
         ("4", "its metadata 'lora_adapter_metadata' is not a JSON object"),
         ('"r"', "its metadata 'lora_adapter_metadata' is not a JSON object"),
         ("null", "its metadata 'lora_adapter_metadata' is not a JSON object"),
-        ('{"transformer.r": 4}', "its metadata has the key 'transformer.r', of no component of Stable Diffusion"),
+        ('{"transformer.r": 4}', "its metadata has the key 'transformer.r', of no component of the base model"),
         (
             '{"text_encoder.r": 4, "text_encoder.lora_alpha": 4}',
             "it has layers of the unet, and no configuration of them",

@@ -26,7 +26,7 @@ from rlr_training.checks import rlr_settings
 from rlr_training.metrics import Progress, gather_scores, log_metrics, print_plan, trim_metrics
 from rlr_training.metrics import metrics_of as line_of
 from rlr_training.run import load_run_rewards, set_num_steps
-from rlr_utils import RLRStep
+from rlr_utils import RLRStep, ddim_steps
 from train_rlr_sd import parse_args
 
 
@@ -35,8 +35,13 @@ def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1):
     args = parse_args(["--train_batch_size", "2", "--max_train_steps", "5", *flags])
     parameters = [torch.nn.Parameter(torch.zeros(1000)), torch.nn.Parameter(torch.zeros(234))]
     rlr = RLRStep(args.num_inference_steps, differentiable, parameters=parameters, **rlr_settings(args))
-    accelerator = SimpleNamespace(num_processes=num_ranks, print=print)
-    print_plan(accelerator, args, rlr, rlr.draw_schedule(), num_prompts, parameters)
+    accelerator, sampler = (
+        SimpleNamespace(num_processes=num_ranks, print=print),
+        SimpleNamespace(prompts=[""] * num_prompts),
+    )
+    levels = [(1 - sigma, sigma) for sigma in (1.0, 0.8, 0.5, 0.1, 0.0)]
+    chain = SimpleNamespace(steps=ddim_steps(levels, "flow_prediction", eta=0.0))
+    print_plan(accelerator, args, rlr, rlr.draw_schedule(), chain, sampler, parameters)
     return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
@@ -47,6 +52,8 @@ def test_the_plan_is_the_arithmetic_of_the_run(capsys):
     assert rows["steps"] == "5 = 6.0 passes over the prompts"
     assert (rows["trainable parameters"], rows["prompts"], rows["model"]) == ("1,234", "10", "x")
     assert (rows["reward"], rows["gradient estimator"]) == ("aesthetic", "rlr")
+    # Without noise a prediction counts as much as its step lowers sigma.
+    assert rows["weight of the steps"] == "10 % the last, 50 % the last 2, 80 % the last 3"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How a run ends: the adapter is saved, compared with the base model, and uploaded."""
+
+import os
+
+import torch
+
+from diffusers.training_utils import free_memory
+
+from .errors import RunError, RunStopped, naming, one_line, saving
+from .evaluation import compare_with_base, load_base, print_comparison, print_result
+from .hub import push
+from .optimizer import averaged
+from .output_dir import METRICS_FILE, place_adapter
+from .plots import plot_reward_curve
+from .processes import frozen_dtype
+
+
+STOPPED = "stopped"
+
+
+def save_result(args, run, step):
+    """Write the adapter, its moving average, the reward curve and the model card into the output folder."""
+    place_adapter(run.model, args.output_dir, with_kohya=getattr(args, "export_kohya", False))
+    if run.optimization.ema is not None:
+        with averaged(run.optimization):
+            place_adapter(run.model, args.output_dir, "ema")
+    metrics_file, curve, card = (
+        os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md")
+    )
+    with saving(curve):
+        plot_reward_curve(metrics_file, curve)
+    with saving(card):
+        run.save_card(step)
+
+
+def finish(args, run, step, end):
+    """Save the result, compare it with the base model, upload it.
+
+    Args:
+        step: the last step that was taken.
+        end: from `after_step`, why the run is over.
+
+    Raises:
+        RunStopped: if somebody has asked for the end; nothing is saved but the checkpoint.
+        RunError: for failures after the adapter has been saved.
+    """
+    accelerator, failures = run.accelerator, []
+    if end == STOPPED:
+        accelerator.end_training()
+        if not accelerator.is_main_process:
+            raise SystemExit(1)
+        how = "continue with the same command and --resume_from_checkpoint latest"
+        raise RunStopped(f"stopped after step {step}; {how}")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with naming(f"step {step}:"):
+            save_result(args, run, step)
+        run.model.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
+        free_memory()
+        # The adapter is already saved; later failures are reported at the end.
+        failures = compare_at_the_end(args, run, step)
+        print_result(args, run.evaluation_command)
+        failures += push_at_the_end(args, run)
+    accelerator.end_training()
+    if failures:
+        raise RunError("; ".join(failures))
+
+
+def compare_at_the_end(args, run, step):
+    """Compare the adapter with the base model, for the card and on stdout; returns what went wrong, a list."""
+    if args.num_eval_images == 0:
+        return []
+    try:
+        base = load_base(args, frozen_dtype(args.mixed_precision))
+        base.pipeline.to(run.accelerator.device)
+        heldout = None if run.heldout is None else run.heldout.heldout
+        results, failures = compare_with_base(args, run.rewards, heldout, run.sampler.prompts, base)
+        run.save_card(step, results)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return [f"the comparison with the base model has failed: {one_line(error)}"]
+    print_comparison(args, results)
+    return failures
+
+
+def push_at_the_end(args, run):
+    """Upload the output folder with --push_to_hub; returns what went wrong, a list."""
+    if run.repo_id is None:
+        return []
+    try:
+        push(args, run.repo_id, "End of training")
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -35,7 +35,11 @@ SCRIPT, TRACKER = "train_rlr_sd.py", "rlr-sd"
 
 def parse_args(input_args=None):
     parser = FlagParser(prog=SCRIPT, description="Fine-tune a LoRA of Stable Diffusion 1.x, 2.x or XL on a reward.")
-    model = arguments.add_model_flags(parser, "CompVis/stable-diffusion-v1-4", "to_k,to_q,to_v,to_out.0")
+    model = arguments.add_model_flags(
+        *(parser, "CompVis/stable-diffusion-v1-4"),
+        files=", or a .safetensors file of SD 1.x or XL",
+        lora_layers="to_k,to_q,to_v,to_out.0",
+    )
     model.add_argument(
         "--pretrained_vae_model_name_or_path",
         help="A VAE instead of the model's own (folder or Hub name). For SDXL, madebyollin/sdxl-vae-fp16-fix runs in half"

@@ -31,14 +31,20 @@ LOW_MEMORY = {
 }
 
 
-def add_model_flags(parser, default, lora_layers=None):
-    """The pipeline to train and its LoRA; returns the group, for the flags that a family adds."""
+def add_model_flags(parser, default, files="", lora_layers=None):
+    """The pipeline to train and its LoRA; returns the group, for the flags that a family adds.
+
+    Args:
+        default: name of the pipeline.
+        files: what else the pipeline may be, as its help says.
+        lora_layers: default of the flag.
+    """
     group = parser.add_argument_group("model")
     add = group.add_argument
     add(
         "--pretrained_model_name_or_path",
         default=default,
-        help="Folder of a diffusers pipeline, its name on huggingface.co/models, or a .safetensors file of SD 1.x or XL.",
+        help=f"Folder of a diffusers pipeline, or its name on huggingface.co/models{files}.",
     )
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model files, such as fp16.")

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow quality style assets emoji-assets gradient-quality clean
+.PHONY: demo demo-flow test test-slow quality style assets emoji-assets gradient-quality clean
 
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +29,20 @@ demo: $(VENV)/installed
 		--train_batch_size 16 --decode_batch_size 16 --learning_rate 2e-3 \
 		--max_train_steps 40 --num_eval_images 128 --seed 0 \
 		--output_dir demo-output
+
+demo-flow: $(VENV)/installed
+	rm -rf demo-flow-output
+	$(BIN)/python -m accelerate.commands.launch --num_processes 1 \
+		--num_machines 1 --mixed_precision no --dynamo_backend no train_rlr_flow.py \
+		--pretrained_model_name_or_path assets/tiny-emoji-sd3 \
+		--prompts assets/emoji.txt \
+		--reward aesthetic --reward_path aesthetic=assets/tiny-emoji-rewards \
+		--heldout_reward assets/tiny-emoji-rewards/emoji_classifier.py:ConceptAccuracy \
+		--heldout_steps 10 --num_heldout_images 64 --feature_model assets/tiny-emoji-rewards/clip \
+		--num_inference_steps 20 --guidance_scale 4.5 --max_sequence_length 1 \
+		--train_batch_size 16 --decode_batch_size 16 --learning_rate 1e-3 \
+		--max_train_steps 40 --num_eval_images 128 --seed 0 \
+		--output_dir demo-flow-output
 
 # Two processes of one thread each, see tests/conftest.py.
 test: $(VENV)/installed-dev
@@ -55,4 +69,4 @@ gradient-quality: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient_quality.py
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output demo-flow-output

@@ -190,10 +190,13 @@ def test_commands_are_accepted_by_the_scripts(document, capsys):
                 pytest.fail(f"{shlex.join(arguments)}: {capsys.readouterr().err}")
 
 
-def test_the_demo_of_the_makefile_is_accepted():
+def test_the_demos_of_the_makefile_are_accepted():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    (arguments,) = [words for parser, words in commands_of_scripts(f"```bash\n{makefile}```\n")]
-    assert train_rlr_sd.parse_args(arguments).pretrained_model_name_or_path == "assets/tiny-emoji"
+    models = [
+        parser(words).pretrained_model_name_or_path
+        for parser, words in commands_of_scripts(f"```bash\n{makefile}```\n")
+    ]
+    assert models == ["assets/tiny-emoji", "assets/tiny-emoji-sd3"]
 
 
 @each_document

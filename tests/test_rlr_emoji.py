@@ -53,6 +53,11 @@ def real(emoji):
     return emoji.batch(256, torch.Generator().manual_seed(11))
 
 
+@pytest.fixture(scope="module", params=["tiny-emoji", "tiny-emoji-sd3"])
+def each_pipeline(request):
+    return load_pipeline(ASSETS, request.param)
+
+
 @pytest.fixture(scope="module")
 def pipeline():
     return load_pipeline(ASSETS)
@@ -61,18 +66,32 @@ def pipeline():
 # The models
 
 
-def test_the_pipeline_draws_what_prompts_ask_for(pipeline, emoji):
+def test_the_pipelines_draw_what_prompts_ask_for(each_pipeline, emoji):
     styles = torch.arange(64) % 2
     prompts = [caption(c, STYLE_WORDS[s], "blue" if s else "pink") for c, s in zip(emoji.concepts, styles)]
-    concept, style, background = read(draw(pipeline, prompts, seed=50, size=64), ASSETS)
+    concept, style, background = read(draw(each_pipeline, prompts, seed=50, size=64), ASSETS)
     assert (concept == torch.arange(64)).float().mean() >= 0.93
     assert (style == styles).float().mean() >= 0.9
     assert (background == torch.where(styles == 1, 1, 4)).float().mean() >= 0.93
 
 
-def test_seeds_give_different_images(pipeline):
+def test_seeds_give_different_images(each_pipeline):
     """On one background, whose color would make any two images differ."""
-    assert count_distinguishable(draw(pipeline, ["a fox on a white background"] * 8, seed=60)) >= 3
+    assert count_distinguishable(draw(each_pipeline, ["a fox on a white background"] * 8, seed=60)) >= 3
+
+
+def test_the_flow_model_draws_with_any_number_of_zeros_after_a_prompt(emoji):
+    """As many as the pipeline appends in place of T5."""
+    pipeline, concepts = load_pipeline(ASSETS, "tiny-emoji-sd3"), torch.arange(0, 64, 4)
+    images = draw(pipeline, [caption(emoji.concepts[i]) for i in concepts], seed=51, max_sequence_length=256)
+    assert (read(images, ASSETS)[0] == concepts).float().mean() >= 0.93
+
+
+def test_the_flow_model_is_small_and_has_the_autoencoder_of_the_other():
+    folder = Path(ASSETS) / "tiny-emoji-sd3"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (folder / weights).read_bytes() == (Path(TINY_EMOJI) / weights).read_bytes()
 
 
 def test_the_autoencoder_loses_little(pipeline, real):
@@ -83,7 +102,7 @@ def test_the_autoencoder_loses_little(pipeline, real):
 
 
 def test_the_files_are_in_float16():
-    for folder in (TINY_EMOJI, REWARDS):
+    for folder in (TINY_EMOJI, REWARDS, os.path.join(ASSETS, "tiny-emoji-sd3")):
         for path in Path(folder).rglob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
                 assert {file.get_tensor(key).dtype for key in file.keys()} <= {torch.float16, torch.int64}, path

@@ -13,7 +13,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Train the emoji models in assets/ from scratch: a small Stable Diffusion, its CLIP, an aesthetic head, a classifier.
+"""Train the emoji models in assets/ from scratch: a small Stable Diffusion, a small Stable Diffusion 3,
+their CLIP, an aesthetic head, a classifier.
 
     make emoji-assets
 
@@ -24,23 +25,34 @@ was stopped, and writes what it made to assets/, where the next stage reads it.
 import argparse
 import os
 
-from emoji_models.cards import write_cards
+from emoji_models.cards import write_cards, write_flow_card
 from emoji_models.classifier import train_classifier
 from emoji_models.clip import train_clip
 from emoji_models.data import EmojiImages
-from emoji_models.saving import save_clip, save_pipeline, save_vae
+from emoji_models.flow import train_flow
+from emoji_models.saving import save_clip, save_flow_pipeline, save_pipeline, save_vae
 from emoji_models.unet import train_unet
 from emoji_models.vae import load_vae, train_decoder, train_vae
 
 
-STAGES = ["vae", "decoder", "clip", "classifier", "unet", "cards"]
+STAGES = ["vae", "decoder", "clip", "classifier", "unet", "flow", "cards"]
 # The steps of the trainings; the images that are encoded for the U-Net; and those of the cards' figures: of prompts of all
 # kinds, and of each concept without style and background.
 SIZES = {
-    **{"vae": 20_000, "decoder": 12_000, "clip": 2_500, "classifier": 1_500, "unet": 12_000},
+    **{"vae": 20_000, "decoder": 12_000, "clip": 2_500, "classifier": 1_500, "unet": 12_000, "flow": 14_000},
     **{"latents": 64_000, "images": 500, "seeds": 8},
 }
-QUICK = {"vae": 2, "decoder": 2, "clip": 2, "classifier": 2, "unet": 2, "latents": 100, "images": 8, "seeds": 2}
+QUICK = {
+    "vae": 2,
+    "decoder": 2,
+    "clip": 2,
+    "classifier": 2,
+    "unet": 2,
+    "flow": 2,
+    "latents": 100,
+    "images": 8,
+    "seeds": 2,
+}
 
 
 def make(stage, emoji, out, work_dir, sizes):
@@ -56,8 +68,11 @@ def make(stage, emoji, out, work_dir, sizes):
         train_classifier(emoji, state_file, sizes[stage], out)
     elif stage == "unet":
         save_pipeline(train_unet(emoji, state_file, sizes[stage], out, sizes["latents"]), out)
+    elif stage == "flow":
+        save_flow_pipeline(train_flow(emoji, state_file, sizes[stage], out, sizes["latents"]), out)
     else:
         write_cards(emoji, out, work_dir, sizes)
+        write_flow_card(emoji, out, sizes)
 
 
 def main():

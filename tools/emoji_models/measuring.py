@@ -24,30 +24,36 @@ from tiny_stable_diffusion import tokenize
 from tqdm import trange
 from transformers import CLIPModel
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from .classifier import HELD_OUT, accuracies, accuracy, read
 from .data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, caption
 
 
-SETTINGS = {"num_inference_steps": 20, "guidance_scale": 4.5, "eta": 1.0}
+SETTINGS = {
+    "tiny-emoji": {"num_inference_steps": 20, "guidance_scale": 4.5, "eta": 1.0},
+    "tiny-emoji-sd3": {"num_inference_steps": 20, "guidance_scale": 4.5, "max_sequence_length": 1},
+}
 DISTINGUISHABLE = 0.1  # root of the mean squared difference of two images in [0, 1]
 
 
-def load_pipeline(out):
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        os.path.join(out, "tiny-emoji"), dtype=torch.float32, safety_checker=None
-    )
+def load_pipeline(out, name="tiny-emoji"):
+    if name == "tiny-emoji":
+        pipeline_class, missing = StableDiffusionPipeline, {"safety_checker": None}
+    else:
+        pipeline_class, missing = StableDiffusion3Pipeline, {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = pipeline_class.from_pretrained(os.path.join(out, name), dtype=torch.float32, **missing)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def draw(pipeline, prompts, seed, size=50):
-    """One image for each prompt: (B, 3, 48, 48) in [0, 1] on the CPU."""
-    images = []
+def draw(pipeline, prompts, seed, size=50, **settings):
+    """One image for each prompt: (B, 3, 48, 48) in [0, 1] on the CPU, with the settings of `SETTINGS` and others."""
+    images, name = [], "tiny-emoji" if isinstance(pipeline, StableDiffusionPipeline) else "tiny-emoji-sd3"
+    settings = {**SETTINGS[name], **settings}
     for start in trange(0, len(prompts), size, desc="images"):
         generator = torch.Generator().manual_seed(seed + start)
-        batch = pipeline(prompts[start : start + size], generator=generator, output_type="pt", **SETTINGS)
+        batch = pipeline(prompts[start : start + size], generator=generator, output_type="pt", **settings)
         images.append(batch.images)
     return torch.cat(images)
 
@@ -112,11 +118,13 @@ def measure_prompts(pipeline, emoji, out, num_images):
     }
 
 
-def measure_samples(pipeline, emoji, out, seeds):
-    """What prompts such as "a fox" give, two images of each in samples.png of the pipeline, and how much seeds differ."""
+def measure_samples(pipeline, emoji, out, seeds, name="tiny-emoji"):
+    """What prompts such as "a fox" give, with images in samples.png of the pipeline, and how much seeds differ."""
     prompts = [caption(concept) for concept in emoji.concepts]
     images = draw(pipeline, [prompt for prompt in prompts for _ in range(2)], seed=1000)
-    sheet(images.split(16), os.path.join(out, "tiny-emoji", "samples.png"))
+    # One image of each instead of two, and not enlarged: the folder of the second pipeline is kept below 6 MB.
+    rows, zoom = (images, 2) if name == "tiny-emoji" else (images[::2], 1)
+    sheet(rows.split(16), os.path.join(out, name, "samples.png"), zoom)
     concept, style, _ = read(images, out)
     scores = load_aesthetic(out)(images, [""] * len(images))
     # On one background, whose color would make any two images differ.
@@ -129,6 +137,13 @@ def measure_samples(pipeline, emoji, out, seeds):
         "plain_deviation": scores.std().item(),
         "least_variety": min(count_distinguishable(images) for images in by_prompt),
     }
+
+
+def measure_plain_prompts(pipeline, emoji, out, **settings):
+    """The share of the concepts that prompts such as "a fox" give, two seeds of each, with other settings."""
+    prompts = [caption(concept) for concept in emoji.concepts for _ in range(2)]
+    concept, _, _ = read(draw(pipeline, prompts, seed=1000, **settings), out)
+    return accuracy(concept, torch.arange(len(emoji.concepts)).repeat_interleave(2))
 
 
 def count_distinguishable(images):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, PreTrainedModel
 
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from .data import RESOLUTION
 
@@ -53,12 +53,24 @@ def save_clip(clip, tokenizer, head, out):
 
 def save_pipeline(parts, out):
     """The pipeline's folder, without the autoencoder, which is there."""
-    folder = os.path.join(out, "tiny-emoji")
     pipeline = StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+    _save_parts(
+        pipeline, {name: part for name, part in parts.items() if name != "vae"}, os.path.join(out, "tiny-emoji")
+    )
+
+
+def save_flow_pipeline(parts, out):
+    """The folder of the Stable Diffusion 3, which has no T5."""
+    pipeline = StableDiffusion3Pipeline(**parts, text_encoder_3=None, tokenizer_3=None)
+    _save_parts(pipeline, parts, os.path.join(out, "tiny-emoji-sd3"))
+
+
+def _save_parts(pipeline, parts, folder):
     pipeline.save_config(folder)
-    for name in ("unet", "text_encoder"):
-        save_half(parts[name], os.path.join(folder, name))
-    for name in ("tokenizer", "scheduler"):
-        parts[name].save_pretrained(os.path.join(folder, name))
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            save_half(part, os.path.join(folder, name))
+        else:
+            part.save_pretrained(os.path.join(folder, name))

@@ -1,0 +1,188 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Gradient estimators on a flow-matching model, the embedded Stable Diffusion 3.
+
+    python benchmarks/flow_estimators.py        or, for a short test, with --quick
+
+Each estimator trains at several learning rates and seeds, on the aesthetic reward and on a black box, the size of the image as a
+JPEG file. truncated_bp differentiates the last step alone, at the pipeline's own levels and at evenly spaced ones. A run whose
+line is in flow_estimators.jsonl is not repeated. Prints a table and writes flow_estimators.csv and flow_estimators.png.
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from bench_common import ASSETS, VERSIONS, add_workers_flag, make_parser, parse_benchmark, worker_pool, write_csv
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from train_rlr_flow import main as train
+from train_rlr_flow import parse_args
+
+
+MODEL, REWARDS = (os.path.join(ASSETS, name) for name in ("tiny-emoji-sd3", "tiny-emoji-rewards"))
+ACCURACY = os.path.join(REWARDS, "emoji_classifier.py:ConceptAccuracy")
+FLAGS = [
+    *("--pretrained_model_name_or_path", MODEL, "--prompts", os.path.join(ASSETS, "emoji.txt")),
+    *("--reward_path", f"aesthetic={REWARDS}", "--heldout_reward", ACCURACY, "--heldout_steps", "1000"),
+    *("--feature_model", os.path.join(REWARDS, "clip"), "--num_heldout_images", "4"),
+    *(
+        "--guidance_scale",
+        "4.5",
+        "--max_sequence_length",
+        "1",
+        "--train_batch_size",
+        "16",
+        "--decode_batch_size",
+        "16",
+    ),
+    *("--report_to", "none", "--checkpointing_steps", "1000"),
+]
+SMOOTH, BLACK_BOX = "aesthetic", "jpeg_compressibility"
+# {name: (reward, flags)}
+CASES = {
+    "rlr": (SMOOTH, []),
+    "full_bp": (SMOOTH, ["--gradient_estimator", "full_bp"]),
+    "draft_lv": (SMOOTH, ["--gradient_estimator", "draft_lv"]),
+    "truncated_bp 1": (SMOOTH, ["--gradient_estimator", "truncated_bp"]),
+    "truncated_bp 1, linspace": (SMOOTH, ["--gradient_estimator", "truncated_bp", "--sigmas", "linspace"]),
+    "rlr, flow_sde": (SMOOTH, ["--noise", "flow_sde"]),
+    "ddpo": (SMOOTH, ["--gradient_estimator", "ddpo"]),
+    "rlr, black box": (BLACK_BOX, []),
+    "ddpo, black box": (BLACK_BOX, ["--gradient_estimator", "ddpo"]),
+}
+
+
+def run(name, rate, seed, num_steps, steps, images):
+    """The row of one training run.
+
+    Args:
+        name: a key of `CASES`.
+        rate: the learning rate.
+        num_steps: T.
+        steps: optimizer steps.
+        images: on which base and tuned model are compared.
+    """
+    torch.set_num_threads(1)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    reward, flags = CASES[name]
+    numbers = {"num_inference_steps": num_steps, "max_train_steps": steps, "num_eval_images": images, "seed": seed}
+    numbers |= {"learning_rate": rate, "reward": reward}
+    flags = [*FLAGS, *flags, *(word for flag, value in numbers.items() for word in (f"--{flag}", str(value)))]
+    with tempfile.TemporaryDirectory() as folder:
+        output_dir = os.path.join(folder, "out")
+        train(parse_args([*flags, "--output_dir", output_dir]))
+        with open(os.path.join(output_dir, "evaluation.json"), encoding="utf-8") as file:
+            results = json.load(file)
+        with open(os.path.join(output_dir, "metrics.jsonl"), encoding="utf-8") as file:
+            seconds = [json.loads(line)["seconds"] for line in file]
+    return {
+        **{"estimator": name, "learning_rate": rate, "seed": seed},
+        **{"base": results["base"]["mean"], "base_std": results["base"]["std"]},
+        **{"gain": results["gain"]["mean"], "gain_error": results["gain"]["standard_error"]},
+        "concept_accuracy": results["heldout"]["tuned"]["mean"],
+        "seconds_per_step": statistics.median(seconds),
+    }
+
+
+def read_rows(path):
+    """The rows of runs that have ended, {(estimator, rate, seed): row}."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {(row["estimator"], row["learning_rate"], row["seed"]): row for row in rows}
+
+
+def run_all(path, keys, sizes, workers):
+    """The rows of all runs; those that are not in the file `path` are run, and added to it."""
+    rows = read_rows(path)
+    with worker_pool(workers) as pool:
+        futures = [pool.submit(run, *key, *sizes) for key in keys if key not in rows]
+        for future in tqdm(futures, desc="Runs"):
+            row = future.result()
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    rows = read_rows(path)
+    return [rows[key] for key in keys]
+
+
+def best_rates(rows):
+    """{estimator: its rows at the learning rate of the largest mean gain}."""
+    best = {}
+    for name in CASES:
+        by_rate = {}
+        for row in rows:
+            if row["estimator"] == name:
+                by_rate.setdefault(row["learning_rate"], []).append(row)
+        best[name] = max(by_rate.values(), key=lambda group: statistics.mean(row["gain"] for row in group))
+    return best
+
+
+def print_table(best):
+    print(
+        f"{'':<26}{'rate':>8}{'gain':>8}{'lowest':>8}{'highest':>9}{'in deviations':>15}{'accuracy':>10}{'s/step':>8}"
+    )
+    for name, rows in best.items():
+        gains = [row["gain"] for row in rows]
+        mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0] if key != "estimator"}
+        print(
+            f"{name:<26}{rows[0]['learning_rate']:>8g}{mean['gain']:>8.3f}{min(gains):>8.3f}{max(gains):>9.3f}"
+            f"{mean['gain'] / mean['base_std']:>15.2f}{mean['concept_accuracy']:>10.3f}{mean['seconds_per_step']:>8.2f}"
+        )
+
+
+def plot(best, path):
+    """The gain of every seed at the best learning rate, in standard deviations of the base model's images."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, rows in enumerate(best.values()):
+        gains = [row["gain"] / row["base_std"] for row in rows]
+        axes.plot(gains, [place] * len(rows), "o", color="C0", alpha=0.5)
+        axes.plot(statistics.mean(gains), place, "|", color="black", ms=18)
+    axes.set_yticks(range(len(best)), best)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", lw=0.6)
+    axes.set(xlabel="gain in standard deviations of the base model (dot: a seed, bar: mean)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main(input_args=None):
+    parser = make_parser(__doc__)
+    add_workers_flag(parser)
+    args = parse_benchmark(parser, input_args)
+    rates, seeds, sizes = ((1e-3,), 1, (2, 1, 2)) if args.quick else ((1e-3, 3e-3), 3, (10, 40, 128))
+    keys = [(name, rate, seed) for seed in range(seeds) for name in CASES for rate in rates]
+    rows = run_all(os.path.join(args.out, "flow_estimators.jsonl"), keys, sizes, args.workers)
+    header = (
+        f"python benchmarks/flow_estimators.py{' --quick' if args.quick else ''}, {platform.machine()}, {VERSIONS},"
+        f" {seeds} seeds, {sizes[1]} optimizer steps of 16 images,"
+        f" T = {sizes[0]}"
+    )
+    best = best_rates(rows)
+    print(header)
+    print_table(best)
+    write_csv(rows, os.path.join(args.out, "flow_estimators.csv"), header)
+    plot(best, os.path.join(args.out, "flow_estimators.png"))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from diffusion_models import FLOW_FAMILIES, load_model
 from diffusion_models.adapters import load_adapter, save_lora
 from rlr_chains import Mix, gradients
 from rlr_flow_models import FLOW_FOLDERS, plain_flow_pipeline, tiny_flux, tiny_flux2_klein, tiny_sd3, tiny_sd35
-from rlr_models import seeded
+from rlr_models import DeviceCopies, seeded
 from rlr_utils import backward_sweep, likelihood_ratio, rollout
 
 
@@ -254,3 +254,26 @@ def test_in_half_precision_latents_stay_in_float32(folder):
     mean.sum().backward()
     assert mean.dtype == torch.float32 and x.grad.isfinite().all()
     assert model.decode(x.detach()).isfinite().all()
+
+
+def test_a_rollout_does_not_wait_for_the_device(folder):
+    """After the noise of all steps, and tables of positions at the first, nothing goes to the device. Z-Image is left out: its
+    network takes a list of prompts, whose lengths are asked for."""
+    model = load_model(folder)
+    if model.pipeline_class == "ZImagePipeline":
+        return
+    conditions, negative = ({name: value.to("meta") for name, value in one.items()} for one in conditions_of(model))
+    model.network.to("meta")
+    chain = model.make_chain(model.network, 3, SIZE, guidance_scale=3.0, device="meta")
+    chain = chain.conditioned_on(conditions, negative or None)
+    x_T, before = torch.zeros(model.latents_shape(len(PROMPTS), SIZE), device="meta"), []
+    hook = model.network.register_forward_pre_hook(lambda *_: before.append(len(copies.operations)))
+    with DeviceCopies() as copies:
+        rollout(chain, x_T, seeded(range(len(PROMPTS))))
+    hook.remove()
+    assert before[0] > 0 and before[1:] == [len(copies.operations)] * 2
+
+
+def conditions_of(model):
+    """Those of `PROMPTS` and of no negative prompt, which is empty for a model without guidance."""
+    return model.embed(PROMPTS), model.embed_negative() or {}

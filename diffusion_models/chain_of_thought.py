@@ -24,7 +24,7 @@ class ChainOfThought:
     """A `callback_on_step_end` for a pipeline of diffusers, which is called with the prompts of the first step:
 
         thought = ChainOfThought(pipeline, coarse, mid, fine, num_inference_steps=50)
-        pipeline(thought.first, num_inference_steps=50, callback_on_step_end=thought, **thought.inputs)
+        pipeline(prompt=thought.first, num_inference_steps=50, callback_on_step_end=thought, **thought.inputs)
 
     Args:
         pipeline: of a family of `diffusion_models`, its text encoders on the device that the pipeline runs on.

@@ -65,12 +65,12 @@ class PromptEmbeds:
             return self.model.embed_negative(prompt, self.device)
 
     @torch.no_grad()
-    def encode_all(self, prompts):
+    def encode_all(self, prompts, show_progress=True):
         """Encode prompts now, those beyond `max_bytes` into files, and free the text encoders."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
         self.folder = tempfile.TemporaryDirectory(prefix="prompt-embeds-")
         with offload_models(*self.model.text_encoders, device=self.device):
-            for number, prompt in enumerate(tqdm(new, desc="prompts", disable=len(new) < 100)):
+            for number, prompt in enumerate(tqdm(new, desc="prompts", disable=not show_progress or len(new) < 10)):
                 embeds = self._embed(prompt)
                 if self.bytes + _size(embeds) > self.max_bytes:
                     path = os.path.join(self.folder.name, f"{number}.safetensors")

@@ -108,7 +108,7 @@ def drawing_chain_of(args, model, embeds=None):
     return conditioned(args, chain, embeds or PromptEmbeds(model, device))
 
 
-def encode_prompts_of_run(args, embeds, sampler, others, num_steps):
+def encode_prompts_of_run(args, embeds, sampler, others, num_steps, show_progress):
     """Encode all prompts that a run will meet and free the text encoders, unless there are very many.
 
     Args:
@@ -116,6 +116,7 @@ def encode_prompts_of_run(args, embeds, sampler, others, num_steps):
         sampler: `PromptSampler`, where the run begins; it is left unchanged.
         others: prompts beside those of training.
         num_steps: optimizer steps that are left.
+        show_progress: whether this process shows a bar.
     """
     upcoming, ahead = {}, copy.copy(sampler)
     for _ in range(num_steps * args.gradient_accumulation_steps):
@@ -124,4 +125,4 @@ def encode_prompts_of_run(args, embeds, sampler, others, num_steps):
             return
         if len(upcoming) == sampler.num_distinct:
             break
-    embeds.encode_all(texts_of(args.prompts, [*upcoming, *others]))
+    embeds.encode_all(texts_of(args.prompts, [*upcoming, *others]), show_progress)

@@ -249,9 +249,31 @@ def load_base(args, dtype, families=FAMILIES):
             cache_dir=args.cache_dir,
             families=families,
         )
-        if getattr(args, "max_sequence_length", None) is not None:
-            model.max_sequence_length = args.max_sequence_length
-        return model
+    check_flow_flags(args, model)
+    return model
+
+
+def check_flow_flags(args, model):
+    """Give the model --max_sequence_length.
+
+    Raises:
+        ValueError: for flags of flow-matching models if it is not one of them, for --eta if an evaluation is of one, and for
+            more tokens than its pipeline takes.
+    """
+    tokens, sigmas = getattr(args, "max_sequence_length", None), getattr(args, "sigmas", "native")
+    flags = {f"--sigmas {sigmas}": sigmas != "native", f"--max_sequence_length {tokens}": tokens is not None}
+    if "sigmas" not in model.sampling_options:
+        for flag in (flag for flag, is_given in flags.items() if is_given):
+            raise ValueError(f"{flag} is for flow-matching models, not for a {model.pipeline_class}")
+        return
+    if not hasattr(args, "noise") and args.eta != 1:  # an evaluation
+        raise ValueError(f"--eta {args.eta} is not for a {model.pipeline_class}, which draws without noise")
+    if tokens is not None:
+        if tokens > model.longest_sequence:
+            raise ValueError(
+                f"--max_sequence_length {tokens}: a {model.pipeline_class} reads at most {model.longest_sequence}"
+            )
+        model.max_sequence_length = tokens
 
 
 def compare_with_base(args, rewards, heldout, prompts, model):

@@ -149,6 +149,8 @@ def evaluation_command_of(args, flags):
     """
     output_dir, flags = args.output_dir, {**flags, EVALUATION_FLAGS[0]: args.pretrained_model_name_or_path}
     words = ["python", "evaluate_rlr.py", "--adapters", output_dir]
+    if hasattr(args, "noise"):  # a flow-matching model, which is drawn without noise
+        flags.pop("eta", None)
     for name in EVALUATION_FLAGS:
         words += flag_words(name, flags[name]) if name in flags else []
     return shlex.join([*words, "--output_dir", f"{os.path.normpath(output_dir)}-evaluation"])

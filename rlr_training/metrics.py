@@ -39,7 +39,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
     Args:
         rlr: `RLRStep`.
         schedule: one of its schedules.
-        chain: of the run, without prompts.
+        chain: of a batch.
         sampler: `PromptSampler`.
         trainable: the parameters that are trained.
     """
@@ -57,7 +57,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
         "prompts": num_prompts,
         "images per step": f"{images} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"
         f" accumulation x {accelerator.num_processes} ranks",
-        "network calls per step": _describe_calls(args, rlr, schedule, images),
+        "network calls per step": _describe_calls(args, rlr, schedule, chain, images),
         "images scored per step": f"{images * (1 + sum(extra.values()))}"
         + (f" = {images}" if any(extra.values()) else "")
         + "".join(f" + {number} {what} of each" for what, number in extra.items() if number),
@@ -76,10 +76,10 @@ def _describe_weights(chain):
     return ", ".join(f"{100 * sum(weights[-n:]):.2g} % the last{'' if n == 1 else f' {n}'}" for n in counts) or "100 %"
 
 
-def _describe_calls(args, rlr, schedule, images):
+def _describe_calls(args, rlr, schedule, chain, images):
     """How often the network is called in an optimizer step, in forward passes for one image without guidance."""
     calls = rlr.expected_calls(schedule)
-    guided = 2 if args.guidance_scale > 1 else 1
+    guided = 2 if chain.guided else 1
     forwards, swept = (round(guided * images * number) for number in (calls.forward, calls.swept))
     leaves_out = min(schedule.probabilities.values()) < 1
     is_drawn = leaves_out or args.branches or args.gradient_estimator == "alignprop"

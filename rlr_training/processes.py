@@ -166,25 +166,28 @@ def to_device(args, accelerator, model, baseline_vae):
 
 
 @torch.no_grad()
-def try_model(args, model, chain):
-    """Call network and decoder once, so that a model that cannot draw is refused before anything is written.
+def try_model(args, model, chain, baseline_vae):
+    """Call network and decoders once, so that a model that cannot draw is refused before anything is written.
 
     Raises:
-        ValueError: naming the model.
+        ValueError: naming the model, or --baseline_vae.
     """
-    name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}"
+    decoders = {f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}": None}
+    if baseline_vae is not None:
+        decoders[f"--baseline_vae {args.baseline_vae!r}"] = baseline_vae
     x = torch.zeros(model.latents_shape(1, (args.height, args.width)), device=chain.timesteps.device)
-    try:
-        images = model.decode(chain.mean(chain.num_steps, x))
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"{name} cannot draw an image: {type(error).__name__}: {first_line(error)}") from error
-    if not images.isfinite().all():
-        raise ValueError(
-            f"{name} draws images that are not finite: its weights are damaged, or overflow with --mixed_precision"
-            f" {args.mixed_precision}"
-        )
+    for name, vae in decoders.items():
+        try:
+            images = model.decode(chain.mean(chain.num_steps, x), vae)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"{name} cannot draw an image: {type(error).__name__}: {first_line(error)}") from error
+        if not images.isfinite().all():
+            raise ValueError(
+                f"{name} draws images that are not finite: its weights are damaged, or overflow with --mixed_precision"
+                f" {args.mixed_precision}"
+            )
 
 
 def compiles(args, model, chain, schedule):

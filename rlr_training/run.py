@@ -134,11 +134,9 @@ def prepare(args, script, tracker, families, defaults):
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
-        chain_of = make_chain_of(args, model, chain, network, schedule, embeds, prompts)
+        chain_of = make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae)
         draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
-        drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
-        encode_prompts_of_run(args, embeds, sampler, drawn, args.max_train_steps - first_step)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
 
     command = command_of(flags, accelerator, script)
@@ -156,7 +154,7 @@ def prepare(args, script, tracker, families, defaults):
         repo_id=repo_id,
         first_step=first_step,
     )
-    begin(args, run, config, tracker, schedule, chain)
+    begin(args, run, config, tracker, schedule, embeds)
     return run
 
 
@@ -272,7 +270,7 @@ def make_training_chain(args, accelerator, model, network, rlr, schedule):
     return chain
 
 
-def make_chain_of(args, model, chain, network, schedule, embeds, prompts):
+def make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae):
     """`chain_of(prompts) -> DenoisingChain` of a batch; a network that cannot be compiled runs as it is.
 
     Args:
@@ -281,33 +279,38 @@ def make_chain_of(args, model, chain, network, schedule, embeds, prompts):
         schedule: of the sweep, which the compiler is tried on.
         embeds: `PromptEmbeds`.
         prompts: of the run.
+        baseline_vae: from `load_baseline_vae`.
 
     Raises:
-        ValueError: if the model cannot draw an image.
+        ValueError: if the model cannot draw an image, or --baseline_vae cannot decode it.
     """
     chain_of = conditioned(args, chain, embeds)
     if not is_compiled_module(network):
-        try_model(args, model, chain_of(prompts[:1]))
+        try_model(args, model, chain_of(prompts[:1]), baseline_vae)
     elif not compiles(args, model, chain_of(prompts[:1] * args.train_batch_size), schedule):
         chain = make_chain(args, model, model.network, chain.timesteps.device, sampling_options(args, model))
         return conditioned(args, chain, embeds)
     return chain_of
 
 
-def begin(args, run, config, tracker, schedule, chain):
-    """Start the trackers, print the plan of the run, and score the held-out images of the base model.
+def begin(args, run, config, tracker, schedule, embeds):
+    """Start the trackers, print the plan of the run, encode its prompts, and score the base model's held-out images.
 
     Args:
         run: `Run`.
         config, tracker: of `prepare`.
         schedule: of the sweep.
-        chain: without prompts.
+        embeds: `PromptEmbeds`.
     """
     accelerator, heldout = run.accelerator, run.heldout
     start_trackers(accelerator, config, tracker, run.first_step)
     if accelerator.is_main_process:
         trim_metrics(args.output_dir, run.first_step)
+    chain = run.chain_of(run.sampler.prompts[:1])
     print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable)
+    drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
+    steps_left, show_progress = args.max_train_steps - run.first_step, accelerator.is_local_main_process
+    encode_prompts_of_run(args, embeds, run.sampler, drawn, steps_left, show_progress)
     if heldout is not None:
         run.stopping.start(heldout.measure_base(run.model, run.draw))
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusion_models import FLOW_FAMILIES, load_model
 from diffusion_models.adapters import load_adapter, save_lora
+from diffusion_models.chain_of_thought import ChainOfThought
 from rlr_chains import Mix, gradients
 from rlr_flow_models import FLOW_FOLDERS, plain_flow_pipeline, tiny_flux, tiny_flux2_klein, tiny_sd3, tiny_sd35
 from rlr_models import DeviceCopies, seeded
@@ -277,3 +278,33 @@ def test_a_rollout_does_not_wait_for_the_device(folder):
 def conditions_of(model):
     """Those of `PROMPTS` and of no negative prompt, which is empty for a model without guidance."""
     return model.embed(PROMPTS), model.embed_negative() or {}
+
+
+def test_the_callback_of_a_chain_of_thought_draws_the_chain_where_a_callback_may_change_all_conditions(
+    folder, pipeline
+):
+    model, size = load_model(folder), {"height": SIZE[0], "width": SIZE[1]}
+    levels = [PROMPTS, PROMPTS[::-1], ["a thin one"] * len(PROMPTS)]
+    options = {"num_inference_steps": 3, "boundaries": (0.3, 0.6)}
+    if model.pipeline_class in ("FluxPipeline", "QwenImagePipeline", "ZImagePipeline"):
+        with pytest.raises(ValueError, match=f"a {model.pipeline_class} lets no callback change p"):
+            ChainOfThought(pipeline, *levels, **options)
+        return
+    chain = model.make_chain(model.network, 3, SIZE, guidance_scale=3.0, eta=0.0)
+    chain = chain.conditioned_on([model.embed(level) for level in levels], model.embed_negative())
+    generators = seeded(range(len(PROMPTS)))
+    x_T = model.draw_latents(chain, len(PROMPTS), SIZE, generators)
+    with torch.no_grad():
+        expected = model.decode(rollout(chain, x_T, generators).latents[0])
+    thought = ChainOfThought(pipeline, *levels, **options)
+    given = {
+        **size,
+        **thought.inputs,
+        "callback_on_step_end": thought,
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+    }
+    given |= {"generator": seeded(range(len(PROMPTS))), "output_type": "pt"}
+    found = pipeline(prompt=thought.first, **given).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - images_of_pipeline(model, pipeline, guidance_scale=3.0)).abs().max() > 1e-4

@@ -30,7 +30,7 @@ from rlr_utils import RLRStep, ddim_steps
 from train_rlr_sd import parse_args
 
 
-def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1):
+def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1, guided=True):
     """The rows of the plan {name: value}."""
     args = parse_args(["--train_batch_size", "2", "--max_train_steps", "5", *flags])
     parameters = [torch.nn.Parameter(torch.zeros(1000)), torch.nn.Parameter(torch.zeros(234))]
@@ -40,7 +40,7 @@ def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1):
         SimpleNamespace(prompts=[""] * num_prompts),
     )
     levels = [(1 - sigma, sigma) for sigma in (1.0, 0.8, 0.5, 0.1, 0.0)]
-    chain = SimpleNamespace(steps=ddim_steps(levels, "flow_prediction", eta=0.0))
+    chain = SimpleNamespace(steps=ddim_steps(levels, "flow_prediction", eta=0.0), guided=guided)
     print_plan(accelerator, args, rlr, rlr.draw_schedule(), chain, sampler, parameters)
     return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
@@ -92,7 +92,8 @@ def test_the_plan_says_how_many_images_are_scored(capsys, flags, differentiable,
 )
 def test_the_plan_says_how_often_the_network_is_called(capsys, flags, calls):
     """Of 6 guided steps of 4 images, the last 3 are swept and half of the others, if the reward has a gradient."""
-    rows = plan_of(capsys, "--num_inference_steps", "6", "--train_batch_size", "4", *flags)
+    guided = "--guidance_scale" not in flags
+    rows = plan_of(capsys, "--num_inference_steps", "6", "--train_batch_size", "4", *flags, guided=guided)
     assert rows["network calls per step"] == calls
 
 

@@ -60,11 +60,11 @@ def test_the_last_step_has_noise_where_the_estimator_needs_it(settings, differen
 def encoded(num_prompts, num_steps, rank=0):
     """(the prompts that are encoded before training, those that the run meets)."""
     found = []
-    embeds = SimpleNamespace(encode_all=found.extend)
+    embeds = SimpleNamespace(encode_all=lambda prompts, show_progress: found.extend(prompts))
     args = SimpleNamespace(gradient_accumulation_steps=2, train_batch_size=3, prompts=None)
     sampler = PromptSampler([f"prompt {i}" for i in range(num_prompts)], 0, rank, 2)
     sampler.next_batch(3)  # as of a run that is resumed
-    encode_prompts_of_run(args, embeds, sampler, ["a held-out one"], num_steps)
+    encode_prompts_of_run(args, embeds, sampler, ["a held-out one"], num_steps, show_progress=False)
     met = [prompt for _ in range(2 * num_steps) for prompt in sampler.next_batch(3)]
     return found, met
 

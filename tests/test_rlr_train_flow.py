@@ -30,6 +30,8 @@ from rlr_testing import LORA, TINY_CLIP, TINY_SD, forget_accelerator, metrics_of
 from rlr_training.evaluation import EVALUATION_SEED
 from safetensors import safe_open
 
+from diffusers import AutoencoderTiny
+
 
 PROMPTS = ["a red seven", "a blue two on a green field"]
 BASE = [
@@ -214,15 +216,51 @@ def test_the_evaluation_draws_what_the_pipeline_draws(tmp_path, prompts):
         (tiny_sd3, ["--gradient_estimator", "ddpo", "--final_noise", "0"], "adds no noise at step 1 from the end"),
         (tiny_sd3, ["--truncation_steps", "4", "--gradient_estimator", "truncated_bp"], "--truncation_steps 4"),
         (tiny_qwen_image, ["--num_inference_steps", "1"], "no levels for 1 steps"),
+        (
+            tiny_qwen_image,
+            ["--baseline_vae", "TINY_VAE", "--reward", "jpeg_compressibility"],
+            "the VAE of Qwen-Image can be replaced by no other",
+        ),
         (tiny_sd3, ["--lora_layers", "attn.to_x"], "the transformer has no layer 'attn.to_x'"),
+        (
+            tiny_sd3,
+            ["--max_sequence_length", "513"],
+            "--max_sequence_length 513: a StableDiffusion3Pipeline reads at most",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, capsys, prompts, folder, flags, message):
+    if "TINY_VAE" in flags:
+        blocks = {f"{name}_block_out_channels": (8, 8) for name in ("encoder", "decoder")}
+        counts = {f"num_{name}_blocks": (1, 1) for name in ("encoder", "decoder")}
+        AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "vae")
+        flags = [str(tmp_path / "vae") if flag == "TINY_VAE" else flag for flag in flags]
     with pytest.raises(SystemExit) as stop:
         train_flow(folder(), tmp_path / "out", *prompts, *flags)
     printed = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert message in printed and printed.startswith("train_rlr_flow.py: error: ") and printed.strip().count("\n") == 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--sigmas", "linspace"], ["--max_sequence_length", "9"]], ids=" ".join)
+def test_flags_of_flow_models_are_refused_for_others(tmp_path, flags):
+    command = ["--pretrained_model_name_or_path", TINY_SD, "--adapters", "none", "--feature_model", TINY_CLIP, *flags]
+    command += ["--prompts", "simple_animals", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(
+        SystemExit, match=f"{' '.join(flags)} is for flow-matching models, not for a StableDiffusionPipe"
+    ):
+        evaluate_rlr.main(evaluate_rlr.parse_args(command))
+
+
+def test_an_evaluation_of_a_flow_model_takes_no_noise(tmp_path):
+    command = ["--pretrained_model_name_or_path", tiny_sd3(), "--adapters", "none", "--feature_model", TINY_CLIP]
+    with pytest.raises(SystemExit, match="--eta 0.5 is not for a StableDiffusion3Pipeline, which draws without noise"):
+        evaluate_rlr.main(evaluate_rlr.parse_args([*command, "--eta", "0.5", "--output_dir", str(tmp_path / "out")]))
+
+
+def test_the_plan_counts_the_calls_of_a_network_that_is_told_the_guidance_once(tmp_path, prompts, capsys):
+    train_flow(tiny_flux(), tmp_path / "out", *prompts, "--gradient_estimator", "full_bp", "--max_train_steps", "1")
+    assert re.search(r"network calls per step +6 forward \+ 6 with backward", capsys.readouterr().out)
 
 
 def test_a_flow_model_is_refused_by_the_script_of_unets(tmp_path):

@@ -35,17 +35,26 @@ class FlowModel(DiffusionModel):
     Attributes:
         native_sigmas: whether the pipeline leaves the levels to its scheduler, where others pass evenly spaced ones.
         max_sequence_length: tokens of a prompt that the last text encoder reads, as the pipeline's call takes it.
+        longest_sequence: the largest that it takes.
         widest_shift: the pipeline's own `max_shift` of a scheduler whose configuration does not say it.
         patch: side of the patches that the transformer takes, in latents.
+        scheduler_entries: what the scheduler's configuration in a folder must say, beside the shift.
+        has_chat: whether the pipeline writes prompts into the chat template of its tokenizer.
+        takes_guidance: whether the transformer may take a guidance scale.
+        takes_solvers: whether a multistep scheduler set to flow matching can be replaced, see `make_flow_scheduler`.
     """
 
     trained = "transformer"
     vae_in_half_precision = True
     sampling_options = ("eta", "noise", "final_noise", "sigmas")
     native_sigmas = False
-    max_sequence_length = 512
+    max_sequence_length = longest_sequence = 512
     widest_shift = 1.15
     patch = 2
+    scheduler_entries = ()
+    has_chat = False
+    takes_guidance = False
+    takes_solvers = True
     make_scheduler = staticmethod(make_flow_scheduler)
 
     # What a family defines
@@ -69,15 +78,36 @@ class FlowModel(DiffusionModel):
     @classmethod
     def check(cls, pipeline):
         check_vocabularies(pipeline)
+        if cls.has_chat and pipeline.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template, into which the pipeline writes prompts")
         vae, channels = pipeline.vae.config, cls.latent_channels(pipeline)
         in_vae = vae.get("latent_channels", vae.get("z_dim"))
         if in_vae != channels:
             raise ValueError(f"the VAE has latents of {in_vae} channels, the transformer of {channels}")
-        if "shift_factor" in vae and vae.shift_factor is None:
-            raise ValueError("the VAE has no shift_factor in its config.json, which the pipeline needs")
+        for entry in ("scaling_factor", "shift_factor"):
+            if entry in vae and vae[entry] is None:
+                raise ValueError(f"the VAE has no {entry} in its config.json, which the pipeline needs")
         for what, width, wanted in cls.text_widths(pipeline):
             if width != wanted:
                 raise ValueError(f"the transformer takes {what} of width {wanted}, and the text encoder gives {width}")
+        cls.check_transformer(pipeline.transformer.config)
+        if pipeline.scheduler.config.get("use_flow_sigmas") and not cls.takes_solvers:
+            raise ValueError(
+                "its scheduler's configuration has use_flow_sigmas, with which the pipeline would draw at other levels"
+            )
+
+    @classmethod
+    def check_transformer(cls, config):
+        """Raise ValueError for a transformer that takes what the chain does not give, or cannot run."""
+        if config.get("guidance_embeds") and not cls.takes_guidance:
+            raise ValueError(
+                "the transformer takes a guidance scale (guidance_embeds in its config.json): not supported"
+            )
+        axes, width = config.get("axes_dims_rope"), config.get("attention_head_dim")
+        if axes is not None and sum(axes) != width:
+            raise ValueError(
+                f"the transformer's axes_dims_rope add up to {sum(axes)}, and its heads have width {width}"
+            )
 
     def latents_shape(self, batch_size, size):
         height, width = (side // self.pipeline.vae_scale_factor for side in size)
@@ -102,6 +132,10 @@ class FlowModel(DiffusionModel):
             config.get("max_shift", self.widest_shift),
         )
 
+    def leaves_levels(self, sigmas):
+        """Whether the scheduler chooses the levels; for one that replaces a multistep scheduler they are evenly spaced."""
+        return self.native_sigmas and sigmas == "native" and "flow_shift" not in self.pipeline.scheduler.config
+
     def noise_schedule(self, num_steps, size=None, sigmas="native"):
         """The pipeline's scheduler, set to T steps as the pipeline sets it.
 
@@ -117,7 +151,7 @@ class FlowModel(DiffusionModel):
         if scheduler.config.use_dynamic_shifting:
             height, width = (side // (self.patch * self.pipeline.vae_scale_factor) for side in size)
             given["mu"] = self.mu(scheduler.config, num_steps, height * width)
-        if sigmas == "native" and self.native_sigmas and "flow_shift" not in scheduler.config:
+        if self.leaves_levels(sigmas):
             scheduler.set_timesteps(num_steps, **given)
         else:
             scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), **given)
@@ -172,7 +206,7 @@ class FlowModel(DiffusionModel):
 
     def pipeline_arguments(self, size, num_steps, *given, sigmas="native", **options):
         arguments = super().pipeline_arguments(size, num_steps, *given)
-        if self.native_sigmas and sigmas == "linspace":
+        if self.native_sigmas and not self.leaves_levels(sigmas):
             arguments["sigmas"] = [1 - i / num_steps for i in range(num_steps)]
         return {**arguments, "max_sequence_length": self.max_sequence_length}
 

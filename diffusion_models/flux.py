@@ -23,6 +23,9 @@ class Flux(FlowModel):
 
     pipeline_class = "FluxPipeline"
     name = "flux"
+    scheduler_entries = ("use_dynamic_shifting",)
+    takes_guidance = True
+    takes_solvers = False
     lora_layers = (
         "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,attn.to_add_out,"
         "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"

@@ -29,6 +29,9 @@ class Flux2Klein(FlowModel):
 
     pipeline_class = "Flux2KleinPipeline"
     name = "flux2-klein"
+    scheduler_entries = ("use_dynamic_shifting",)
+    has_chat = True
+    takes_solvers = False
 
     @classmethod
     def text_widths(cls, pipeline):

@@ -35,11 +35,14 @@ NOT_NEEDED = {"feature_extractor": None, "image_encoder": None}
 ENTRIES = {
     "scheduler": ("beta_start", "beta_end", "beta_schedule", "prediction_type", "shift"),
     "unet": ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
-    "transformer": ("attention_head_dim", "num_attention_heads", "n_heads"),
-    "vae": ("act_fn", "scaling_factor"),
+    "transformer": ("attention_head_dim", "num_attention_heads", "n_heads", "sample_size"),
+    "vae": ("act_fn", "scaling_factor", "latents_mean", "latents_std"),
     "text_encoder": ("eos_token_id", "hidden_act", "num_attention_heads", "num_hidden_layers"),
 }
 ENTRIES_OF_T5 = ("feed_forward_proj", "num_heads", "num_layers")
+ENTRIES_OF_QWEN = ("hidden_act", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta")
+# Those of a scheduler that shifts its levels by the size of the image.
+ENTRIES_OF_SHIFTS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 # Versions of diffusers from which on they are surely written. The defaults are right for older files.
 SINCE = {"prediction_type": "0.14", "scaling_factor": "0.16"}
 
@@ -86,14 +89,24 @@ def load_pipeline(family, source, dtype, vae, variant=None, **hub):
     pipeline_class = getattr(diffusers, family.pipeline_class)
     parameters = signature(pipeline_class).parameters
     given = {name: value for name, value in {**NOT_NEEDED, **family.components}.items() if name in parameters}
-    given |= {} if vae is None else {"vae": vae}
+    if vae is not None:
+        wanted = parameters["vae"].annotation
+        if not isinstance(vae, wanted):
+            raise ValueError(f"its VAE is an {wanted.__name__}, which an {type(vae).__name__} cannot replace")
+        given["vae"] = vae
     folder = source
     if not os.path.isdir(source):
         folder = pipeline_class.download(source, variant=variant, **given, **hub)
     index, optional = read_index(folder), (*pipeline_class._optional_components, *family.optional)
     needed = [name for name in parameters if parameters[name].default is Parameter.empty and name not in given]
     classes = {name: _class_of(name, index, optional=name in optional) for name in needed}
+    if family.trained == "transformer":  # U-Nets are also combined with text encoders of other kinds
+        for name, component_class in classes.items():
+            if component_class is not None and name.startswith(("transformer", "text_encoder", "tokenizer")):
+                with _naming(name):
+                    _check_class(component_class, parameters[name].annotation)
     components = {**_load_components(classes, folder, dtype, variant), **given}
+    _check_scheduler(components["scheduler"], folder, getattr(family, "scheduler_entries", ()))
     settings = {name: index[name] for name in parameters if name in index and name not in components}
     return pipeline_class(**components, **settings)
 
@@ -131,6 +144,15 @@ def _class_of(name, index, optional):
         return getattr(import_module(entry[0]), entry[1])
 
 
+def _check_class(component_class, expected):
+    """Raise ValueError for a network or tokenizer of another class than the pipeline takes."""
+    if not issubclass(expected, (torch.nn.Module, PreTrainedTokenizerBase)):  # any tokenizer
+        return
+    # A tokenizer may also be of the class that they all inherit from.
+    if not issubclass(component_class, expected) and not issubclass(expected, component_class):
+        raise ValueError(f"model_index.json says {component_class.__name__}, and {expected.__name__} is needed")
+
+
 def _load_components(classes, folder, dtype, variant):
     """{name: component} of a pipeline's folder, of the classes {name: class, or `None`}.
 
@@ -159,9 +181,23 @@ def _load_part(component_class, folder, name, dtype, variant):
     written = _read_configuration(path, getattr(component_class, "config_name", "config.json"))
     options = {"variant": variant} if variant is not None and _has_variant(path, variant) else {}
     component = load_component(component_class, path, dtype, **options)
-    entries = ENTRIES_OF_T5 if written.get("model_type") == "t5" else ENTRIES.get(name.rstrip("_23"), ())
-    _check_entries(component, written.get("text_config") or written, entries)
+    kind = getattr(component.config, "model_type", "")
+    entries = ENTRIES_OF_T5 if kind == "t5" else ENTRIES_OF_QWEN if kind.startswith("qwen") else ()
+    _check_entries(component, written, entries or ENTRIES.get(name.rstrip("_23"), ()))
     return component
+
+
+def _check_scheduler(scheduler, folder, entries):
+    """Raise ValueError for a scheduler of flow matching that was written without one of some entries, or its shift."""
+    with _naming("scheduler"):
+        written = _read_configuration(os.path.join(folder, "scheduler"), scheduler.config_name)
+        if not isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+            entries = ("flow_shift",) if written.get("use_flow_sigmas") else ()
+        elif written.get("use_dynamic_shifting"):
+            entries = (*entries, *ENTRIES_OF_SHIFTS)
+        for entry in entries:
+            if entry not in written:
+                raise ValueError(f"its configuration has no {entry!r}")
 
 
 def _has_variant(folder, variant):
@@ -190,10 +226,18 @@ def _read_configuration(folder, name):
 def _check_entries(component, written, entries):
     """Raise ValueError for a configuration that was written without one of some entries, as far as the component has them."""
     version = parse(str(written.get("_diffusers_version", "0")))
+    config = component.config if isinstance(component.config, dict) else component.config.to_dict()
+    written, config = _flat(written), _flat(config)
     for entry in entries:
         is_newer = version < parse(SINCE.get(entry, "0"))
-        if entry not in written and not is_newer and getattr(component.config, entry, None) is not None:
+        if entry not in written and not is_newer and config.get(entry) is not None:
             raise ValueError(f"its configuration has no {entry!r}")
+
+
+def _flat(config):
+    """A configuration, or that of the text model in it, with the entries of its rotary embedding beside the others."""
+    config = config.get("text_config") or config
+    return {**config, **(config.get("rope_parameters") or {})}
 
 
 def load_component(component_class, source, dtype=None, **options):
@@ -209,7 +253,13 @@ def load_component(component_class, source, dtype=None, **options):
     """
     if not issubclass(component_class, torch.nn.Module):
         return component_class.from_pretrained(source, **options)
-    network, info = component_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    try:
+        network, info = component_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error) or issubclass(component_class, diffusers.ModelMixin):
+            raise
+        # transformers logs which, and its error does not say more.
+        raise ValueError("its config.json asks for weights of other shapes than those of its files") from error
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise ValueError(

@@ -25,14 +25,17 @@ class QwenImage(FlowModel):
     pipeline_class = "QwenImagePipeline"
     name = "qwen-image"
     guidance_scale = 4.0
+    longest_sequence = 1024
+    scheduler_entries = ("use_dynamic_shifting", "shift_terminal")
 
     @classmethod
     def check(cls, pipeline):
         super().check(pipeline)
-        if pipeline.transformer.config.guidance_embeds:
-            raise ValueError(
-                "the transformer takes a guidance scale (guidance_embeds in its config.json): not supported"
-            )
+        for entry in ("latents_mean", "latents_std"):
+            if len(pipeline.vae.config.get(entry) or ()) != pipeline.vae.config.z_dim:
+                raise ValueError(f"the VAE has no {entry} of {pipeline.vae.config.z_dim} channels in its config.json")
+        if pipeline.transformer.config.use_additional_t_cond:
+            raise ValueError("the transformer takes another condition (use_additional_t_cond in its config.json)")
 
     @classmethod
     def text_widths(cls, pipeline):

@@ -55,21 +55,27 @@ def make_flow_scheduler(name, config):
     """
     import diffusers
 
-    class_name = config.get("_class_name", "")
+    class_name = config.get("_class_name")
     if name not in (None, "ddim"):  # whose steps the chain takes
         raise ValueError(
             f"the scheduler {name} is for models that were trained on a schedule of betas, not for this one"
         )
-    if config.get("stochastic_sampling") or config.get("invert_sigmas"):
-        entry = "stochastic_sampling" if config.get("stochastic_sampling") else "invert_sigmas"
-        raise ValueError(f"its scheduler's configuration has {entry}, which is not supported")
-    if config.get("use_flow_sigmas"):
-        if config.get("use_dynamic_shifting"):
-            raise ValueError(f"its scheduler, {class_name}, shifts by the size of the image, which is not supported")
-        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, shift=config["flow_shift"])
-    if class_name != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(f"its scheduler, {class_name}, is not set to flow matching: the transformer predicts a flow")
-    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    if class_name == "FlowMatchEulerDiscreteScheduler":
+        unsupported, settings = ("stochastic_sampling", "invert_sigmas"), {}
+        # Left over from a multistep scheduler that it was made from.
+        config = {entry: value for entry, value in config.items() if entry != "flow_shift"}
+    elif config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        unsupported = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+        settings = {"shift": config["flow_shift"]}
+    else:
+        raise ValueError(
+            f"its scheduler, {class_name or 'whose configuration does not say its class'}, is neither"
+            " FlowMatchEulerDiscreteScheduler nor set to flow matching by use_flow_sigmas and flow_prediction"
+        )
+    for entry in unsupported:
+        if config.get(entry):
+            raise ValueError(f"the configuration of its scheduler, {class_name}, has {entry}, which is not supported")
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config, **settings)
 
 
 def check_noise_schedule(config):

@@ -20,7 +20,7 @@ class StableDiffusion3(FlowModel):
     """`StableDiffusion3Pipeline`; its conditions are "prompt_embeds" (B, L, D) and the pooled "pooled_prompt_embeds" (B, D')."""
 
     pipeline_class = "StableDiffusion3Pipeline"
-    name = "stable-diffusion-3"
+    name = "sd3"
     optional = ("text_encoder_3", "tokenizer_3")
     num_inference_steps = 28
     guidance_scale = 7.0
@@ -41,13 +41,20 @@ class StableDiffusion3(FlowModel):
         if None in clips:
             raise ValueError("it does not have both CLIP text encoders")
         widths = [("pooled prompts", sum(clip.config.projection_dim for clip in clips), config.pooled_projection_dim)]
+        width = sum(clip.config.hidden_size for clip in clips)
+        if width > config.joint_attention_dim:  # the pipeline would cut them off
+            raise ValueError(
+                f"the transformer takes prompts of width {config.joint_attention_dim}, and the CLIPs give {width}"
+            )
         if pipeline.text_encoder_3 is None:
             return widths
+        if pipeline.tokenizer_3 is None:
+            raise ValueError("it has text_encoder_3 but no tokenizer_3")
         return [*widths, ("prompts of T5", pipeline.text_encoder_3.config.d_model, config.joint_attention_dim)]
 
     @property
     def prompt_reader(self):
-        if self.pipeline.tokenizer_3 is None:
+        if "text_encoder_3" in self.missing:
             return super().prompt_reader
         return self.pipeline.tokenizer_3, self.max_sequence_length
 

@@ -26,6 +26,7 @@ class ZImage(FlowModel):
 
     pipeline_class = "ZImagePipeline"
     name = "z-image"
+    has_chat = True
 
     @classmethod
     def latent_channels(cls, pipeline):

@@ -23,6 +23,8 @@ from rlr_flow_models import FLOW_FOLDERS, plain_flow_pipeline, tiny_flux, tiny_f
 from rlr_models import DeviceCopies, seeded
 from rlr_utils import backward_sweep, likelihood_ratio, rollout
 
+from diffusers import AutoencoderKL
+
 
 PROMPTS = ["a red seven", "a blue two on a green field", "0"]
 SIZE = (32, 48)
@@ -308,3 +310,12 @@ def test_the_callback_of_a_chain_of_thought_draws_the_chain_where_a_callback_may
     found = pipeline(prompt=thought.first, **given).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (found - images_of_pipeline(model, pipeline, guidance_scale=3.0)).abs().max() > 1e-4
+
+
+def test_a_vae_of_another_class_is_refused(folder):
+    vae = AutoencoderKL(latent_channels=4, shift_factor=0.0)
+    if isinstance(load_model(folder).pipeline.vae, AutoencoderKL):
+        assert load_model(folder, vae=vae).pipeline.vae is vae
+    else:
+        with pytest.raises(ValueError, match="its VAE is an AutoencoderKL.+, which an AutoencoderKL cannot replace"):
+            load_model(folder, vae=vae)

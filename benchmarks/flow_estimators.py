@@ -58,6 +58,7 @@ SMOOTH, BLACK_BOX = "aesthetic", "jpeg_compressibility"
 CASES = {
     "rlr": (SMOOTH, []),
     "full_bp": (SMOOTH, ["--gradient_estimator", "full_bp"]),
+    "full_bp, eta 0": (SMOOTH, ["--gradient_estimator", "full_bp", "--eta", "0"]),
     "draft_lv": (SMOOTH, ["--gradient_estimator", "draft_lv"]),
     "truncated_bp 1": (SMOOTH, ["--gradient_estimator", "truncated_bp"]),
     "truncated_bp 1, linspace": (SMOOTH, ["--gradient_estimator", "truncated_bp", "--sigmas", "linspace"]),

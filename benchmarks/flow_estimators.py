@@ -151,7 +151,7 @@ def print_table(best):
 
 def plot(best, path):
     """The gain of every seed at the best learning rate, in standard deviations of the base model's images."""
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for place, rows in enumerate(best.values()):
         gains = [row["gain"] / row["base_std"] for row in rows]
@@ -160,7 +160,7 @@ def plot(best, path):
     axes.set_yticks(range(len(best)), best)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=0.6)
-    axes.set(xlabel="gain in standard deviations of the base model (dot: a seed, bar: mean)")
+    axes.set(xlabel="gain in deviations of the base model (dot: a seed, bar: mean)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
 

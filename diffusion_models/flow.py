@@ -207,7 +207,7 @@ class FlowModel(DiffusionModel):
     def pipeline_arguments(self, size, num_steps, *given, sigmas="native", **options):
         arguments = super().pipeline_arguments(size, num_steps, *given)
         if self.native_sigmas and not self.leaves_levels(sigmas):
-            arguments["sigmas"] = [1 - i / num_steps for i in range(num_steps)]
+            arguments["sigmas"] = [round(1 - i / num_steps, 12) for i in range(num_steps)]
         return {**arguments, "max_sequence_length": self.max_sequence_length}
 
 

@@ -26,8 +26,10 @@ LEFT_OUT = {
     "transformers.utils.import_utils": r"`\w+` requires torchvision",
     # The end of every long prompt; `prompts.warn_of_long_prompts` has one line for all of them.
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "The following part of your input was truncated",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl": "The following part of your input was truncated",
+    **{
+        f"diffusers.pipelines.{name}.pipeline_{name}": "The following part of your input was truncated"
+        for name in ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux")
+    },
 }
 for _name, _start in LEFT_OUT.items():
     logging.getLogger(_name).addFilter(lambda record, start=_start: re.match(start, record.getMessage()) is None)

@@ -171,6 +171,17 @@ def test_a_chain_of_thought_changes_the_prompt_between_steps(tmp_path):
             torch.testing.assert_close(base, model.decode(x), rtol=0, atol=2e-5)
 
 
+def test_a_prompt_that_t5_does_not_read_to_its_end_is_named_once(tmp_path, caplog, capsys):
+    """Also by diffusers, which warns of every prompt that is too long for CLIP."""
+    (tmp_path / "long.txt").write_text(f"a {'very ' * 100}old cat\na dog")
+    train_flow(tiny_sd3(), tmp_path / "out", "--prompts", str(tmp_path / "long.txt"), "--max_train_steps", "1")
+    (line,) = [record.getMessage() for record in caplog.records if "longer than" in record.getMessage()]
+    assert line.startswith(
+        "1 of 2 prompts are longer than 256 tokens, which is all that the text encoder reads: of 'a very"
+    )
+    assert "truncated" not in caplog.text + capsys.readouterr().err
+
+
 def test_two_ranks_take_the_steps_of_one(tmp_path, prompts):
     where = ["--pretrained_model_name_or_path", tiny_sd3(), *prompts, "--height", "32", "--width", "32"]
     flags = [*BASE, *where, "--gradient_estimator", "full_bp"]

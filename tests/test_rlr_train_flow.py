@@ -15,6 +15,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import evaluate_rlr
@@ -298,8 +299,14 @@ def test_an_evaluation_of_a_flow_model_takes_no_noise(tmp_path):
 
 
 def test_the_plan_counts_the_calls_of_a_network_that_is_told_the_guidance_once(tmp_path, prompts, capsys):
-    train_flow(tiny_flux(), tmp_path / "out", *prompts, "--gradient_estimator", "full_bp", "--max_train_steps", "1")
-    assert re.search(r"network calls per step +6 forward \+ 6 with backward", capsys.readouterr().out)
+    flags = ["--gradient_estimator", "full_bp", "--max_train_steps", "1", "--eta", "0.5", "--sigmas", "linspace"]
+    train_flow(tiny_flux(), tmp_path / "out", *prompts, *flags)
+    printed = capsys.readouterr().out
+    assert re.search(r"network calls per step +6 forward \+ 6 with backward", printed)
+    # The command that evaluates the adapter names the model, and leaves out the noise, which an evaluation has not.
+    words = shlex.split(re.search("to evaluate it: python evaluate_rlr.py (.*)", printed)[1])
+    args = evaluate_rlr.parse_args(words)
+    assert (args.pretrained_model_name_or_path, args.sigmas, args.eta) == (tiny_flux(), "linspace", 1.0)
 
 
 def test_a_flow_model_is_refused_by_the_script_of_unets(tmp_path):

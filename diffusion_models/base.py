@@ -34,6 +34,7 @@ class DiffusionModel:
         trained: name of the component that gets the LoRA.
         components: what the pipeline is loaded with instead of what its folder holds.
         optional: components that a folder may lack, beside those that the pipeline says.
+        scheduler_entries: what the configuration of a scheduler in a folder must say, beside what all of its kind must.
         vae_in_half_precision: whether the VAE may run in half precision though its configuration asks for float32.
         num_inference_steps, guidance_scale, lora_layers: what the flags of these names are by default.
         sampling_options: arguments of `make_chain` beside the guidance scale that flags set.
@@ -45,6 +46,7 @@ class DiffusionModel:
     trained = None
     components = {}
     optional = ()
+    scheduler_entries = ()
     vae_in_half_precision = False
     num_inference_steps = 50
     guidance_scale = 5.0
@@ -234,5 +236,9 @@ def decode_latents(vae, latents):
     else:
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         latents = latents * std / vae.config.scaling_factor + mean
-    images = vae.decode(latents, return_dict=False)[0]
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+    return to_images(vae.decode(latents, return_dict=False)[0])
+
+
+def to_images(decoded):
+    """What a VAE gives, in [-1, 1] and a little beyond -> images in [0, 1], in float32."""
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)

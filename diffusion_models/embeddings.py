@@ -43,6 +43,7 @@ class PromptEmbeds:
         self.device = device
         self.max_bytes, self.bytes = max_bytes, 0
         self.kept = {}  # {prompt: its conditions, or the file that holds them}
+        self.negatives = {}  # {negative prompt or None: its conditions}; the training and the drawn images share one
         self.folder = None
 
     @torch.no_grad()
@@ -61,8 +62,10 @@ class PromptEmbeds:
     @torch.no_grad()
     def negative(self, prompt):
         """Conditions {name: (1, ...)} of a negative prompt, or of none; `None` for a model without guidance."""
-        with offload_models(*self.model.text_encoders, device=self.device):
-            return self.model.embed_negative(prompt, self.device)
+        if prompt not in self.negatives:
+            with offload_models(*self.model.text_encoders, device=self.device):
+                self.negatives[prompt] = self.model.embed_negative(prompt, self.device)
+        return self.negatives[prompt]
 
     @torch.no_grad()
     def encode_all(self, prompts, show_progress=True):

@@ -16,7 +16,6 @@
 import copy
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from rlr_utils import DenoisingChain, ddim_steps, flow_sde_steps
 
@@ -38,7 +37,6 @@ class FlowModel(DiffusionModel):
         longest_sequence: the largest that it takes.
         widest_shift: the pipeline's own `max_shift` of a scheduler whose configuration does not say it.
         patch: side of the patches that the transformer takes, in latents.
-        scheduler_entries: what the scheduler's configuration in a folder must say, beside the shift.
         has_chat: whether the pipeline writes prompts into the chat template of its tokenizer.
         takes_guidance: whether the transformer may take a guidance scale.
         takes_solvers: whether a multistep scheduler set to flow matching can be replaced, see `make_flow_scheduler`.
@@ -51,7 +49,6 @@ class FlowModel(DiffusionModel):
     max_sequence_length = longest_sequence = 512
     widest_shift = 1.15
     patch = 2
-    scheduler_entries = ()
     has_chat = False
     takes_guidance = False
     takes_solvers = True
@@ -112,6 +109,10 @@ class FlowModel(DiffusionModel):
     def latents_shape(self, batch_size, size):
         height, width = (side // self.pipeline.vae_scale_factor for side in size)
         return batch_size, self.latent_channels(self.pipeline), height, width
+
+    @property
+    def prompt_reader(self):
+        return self.pipeline.tokenizer, self.max_sequence_length
 
     @property
     def default_size(self):
@@ -219,10 +220,3 @@ def packed(latents):
 def unpacked(patches, height, width):
     """(B, h w / 4, 4 C) -> (B, C, h, w)."""
     return F.pixel_shuffle(patches.mT.unflatten(2, (height // 2, width // 2)), 2)
-
-
-def padded(embeds):
-    """Embeddings (L_i, D) of B prompts -> conditions "prompt_embeds" (B, L, D) and "prompt_embeds_mask" (B, L)."""
-    masks = [torch.ones(len(one), dtype=torch.bool, device=one.device) for one in embeds]
-    both = {"prompt_embeds": embeds, "prompt_embeds_mask": masks}
-    return {name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) for name, values in both.items()}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+from .base import to_images
 from .flow import FlowModel
 
 
@@ -56,10 +57,6 @@ class Flux2Klein(FlowModel):
     @property
     def guidance_scale(self):
         return 1.0 if self.is_distilled else 4.0
-
-    @property
-    def prompt_reader(self):
-        return self.pipeline.tokenizer, self.max_sequence_length
 
     def embed(self, prompts, device=None):
         embeds, _ = self.pipeline.encode_prompt(
@@ -105,5 +102,4 @@ class Flux2Klein(FlowModel):
         mean, variance = (value.to(latents).view(1, -1, 1, 1) for value in (norm.running_mean, norm.running_var))
         latents = latents * (variance + config.batch_norm_eps).sqrt() + mean
         vae = self.pipeline.vae
-        images = vae.decode(F.pixel_shuffle(latents, 2).to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return to_images(vae.decode(F.pixel_shuffle(latents, 2).to(vae.dtype), return_dict=False)[0])

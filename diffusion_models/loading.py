@@ -106,7 +106,7 @@ def load_pipeline(family, source, dtype, vae, variant=None, **hub):
                 with _naming(name):
                     _check_class(component_class, parameters[name].annotation)
     components = {**_load_components(classes, folder, dtype, variant), **given}
-    _check_scheduler(components["scheduler"], folder, getattr(family, "scheduler_entries", ()))
+    _check_scheduler(components["scheduler"], folder, family.scheduler_entries)
     settings = {name: index[name] for name in parameters if name in index and name not in components}
     return pipeline_class(**components, **settings)
 

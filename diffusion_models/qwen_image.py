@@ -16,6 +16,7 @@
 import torch
 from rlr_utils import linear_guidance
 
+from .base import to_images
 from .flow import FlowModel, packed, unpacked
 
 
@@ -41,10 +42,6 @@ class QwenImage(FlowModel):
     def text_widths(cls, pipeline):
         config = pipeline.text_encoder.config.get_text_config()
         return [("prompts", config.hidden_size, pipeline.transformer.config.joint_attention_dim)]
-
-    @property
-    def prompt_reader(self):
-        return self.pipeline.tokenizer, self.max_sequence_length
 
     def embed(self, prompts, device=None):
         embeds, mask = self.pipeline.encode_prompt(
@@ -85,8 +82,9 @@ class QwenImage(FlowModel):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         # The VAE is one of videos, and an image one frame.
-        images = vae.decode((latents * std + mean).unsqueeze(2).to(vae.dtype), return_dict=False)[0].squeeze(2)
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return to_images(
+            vae.decode((latents * std + mean).unsqueeze(2).to(vae.dtype), return_dict=False)[0].squeeze(2)
+        )
 
     def pipeline_arguments(self, size, num_steps, guidance_scale, negative_prompt=None, **options):
         negative_prompt = " " if negative_prompt is None else negative_prompt

@@ -55,7 +55,7 @@ class StableDiffusion3(FlowModel):
     @property
     def prompt_reader(self):
         if "text_encoder_3" in self.missing:
-            return super().prompt_reader
+            return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
         return self.pipeline.tokenizer_3, self.max_sequence_length
 
     def embed(self, prompts, device=None):

@@ -14,8 +14,9 @@
 """Z-Image, base and turbo."""
 
 import torch
+from rlr_utils import joined
 
-from .flow import FlowModel, padded
+from .flow import FlowModel
 
 
 class ZImage(FlowModel):
@@ -40,10 +41,6 @@ class ZImage(FlowModel):
     def default_size(self):
         return 1024, 1024  # the pipeline's own; the configurations do not say it
 
-    @property
-    def prompt_reader(self):
-        return self.pipeline.tokenizer, self.max_sequence_length
-
     def chain_guidance(self, guidance_scale):
         # The pipeline adds g (positive - negative) to the positive prediction, not to the negative one.
         return 1 + guidance_scale
@@ -60,7 +57,8 @@ class ZImage(FlowModel):
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        return padded(embeds)
+        masks = [torch.ones(1, len(one), dtype=torch.bool, device=one.device) for one in embeds]
+        return joined([{"prompt_embeds": one[None], "prompt_embeds_mask": mask} for one, mask in zip(embeds, masks)])
 
     def call(self, network, x, timestep, conditions, static):
         embeds, lengths = conditions["prompt_embeds"], conditions["prompt_embeds_mask"].sum(1).tolist()

@@ -16,7 +16,7 @@
 import math
 
 import torch
-from rlr_utils import draw_noise, linear_guidance
+from rlr_utils import DenoisingChain, draw_noise, linear_guidance
 
 
 class DiffusionModel:
@@ -156,9 +156,26 @@ class DiffusionModel:
             **{"num_inference_steps": num_steps, "guidance_scale": guidance_scale},
         }
 
+    def chain_guidance(self, guidance_scale):
+        """The scale of classifier-free guidance, off at 1, for the pipeline's own guidance scale."""
+        return guidance_scale
+
     guide = staticmethod(linear_guidance)
 
     # What all families share
+
+    def chain_of_steps(self, network, steps, timesteps, size, guidance_scale, device, **options):
+        """The chain without prompts of `AffineStep`s and what the network is told at each; `options` are the chain's own."""
+        static = {name: value.to(device) for name, value in self.static(size, guidance_scale).items()}
+        return DenoisingChain(
+            lambda x, timestep, conditions: self.call(network, x, timestep, conditions, static),
+            steps,
+            timesteps.to(device),
+            {},
+            guidance_scale=self.chain_guidance(guidance_scale),
+            guide=self.guide,
+            **options,
+        )
 
     @property
     def network(self):

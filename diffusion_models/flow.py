@@ -17,7 +17,7 @@ import copy
 
 import numpy as np
 import torch.nn.functional as F
-from rlr_utils import DenoisingChain, ddim_steps, flow_sde_steps
+from rlr_utils import ddim_steps, flow_sde_steps
 
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -65,10 +65,6 @@ class FlowModel(DiffusionModel):
     def text_widths(cls, pipeline):
         """[(what of the prompt, its width, the width that the transformer takes)]."""
         raise NotImplementedError
-
-    def chain_guidance(self, guidance_scale):
-        """The scale of classifier-free guidance, off at 1, for the pipeline's own guidance scale."""
-        return guidance_scale
 
     # What they share
 
@@ -187,14 +183,8 @@ class FlowModel(DiffusionModel):
             steps = ddim_steps([(1 - s, s) for s in levels], "flow_prediction", eta, final_noise)
         else:
             steps = flow_sde_steps(levels, eta)
-        static = {name: value.to(device) for name, value in self.static(size, guidance_scale).items()}
-        return DenoisingChain(
-            lambda x, timestep, conditions: self.call(network, x, timestep, conditions, static),
-            steps,
-            scheduler.timesteps.to(device),
-            {},
-            guidance_scale=self.chain_guidance(guidance_scale),
-            guide=self.guide,
+        return self.chain_of_steps(
+            *(network, steps, scheduler.timesteps, size, guidance_scale, device),
             add_noise=lambda x_0, noise: (1 - levels[-2]) * x_0 + levels[-2] * noise,
         )
 

@@ -17,7 +17,7 @@ import copy
 from functools import partial
 
 import torch
-from rlr_utils import DenoisingChain, scheduler_steps
+from rlr_utils import scheduler_steps
 
 from .base import DiffusionModel, check_vocabularies, tokenizers
 from .schedulers import SCHEDULERS, make_scheduler
@@ -91,14 +91,8 @@ class UNetModel(DiffusionModel):
     def make_chain(self, network, num_steps, size, *, guidance_scale=5.0, eta=1.0, device="cpu"):
         scheduler = self.noise_schedule(num_steps)
         timesteps = scheduler.timesteps.to(device)
-        static = {name: value.to(device) for name, value in self.static(size, guidance_scale).items()}
-        return DenoisingChain(
-            lambda x, timestep, conditions: self.call(network, x, timestep, conditions, static),
-            scheduler_steps(scheduler, eta),
-            timesteps,
-            {},
-            guidance_scale=guidance_scale,
-            guide=self.guide,
+        return self.chain_of_steps(
+            *(network, scheduler_steps(scheduler, eta), timesteps, size, guidance_scale, device),
             add_noise=partial(_last_step_noised, scheduler, timesteps[-1:]),
             init_noise_sigma=scheduler.init_noise_sigma,
         )

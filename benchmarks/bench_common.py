@@ -29,6 +29,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import diffusers
@@ -68,6 +69,21 @@ def parse_benchmark(parser, input_args):
     os.makedirs(args.out, exist_ok=True)
     print(f"the results are written to {args.out}")
     return args
+
+
+def plot_seeds(values, xlabel, path, size):
+    """The value of every seed as a dot, and the mean as a bar; `values` are {name: [number]}, `size` is in inches."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for place, numbers in enumerate(values.values()):
+        axes.plot(numbers, [place] * len(numbers), "o", color="C0", alpha=0.5)
+        axes.plot(statistics.mean(numbers), place, "|", color="black", ms=18)
+    axes.set_yticks(range(len(values)), values)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", lw=0.6)
+    axes.set(xlabel=f"{xlabel} (dot: a seed, bar: mean)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def write_csv(rows, path, header):

@@ -27,9 +27,8 @@ import statistics
 import tempfile
 
 import torch
-from bench_common import DIGITS, add_workers_flag, make_parser, parse_benchmark, worker_pool, write_csv
+from bench_common import DIGITS, add_workers_flag, make_parser, parse_benchmark, plot_seeds, worker_pool, write_csv
 from bench_runs import train
-from matplotlib.figure import Figure
 from rlr_training.prompts import load_prompts
 from tqdm import tqdm
 
@@ -105,21 +104,6 @@ def print_table(groups):
         print(f"{name:<30}{base:>8.3f}{statistics.mean(gains):>8.3f}{min(gains):>8.3f}{max(gains):>9.3f}")
 
 
-def plot(groups, path):
-    """The gain of every seed, and the mean, by variant."""
-    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for place, rows in enumerate(groups.values()):
-        axes.plot([row["gain"] for row in rows], [place] * len(rows), "o", color="C0", alpha=0.5)
-        axes.plot(statistics.mean(row["gain"] for row in rows), place, "|", color="black", ms=18)
-    axes.set_yticks(range(len(groups)), groups)
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", lw=0.6)
-    axes.set(xlabel="gain in edge sharpness (dot: a seed, bar: mean)")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
 def main(input_args=None):
     parser = make_parser(__doc__)
     add_workers_flag(parser)
@@ -137,7 +121,8 @@ def main(input_args=None):
     print(header)
     print_table(groups)
     write_csv(rows, os.path.join(args.out, "dcot.csv"), header)
-    plot(groups, os.path.join(args.out, "dcot.png"))
+    gains = {name: [row["gain"] for row in rows] for name, rows in groups.items()}
+    plot_seeds(gains, "gain in edge sharpness", os.path.join(args.out, "dcot.png"), (6.5, 3.2))
     return rows
 
 

@@ -28,8 +28,16 @@ import tempfile
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from bench_common import ASSETS, VERSIONS, add_workers_flag, make_parser, parse_benchmark, worker_pool, write_csv
-from matplotlib.figure import Figure
+from bench_common import (
+    ASSETS,
+    VERSIONS,
+    add_workers_flag,
+    make_parser,
+    parse_benchmark,
+    plot_seeds,
+    worker_pool,
+    write_csv,
+)
 from tqdm import tqdm
 from train_rlr_flow import main as train
 from train_rlr_flow import parse_args
@@ -41,16 +49,8 @@ FLAGS = [
     *("--pretrained_model_name_or_path", MODEL, "--prompts", os.path.join(ASSETS, "emoji.txt")),
     *("--reward_path", f"aesthetic={REWARDS}", "--heldout_reward", ACCURACY, "--heldout_steps", "1000"),
     *("--feature_model", os.path.join(REWARDS, "clip"), "--num_heldout_images", "4"),
-    *(
-        "--guidance_scale",
-        "4.5",
-        "--max_sequence_length",
-        "1",
-        "--train_batch_size",
-        "16",
-        "--decode_batch_size",
-        "16",
-    ),
+    *("--guidance_scale", "4.5", "--max_sequence_length", "1"),
+    *("--train_batch_size", "16", "--decode_batch_size", "16"),
     *("--report_to", "none", "--checkpointing_steps", "1000"),
 ]
 SMOOTH, BLACK_BOX = "aesthetic", "jpeg_compressibility"
@@ -149,22 +149,6 @@ def print_table(best):
         )
 
 
-def plot(best, path):
-    """The gain of every seed at the best learning rate, in standard deviations of the base model's images."""
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for place, rows in enumerate(best.values()):
-        gains = [row["gain"] / row["base_std"] for row in rows]
-        axes.plot(gains, [place] * len(rows), "o", color="C0", alpha=0.5)
-        axes.plot(statistics.mean(gains), place, "|", color="black", ms=18)
-    axes.set_yticks(range(len(best)), best)
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", lw=0.6)
-    axes.set(xlabel="gain in deviations of the base model (dot: a seed, bar: mean)")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
 def main(input_args=None):
     parser = make_parser(__doc__)
     add_workers_flag(parser)
@@ -181,7 +165,9 @@ def main(input_args=None):
     print(header)
     print_table(best)
     write_csv(rows, os.path.join(args.out, "flow_estimators.csv"), header)
-    plot(best, os.path.join(args.out, "flow_estimators.png"))
+    gains = {name: [row["gain"] / row["base_std"] for row in rows] for name, rows in best.items()}
+    path = os.path.join(args.out, "flow_estimators.png")
+    plot_seeds(gains, "gain in deviations of the base model", path, (7.5, 3.6))
     return rows
 
 

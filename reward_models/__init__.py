@@ -17,6 +17,9 @@
     prompts    B strings; image i is scored with prompt i
     scores     (B,), higher is better; differentiable with respect to `images` if `reward.differentiable` is true
 
+Rewards score videos (B, F, 3, H, W) as well: an image reward scores every frame, and a reward with the attribute
+`takes_videos` the whole video, see `videos.py` and `load_rewards`.
+
 To add a reward, write a module with a function `load(path, revision, device, dtype)` and list it in `REWARDS`.
 `python -m reward_models --help` shows how to score images from the command line.
 """
@@ -31,9 +34,19 @@ import torch
 
 from .base import Scores, WeightedSum
 from .custom import load_custom
+from .videos import PerFrame, prepare
 
 
-__all__ = ["REWARDS", "Scores", "WeightedSum", "load_reward", "load_rewards", "parse_reward", "parse_reward_paths"]
+__all__ = [
+    "REWARDS",
+    "PerFrame",
+    "Scores",
+    "WeightedSum",
+    "load_reward",
+    "load_rewards",
+    "parse_reward",
+    "parse_reward_paths",
+]
 
 
 class KnownReward(NamedTuple):
@@ -72,6 +85,20 @@ REWARDS = {
         True,
         "human preference, ImageReward on BLIP; SD 1.x scores .1 to .3, fine-tuned models .7 to .8",
     ),
+    "video_smoothness": KnownReward(
+        "video_smoothness:load",
+        False,
+        "cosine of consecutive frames of a video under CLIP ViT-L/14; 1 for a still video",
+    ),
+    "videoalign": KnownReward(
+        "videoalign:load",
+        True,
+        "human preference of a video, VideoAlign on Qwen2-VL-2B: sum of the next three",
+    ),
+    "videoalign_vq": KnownReward("videoalign:load_vq", True, "its visual quality, mean 0 and variance 1"),
+    "videoalign_mq": KnownReward("videoalign:load_mq", True, "its motion quality, mean 0 and variance 1"),
+    "videoalign_ta": KnownReward("videoalign:load_ta", True, "its text alignment, mean 0 and variance 1"),
+    "motion": KnownReward("motion:motion", False, "how much consecutive frames of a video differ, 0 (still) to 1"),
     "jpeg_compressibility": KnownReward(
         "jpeg:jpeg_compressibility", False, "negative size in kB as a JPEG of quality 95; no gradient"
     ),
@@ -181,7 +208,16 @@ def parse_reward_paths(entries):
 
 
 def load_rewards(
-    terms, paths, *, device="cpu", dtype=torch.float32, size=(512, 512), prompts=("", ""), batch_size=None
+    terms,
+    paths,
+    *,
+    device="cpu",
+    dtype=torch.float32,
+    size=(512, 512),
+    prompts=("", ""),
+    batch_size=None,
+    frame_reduction="mean",
+    fps=None,
 ):
     """Load a weighted sum of rewards as a `WeightedSum`.
 
@@ -190,21 +226,29 @@ def load_rewards(
         paths: result of `parse_reward_paths`. Folders of rewards that are not in the sum are ignored.
         device: device of the networks.
         dtype: precision of the networks.
-        size: height and width in pixels of the two random images on which custom rewards are tested.
-        prompts: prompts of these two images.
-        batch_size: number of images that a reward scores at a time. Default: all.
+        size: (height, width) in pixels of images, or (height, width, frames) of videos. Custom rewards are tested on
+            two random images or videos of this size.
+        prompts: prompts of these two.
+        batch_size: number of images or videos that a reward scores at a time. Default: all.
+        frame_reduction: for videos, how the scores of image rewards on the frames become one: "mean" or "min".
+        fps: frames per second of videos, for rewards with an attribute `fps`.
 
     Raises:
-        ValueError: see `load_reward` and `load_custom`.
+        ValueError: see `load_reward` and `load_custom`; also if a reward takes videos and `size` is that of images, or
+            needs `fps`.
     """
     members = {}
     for name, term in terms.items():
         if name in REWARDS:
             reward = load_reward(name, path=paths.get(name), revision=term.revision, device=device, dtype=dtype)
-        else:
-            try:
-                reward = load_custom(name, device, size, prompts)
-            except ValueError as error:
-                raise ValueError(f"reward {term.entry!r} {error}") from error
+        try:
+            if name in REWARDS:
+                prepare(reward, size, fps)
+            else:
+                reward = load_custom(name, device, size, prompts, fps)
+        except ValueError as error:
+            raise ValueError(f"reward {term.entry!r} {error}") from error
+        if len(size) == 3 and not getattr(reward, "takes_videos", False):
+            reward = PerFrame(name, reward, frame_reduction)
         members[name] = (term.weight, reward)
     return WeightedSum(members, batch_size)

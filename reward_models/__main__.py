@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Score images from the command line:
+"""Score images, or videos, from the command line:
 
 python -m reward_models --reward pickscore,hpsv2 IMAGES... --prompt "a fox in the snow"
+python -m reward_models --reward pickscore,motion --videos VIDEOS... --prompt "a fox runs through the snow"
 """
 
 import argparse
@@ -22,13 +23,15 @@ import statistics
 import sys
 
 from . import REWARDS, load_rewards, parse_reward, parse_reward_paths
+from .videos import REDUCTIONS
 
 
 def parse_args(input_args=None):
     width = max(map(len, REWARDS))
     parser = argparse.ArgumentParser(
         prog="python -m reward_models",
-        description="Score images with one or more rewards. Images are scored one at a time and may differ in size.",
+        description="Score images or videos with one or more rewards. They are scored one at a time and may differ in"
+        " size.",
         epilog="rewards (higher is better):\n"
         + "\n".join(f"  {name:<{width}}  {known.meaning}" for name, known in REWARDS.items())
         + "\n\nyour own reward: package.module:callable or path/to/file.py:callable",
@@ -38,7 +41,24 @@ def parse_args(input_args=None):
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="Image files. Transparent parts are white; of animations the first frame counts.",
+        help="Image files. Transparent parts are white; of animations the first frame counts. With --videos, videos.",
+    )
+    parser.add_argument(
+        "--videos",
+        action="store_true",
+        help="Score videos: animations (GIF, WebP), video files (MP4 and others, which need imageio and"
+        " imageio-ffmpeg), or folders of frames.",
+    )
+    parser.add_argument(
+        "--frame_reduction",
+        choices=REDUCTIONS,
+        default="mean",
+        help="How the scores that a reward on images gives to the frames of a video become one (default: mean).",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="Frames per second of the videos, for rewards that need it (default: as in the file).",
     )
     parser.add_argument(
         "--reward",
@@ -73,7 +93,8 @@ def read_prompts(args, names):
         with open(args.prompts, encoding="utf-8") as file:
             prompts = file.read().splitlines()
         if len(prompts) != len(args.images):
-            raise ValueError(f"{args.prompts!r} has {len(prompts)} lines for {len(args.images)} images")
+            kind = "videos" if args.videos else "images"
+            raise ValueError(f"{args.prompts!r} has {len(prompts)} lines for {len(args.images)} {kind}")
         return prompts
     readers = [name for name in names if name not in REWARDS or REWARDS[name].reads_prompts]
     if args.prompt is None and readers:
@@ -82,11 +103,11 @@ def read_prompts(args, names):
 
 
 def format_table(rows, names):
-    """Format the scores as lines of text. Two or more images also get their mean and standard deviation."""
+    """Format the scores as lines of text. Two or more rows also get their mean and standard deviation."""
     columns = {name: [row["scores"][name] for row in rows] for name in names}
     if len(names) > 1:
         columns["total"] = [row["total"] for row in rows]
-    labels = [row["image"] for row in rows]
+    labels = [row.get("image", row.get("video")) for row in rows]
     if len(rows) > 1:
         labels += ["mean", "standard deviation"]
         columns = {name: [*v, statistics.mean(v), statistics.stdev(v)] for name, v in columns.items()}
@@ -98,26 +119,55 @@ def format_table(rows, names):
     return "\n".join(lines)
 
 
-def main(args):
+def read(path, args):
+    """Read an image (1, 3, H, W), or with --videos a video (1, F, 3, H, W), and its number of frames per second.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     # Imported here so that --help and argument errors are fast.
+    from .images import read_image
+    from .video_files import read_video
+
+    if not args.videos:
+        return read_image(path), None
+    video, fps = read_video(path)
+    return video, args.fps or fps
+
+
+def score(path, prompt, rewards, args, device):
+    """Score one image or video. Returns its row of the result."""
+    pixels, fps = read(path, args)
+    rewards.set_fps(fps)
+    scores = rewards(pixels.to(device), [prompt])
+    members = {name: score.item() for name, score in scores.members.items()}
+    kind = "video" if args.videos else "image"
+    return {kind: path, "prompt": prompt, "scores": members, "total": scores.total.item()}
+
+
+def main(args):
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    from .images import open_image, read_image
+    from .images import open_image
 
     try:
         terms = parse_reward(args.reward)
         prompts = read_prompts(args, terms)
-        for path in args.images:
+        for path in [] if args.videos else args.images:
             open_image(path).close()  # report an unreadable file before any image is scored
-        device, size = PartialState().device, read_image(args.images[0]).shape[-2:]
-        paths, ends = parse_reward_paths(args.reward_path), (prompts[0], prompts[-1])
-        rewards = load_rewards(terms, paths, device=device, size=size, prompts=ends)
-        rows = []
-        for path, prompt in zip(tqdm(args.images, desc="Images"), prompts):
-            scores = rewards(read_image(path).to(device), [prompt])
-            members = {name: score.item() for name, score in scores.members.items()}
-            rows.append({"image": path, "prompt": prompt, "scores": members, "total": scores.total.item()})
+        first, fps = read(args.images[0], args)
+        device, ends = PartialState().device, (prompts[0], prompts[-1])
+        rewards = load_rewards(
+            *(terms, parse_reward_paths(args.reward_path)),
+            device=device,
+            size=(*first.shape[-2:], *first.shape[1:-3]),
+            prompts=ends,
+            frame_reduction=args.frame_reduction,
+            fps=fps,
+        )
+        paths = tqdm(args.images, desc="Videos" if args.videos else "Images")
+        rows = [score(path, prompt, rewards, args, device) for path, prompt in zip(paths, prompts)]
     except (ValueError, OSError) as error:
         sys.exit(f"python -m reward_models: error: {' '.join(str(error).split())}")
     print(json.dumps(rows, indent=2) if args.json else format_table(rows, list(terms)))

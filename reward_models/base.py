@@ -18,6 +18,8 @@ A reward is a callable `reward(images, prompts) -> scores` with a boolean attrib
     images     (B, 3, H, W), RGB in [0, 1]
     prompts    B strings; image i is scored with prompt i
     scores     (B,), higher is better; differentiable with respect to `images` if `reward.differentiable` is true
+
+A reward with the attribute `takes_videos = True` gets videos (B, F, 3, H, W) instead; see `videos.py`.
 """
 
 from typing import NamedTuple, Optional
@@ -25,19 +27,23 @@ from typing import NamedTuple, Optional
 import torch
 
 
-def check_batch(images, prompts):
+def check_batch(images, prompts, kind="images"):
     """Check the input of a reward.
 
+    Args:
+        kind: "images", which are (B, 3, H, W), or "videos", which are (B, F, 3, H, W).
+
     Raises:
-        ValueError: if the images are not (B, 3, H, W) in [0, 1], or there is not exactly one prompt per image.
+        ValueError: if they are not of that shape in [0, 1], or there is not exactly one prompt for each.
     """
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {tuple(images.shape)} are not (B, 3, H, W)")
+    shape = ("B", "3", "H", "W") if kind == "images" else ("B", "F", "3", "H", "W")
+    if images.dim() != len(shape) or images.shape[-3] != 3:
+        raise ValueError(f"{kind} of shape {tuple(images.shape)} are not ({', '.join(shape)})")
     if len(prompts) != len(images):
-        raise ValueError(f"{len(images)} images with {len(prompts)} prompts: give one prompt per image")
+        raise ValueError(f"{len(images)} {kind} with {len(prompts)} prompts: give one prompt per {kind[:-1]}")
     low, high = (value.item() for value in images.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"images must lie in [0, 1], but their values range from {low:.4g} to {high:.4g}")
+        raise ValueError(f"{kind} must lie in [0, 1], but their values range from {low:.4g} to {high:.4g}")
 
 
 class ScoreHead(torch.nn.Module):
@@ -65,8 +71,8 @@ class Scores(NamedTuple):
         differentiable: (B,), weighted sum of the differentiable members; zero if there are none.
         black_box: (B,), weighted sum of the other members; zero if there are none.
         members: unweighted score (B,) of each member, by name.
-        gradient: (B, 3, H, W), gradient of the sum of `differentiable` with respect to the images, or `None` if it was
-            not requested.
+        gradient: gradient of the sum of `differentiable` with respect to the images or videos, of their shape, or
+            `None` if it was not requested.
     """
 
     differentiable: torch.Tensor
@@ -85,8 +91,8 @@ class WeightedSum:
 
     Args:
         members: `{name: (weight, reward)}`.
-        batch_size: number of images that a reward scores, and differentiates, at a time. Default: all. It changes the
-            memory use only.
+        batch_size: number of images or videos that a reward scores, and differentiates, at a time. Default: all. It
+            changes the memory use only.
     """
 
     def __init__(self, members, batch_size=None):
@@ -104,15 +110,32 @@ class WeightedSum:
         return any(reward.differentiable for _, reward in self.members.values())
 
     @property
+    def mean_over_frames(self):
+        """Whether the score of a video is the mean of its frames' scores, so that a random chunk of frames estimates it."""
+        return all(getattr(reward, "mean_over_frames", False) for _, reward in self.members.values())
+
+    @property
     def modules(self):
         """The members with parameters, for example to move them between devices."""
         modules = [reward for _, reward in self.members.values() if isinstance(reward, torch.nn.Module)]
         return [module for module in modules if next(module.parameters(), None) is not None]
 
-    def __call__(self, images, prompts, with_gradient=False, device=None):
-        """Score images (B, 3, H, W) in [0, 1] with B prompts.
+    def set_fps(self, fps):
+        """Set the number of frames per second of the videos, for the members that have an attribute `fps`.
 
-        At any time there is the graph of only one reward on `batch_size` images.
+        Raises:
+            ValueError: if it is not a number above 0 and a member needs it. The message names the member.
+        """
+        for name, (_, reward) in self.members.items():
+            try:
+                set_fps(reward, fps)
+            except ValueError as error:
+                raise ValueError(f"reward {name!r} {error}") from error
+
+    def __call__(self, images, prompts, with_gradient=False, device=None):
+        """Score images (B, 3, H, W), or videos (B, F, 3, H, W) if the members take them, in [0, 1] with B prompts.
+
+        At any time there is the graph of only one reward on `batch_size` images or videos.
 
         Args:
             with_gradient: also compute `Scores.gradient`.
@@ -156,8 +179,20 @@ class WeightedSum:
         return Scores(sums[True], sums[False], scores, gradient)
 
 
+def set_fps(reward, fps):
+    """Set the attribute `fps` of a reward, if it has one, to a number of frames per second.
+
+    Raises:
+        ValueError: if it has one and `fps` is not a number above 0. The caller names the reward.
+    """
+    if hasattr(reward, "fps"):
+        if fps is None or not fps > 0:
+            raise ValueError(f"needs the frame rate of the videos: give a number of frames per second, not {fps}")
+        reward.fps = fps
+
+
 def score_gradient(scores, images):
-    """The gradient (B, 3, H, W) of the sum of scores (B,) with respect to the images."""
+    """The gradient of the sum of scores (B,) with respect to the images or videos, of their shape."""
     return torch.autograd.grad(scores.sum(), images, materialize_grads=True)[0]
 
 

@@ -23,13 +23,14 @@ import torch
 
 from .base import find_problem, score_gradient
 from .user_code import UserCode
+from .videos import prepare
 
 
 logger = logging.getLogger(__name__)
 
 
 class CustomReward(torch.nn.Module):
-    """A user's callable `(images, prompts) -> (B,)` with the attribute `differentiable`.
+    """A user's callable `(images, prompts) -> (B,)`, with the attributes of a reward, see `videos.py`.
 
     Every exception of the callable, except running out of memory, becomes a ValueError that names the reward.
 
@@ -37,15 +38,31 @@ class CustomReward(torch.nn.Module):
         name: for messages.
         function: the callable.
         code: `UserCode` that it runs in.
-        differentiable: whether its scores have a gradient.
+
+    Attributes:
+        differentiable: whether its scores have a gradient, or `None` if the callable does not say so.
+
+    Raises:
+        ValueError: if an attribute of the callable has another value than True or False.
     """
 
-    def __init__(self, name, function, code, differentiable):
+    def __init__(self, name, function, code):
         super().__init__()
         self.name = name
         self.function = function
         self.code = code
-        self.differentiable = differentiable
+        self.differentiable = declared(function, "differentiable")
+        self.takes_videos = declared(function, "takes_videos") or False
+        self.mean_over_frames = declared(function, "mean_over_frames") or False
+
+    @property
+    def fps(self):
+        """Of the callable, if it has this attribute."""
+        return self.function.fps
+
+    @fps.setter
+    def fps(self, value):
+        self.function.fps = value
 
     def forward(self, images, prompts):
         with self.code.running(f"reward {self.name!r} fails"):
@@ -56,6 +73,18 @@ class CustomReward(torch.nn.Module):
         """See `score_gradient`, which runs the user's code if it has a backward pass of its own."""
         with self.code.running(f"reward {self.name!r} fails in its backward pass"):
             return score_gradient(scores, images)
+
+
+def declared(function, attribute):
+    """The value True or False of a callable's attribute, or `None` if it has no such attribute.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    value = getattr(function, attribute, None)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"cannot be used: its attribute {attribute} is {value!r}, not True or False")
+    return value
 
 
 def find_module(name, attribute):
@@ -114,14 +143,17 @@ def import_callable(name):
     return function, code
 
 
-def score_random_images(reward, images, prompts, kind="random images"):
-    """Score the two random images on which a custom reward is tested.
+def score_random_images(reward, images, prompts, state=""):
+    """Score the two random images or videos on which a custom reward is tested.
+
+    Args:
+        state: what is special about them, for messages.
 
     Raises:
         ValueError: if the callable fails, or does not return a (B,) tensor of finite numbers.
         torch.OutOfMemoryError: if the callable runs out of memory.
     """
-    with reward.code.running(f"fails on two {kind}"):
+    with reward.code.running(f"fails on two {random_kind(reward)}{state}"):
         scores = reward.function(images, prompts)
     problem = find_problem(scores, prompts)
     if problem is not None:
@@ -129,14 +161,18 @@ def score_random_images(reward, images, prompts, kind="random images"):
     return scores
 
 
+def random_kind(reward):
+    return "random videos" if reward.takes_videos else "random images"
+
+
 def has_gradient(reward, images, prompts):
-    """Whether the scores have a gradient with respect to the images that is not zero everywhere."""
+    """Whether the scores have a gradient with respect to the images or videos that is not zero everywhere."""
     images = images.clone().requires_grad_()
     try:
-        scores = score_random_images(reward, images, prompts, kind="random images that require a gradient")
+        scores = score_random_images(reward, images, prompts, " that require a gradient")
         if not scores.requires_grad:
             return False
-        with reward.code.running("fails in its backward pass on two random images"):
+        with reward.code.running(f"fails in its backward pass on two {random_kind(reward)}"):
             return bool(score_gradient(scores, images).any())
     except ValueError as error:
         # Black boxes often fail on images that require a gradient (Tensor.numpy does), or use an operation that has no
@@ -145,36 +181,35 @@ def has_gradient(reward, images, prompts):
         return False
 
 
-def load_custom(name, device, size, prompts):
-    """Import a custom reward and test it on two random images.
+def load_custom(name, device, size, prompts, fps=None):
+    """Import a custom reward and test it on two random images, or on two random videos if it takes videos.
 
     The callable's attribute `differentiable` says whether its scores have a gradient. Without this attribute the test
     determines it, and logs the result.
 
     Args:
         name: `package.module:callable` or `path/to/file.py:callable`. The callable maps images (B, 3, H, W) in [0, 1]
-            and B prompts to a (B,) tensor. Of a class, an instance is made without arguments. A torch module is frozen
-            and moved to `device`.
+            and B prompts to a (B,) tensor, or videos (B, F, 3, H, W) if its attribute `takes_videos` is True. Of a
+            class, an instance is made without arguments. A torch module is frozen and moved to `device`.
         device: device of the random images, and of the callable if it is a torch module.
-        size: height and width of the random images in pixels.
+        size: height and width of the random images in pixels, and the number of frames of videos.
         prompts: two prompts.
+        fps: frames per second of videos, for a callable with an attribute `fps`.
 
     Raises:
-        ValueError: if the callable cannot be imported or is not a valid reward. The caller puts the reward's name in
-            front of the message.
+        ValueError: if the callable cannot be imported, is not a valid reward, or takes videos and `size` is that of
+            images. The caller puts the reward's name in front of the message.
     """
-    function, code = import_callable(name)
-    declared = getattr(function, "differentiable", None)
-    if declared is not None and not isinstance(declared, bool):
-        raise ValueError(f"cannot be used: its attribute differentiable is {declared!r}, not True or False")
-    reward = CustomReward(name, function, code, declared).to(device).eval().requires_grad_(False)
-    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    reward = CustomReward(name, *import_callable(name)).to(device).eval().requires_grad_(False)
+    prepare(reward, size, fps)
+    frames = size[2:] if reward.takes_videos else ()
+    images = torch.rand(2, *frames, 3, *size[:2], generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         score_random_images(reward, images.clone(), prompts)
-    if declared is None:
+    if reward.differentiable is None:
         reward.differentiable = has_gradient(reward, images, prompts)
         result = "have a gradient" if reward.differentiable else "have no gradient: a black box"
-        logger.info(f"reward {name!r}, tried on two random images: its scores {result}")
-    elif declared and not has_gradient(reward, images, prompts):
+        logger.info(f"reward {name!r}, tried on two {random_kind(reward)}: its scores {result}")
+    elif reward.differentiable and not has_gradient(reward, images, prompts):
         raise ValueError("says it is differentiable, but its scores have no gradient")
     return reward

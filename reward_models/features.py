@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from .clip import CLIP_ID, image_embeds, load_clip
 from .loading import existing_file
+from .motion import motion
 
 
 class ClipFeatures(torch.nn.Module):
@@ -34,7 +35,12 @@ class ClipFeatures(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images, batch_size=8):
-        """Embed images (N, 3, H, W) in [0, 1], `batch_size` at a time. Returns (N, D) of unit norm, on the CPU."""
+        """Embed images (N, 3, H, W) in [0, 1], `batch_size` at a time. Returns (N, D) of unit norm, on the CPU.
+
+        Of videos (N, F, 3, H, W) it returns those of all frames, (N, F, D).
+        """
+        if images.dim() == 5:
+            return torch.stack([self(video, batch_size) for video in images])
         device = self.clip.device
         parts = [image_embeds(self.clip, part.to(device)).cpu() for part in images.split(batch_size)]
         return F.normalize(torch.cat(parts), dim=1)
@@ -50,6 +56,32 @@ def load_features(path=None, device="cpu"):
     clip = load_clip(source, torch.float32)
     clip.text_model = clip.text_projection = None  # not used
     return ClipFeatures(clip).to(device).eval().requires_grad_(False)
+
+
+def mean_over_frames(features):
+    """The features (N, D) of images, or of videos, from those of their frames (N, F, D); all are of unit norm."""
+    return features if features.dim() == 2 else F.normalize(features.mean(1), dim=1)
+
+
+def video_figures(videos, features):
+    """How videos (N, F, 3, H, W) in [0, 1] change in time, {figure: mean over the videos}; empty for a single frame.
+
+    `flicker` is the mean absolute difference of consecutive frames, and `subject_consistency` the mean over frames of the
+    cosines with the frame before and with the first, both as in VBench (huggingface.co/papers/2311.17982), but from 0 for
+    none and with CLIP's features in place of DINO's. `motion` is the reward of that name.
+
+    Args:
+        features: (N, F, D) of the frames, of unit norm.
+    """
+    if videos.shape[1] == 1:
+        return {}
+    with_previous = (features[:, 1:] * features[:, :-1]).sum(2)
+    with_first = (features[:, 1:] * features[:, :1]).sum(2)
+    return {
+        "flicker": (videos[:, 1:] - videos[:, :-1]).abs().mean().item(),
+        "motion": motion(videos, [""] * len(videos)).mean().item(),
+        "subject_consistency": ((with_previous + with_first) / 2).mean().item(),
+    }
 
 
 def diversity(features, prompts):

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .loading import first_line
+
 
 BACKGROUND = "white"
 
@@ -29,7 +31,7 @@ def naming_the_file(path, problem):
     try:
         yield
     except Exception as error:  # damaged files raise errors of many types
-        raise ValueError(f"{path!r} {problem}: {error}") from error
+        raise ValueError(f"{path!r} {problem}: {first_line(error)}") from error
 
 
 def open_image(path):

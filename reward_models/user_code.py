@@ -35,6 +35,7 @@ class Neighbours:
         self.folder = folder
         self.names = set()
         self.modules = {}
+        self.depth = 0
 
     def find_spec(self, name, path=None, target=None):
         """Called by `import` for a module that nothing else on `sys.meta_path` finds."""
@@ -44,10 +45,15 @@ class Neighbours:
         return spec
 
     def __enter__(self):
-        sys.modules.update(self.modules)
-        sys.meta_path.append(self)
+        self.depth += 1  # a backward pass may contain forward passes, see `PerFrame`
+        if self.depth == 1:
+            sys.modules.update(self.modules)
+            sys.meta_path.append(self)
 
     def __exit__(self, *exception):
+        self.depth -= 1
+        if self.depth > 0:
+            return
         sys.meta_path.remove(self)
         # Submodules are found through their package, not here.
         own = [name for name in sys.modules if name.partition(".")[0] in self.names]

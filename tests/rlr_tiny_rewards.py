@@ -19,8 +19,20 @@ import re
 import shutil
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rlr_testing import TINY_AESTHETIC, TINY_CLIP
-from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPModel
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPModel,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 
 # Key names of a transformers CLIPModel -> open_clip's, applied in this order: the inverse of reward_models/hpsv2.py.
@@ -47,12 +59,16 @@ OPEN_CLIP_NAMES = (
 def save_tiny_rewards(folder):
     """Create the checkpoints below `folder`. Returns `{reward: path}` for all rewards that have files."""
     paths = {"aesthetic": TINY_AESTHETIC, "clip_score": TINY_CLIP, "pickscore": TINY_CLIP}
+    paths["video_smoothness"] = TINY_CLIP
     for name in ("hpsv2", "hpsv2.1", "imagereward"):
         (folder / name).mkdir()
         paths[name] = str(folder / name)
     save_hpsv2(folder / "hpsv2", "HPS_v2_compressed.pt")
     save_hpsv2(folder / "hpsv2.1", "HPS_v2.1_compressed.pt")
     save_imagereward(folder / "imagereward")
+    (folder / "videoalign").mkdir()
+    save_videoalign(folder / "videoalign")
+    paths |= {f"videoalign{suffix}": str(folder / "videoalign") for suffix in ("", "_vq", "_mq", "_ta")}
     return paths
 
 
@@ -127,3 +143,93 @@ def save_imagereward(folder):
     (folder / "vit_config.json").write_text(json.dumps(vit))
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     return vision.eval(), text.eval(), list(head.values())
+
+
+VIDEOALIGN = {
+    "data_config": {
+        "max_frame_pixels": 448 * 448,
+        "num_frames": None,
+        "fps": 2.0,
+        "sample_type": "uniform",
+        "prompt_template_type": "detailed_special",
+    },
+    "model_config": {"model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct", "output_dim": 3, "use_special_tokens": True},
+    "peft_lora_config": {"lora_r": 4, "lora_alpha": 8, "use_rslora": False},
+    "inference_config": {
+        **{"VQ_mean": 0.5, "VQ_std": 2.0, "MQ_mean": -0.25, "MQ_std": 0.5},
+        **{"TA_mean": 1.0, "TA_std": 4.0},
+    },
+}
+TEMPLATE = """
+Rate its looks <|VQ_reward|>
+and its motion <|MQ_reward|>
+and whether it shows - {text_prompt}: <|TA_reward|>
+"""
+
+
+def tiny_qwen2_vl():
+    """A tiny random Qwen2-VL, with more embeddings than tokens as the published one, and its tokenizer."""
+    torch.manual_seed(0)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "vocab_size": len(tokenizer) + 9, "max_position_embeddings": 1024}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
+    config = Qwen2VLConfig(
+        text_config={**text, "initializer_range": 0.2},
+        vision_config={**vision, "initializer_range": 0.2},
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    return Qwen2VLForConditionalGeneration(config).eval(), tokenizer
+
+
+def old_name(key):
+    """The name of a weight in a checkpoint of transformers 4."""
+    return key.replace("model.model.language_model.", "model.model.").replace("model.model.visual.", "model.visual.")
+
+
+def save_videoalign(folder, full=False):
+    """Save a tiny random VideoReward in the layout of the original's trainer.
+
+    Args:
+        full: whether the checkpoint has all weights, or only those that were trained.
+
+    Returns:
+        The peft model, with a linear `rm_head`, and the tokenizer.
+    """
+    model, tokenizer = tiny_qwen2_vl()
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    tokenizer.add_tokens([f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.rm_head = torch.nn.Linear(16, 3, bias=False)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name in linear if "language_model" in name]
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=linear)).eval()
+    trained = {key for key, _ in model.named_parameters() if "layers" not in key or "lora" in key}
+    for key, parameter in model.named_parameters():
+        if key in trained:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    state = {old_name(key): value.detach().clone() for key, value in model.state_dict().items()}
+    checkpoint = folder / "checkpoint-20"
+    (folder / "checkpoint-3").mkdir()  # older, and empty
+    checkpoint.mkdir()
+    if full:
+        torch.save(state, checkpoint / "model.pth")
+    else:
+        lora = {key.replace(".default", ""): value for key, value in state.items() if "lora" in key}
+        save_file(lora, checkpoint / "adapter_model.safetensors")
+        trained = {old_name(key) for key in trained if "lora" not in key}
+        torch.save({key: state[key] for key in trained}, checkpoint / "non_lora_state_dict.pth")
+    (folder / "model_config.json").write_text(json.dumps(VIDEOALIGN))
+    template = f'DETAILED_PROMPT_WITH_SPECIAL_TOKEN = """{TEMPLATE}"""'
+    (folder / "prompt_template.py").write_text(f"raise SystemExit\n{template}\n")
+    return model.requires_grad_(False), tokenizer

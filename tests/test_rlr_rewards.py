@@ -39,17 +39,25 @@ def tiny_paths(tmp_path_factory):
     return save_tiny_rewards(tmp_path_factory.mktemp("rewards"))
 
 
+def random_batch(reward, batch):
+    """Random images (B, 3, 32, 32), or videos (B, 2, 3, 32, 32) if the reward takes them."""
+    if hasattr(reward, "fps"):
+        reward.fps = 8
+    return torch.rand(batch, *((2,) if getattr(reward, "takes_videos", False) else ()), 3, 32, 32)
+
+
 @pytest.mark.parametrize("name", REWARDS)
 def test_scores_are_one_number_per_image_and_prompt(name, tiny_paths):
     reward = load_reward(name, path=tiny_paths.get(name))
-    images = torch.rand(3, 3, 32, 32).requires_grad_(reward.differentiable)
+    images = random_batch(reward, 3).requires_grad_(reward.differentiable)
     scores = reward(images, PROMPTS)
     assert scores.shape == (3,) and scores.dtype == torch.float32 and torch.isfinite(scores).all()
     assert scores.requires_grad == reward.differentiable
     if reward.differentiable:
-        assert not any(p.requires_grad for p in reward.parameters()) and not reward.training
+        if isinstance(reward, torch.nn.Module):
+            assert not any(p.requires_grad for p in reward.parameters()) and not reward.training
         (grad,) = torch.autograd.grad(scores.sum(), images)
-        assert grad.abs().amax((1, 2, 3)).min() > 0
+        assert grad.flatten(1).abs().amax(1).min() > 0
     one_by_one = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(one_by_one, scores, rtol=1e-4, atol=1e-5)
 
@@ -57,13 +65,14 @@ def test_scores_are_one_number_per_image_and_prompt(name, tiny_paths):
 @pytest.mark.parametrize("name", REWARDS)
 def test_invalid_images_and_prompts_are_refused(name, tiny_paths):
     reward = load_reward(name, path=tiny_paths.get(name))
-    image = torch.rand(1, 3, 32, 32)
+    image = random_batch(reward, 1)
+    kind, shape = ("videos", "B, F, 3, H, W") if image.dim() == 5 else ("images", "B, 3, H, W")
     for bad in (image * 2 - 1, image + 0.5, image * float("nan")):
-        with pytest.raises(ValueError, match=r"images must lie in \[0, 1\], but their values range from"):
+        with pytest.raises(ValueError, match=rf"{kind} must lie in \[0, 1\], but their values range from"):
             reward(bad, ["a"])
-    with pytest.raises(ValueError, match="1 images with 2 prompts"):
+    with pytest.raises(ValueError, match=f"1 {kind} with 2 prompts"):
         reward(image, ["a", "b"])
-    with pytest.raises(ValueError, match=r"\(3, 32, 32\) are not \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=rf"3, 32, 32\) are not \({shape}\)"):
         reward(image[0], ["a"])
 
 
@@ -149,9 +158,10 @@ def test_jpeg_rewards_are_the_size_of_the_file():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_heads_and_scores_in_float32(dtype, tiny_paths):
-    images, prompts = torch.rand(2, 3, 40, 32), PROMPTS[:2]
+    prompts = PROMPTS[:2]
     for name, path in tiny_paths.items():
         reward, full = (load_reward(name, path=path, dtype=d) for d in (dtype, torch.float32))
+        images = [random_batch(x, 2) for x in (reward, full)][0]
         scores = reward(images, prompts)
         assert scores.dtype == torch.float32
         assert {p.dtype for key, p in reward.named_parameters() if not key.startswith("head.")} == {dtype}

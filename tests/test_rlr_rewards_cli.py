@@ -26,7 +26,30 @@ from PIL import Image
 from reward_models import REWARDS, load_reward
 from reward_models.__main__ import main, parse_args
 from reward_models.images import read_image, to_rgb
+from reward_models.video_files import read_video
 from rlr_testing import ROOT, TINY_AESTHETIC, TINY_CLIP
+
+
+CUSTOM = """
+def bright(images, prompts):
+    return images.mean((1, 2, 3))
+
+def still(videos, prompts):
+    return -videos.diff(dim=1).square().mean((1, 2, 3, 4))
+still.takes_videos = True
+
+class Speed:
+    takes_videos, fps = True, None
+
+    def __call__(self, videos, prompts):
+        return self.fps * videos.mean((1, 2, 3, 4))
+"""
+
+
+@pytest.fixture
+def custom_file(tmp_path):
+    (tmp_path / "mine.py").write_text(CUSTOM)
+    return str(tmp_path / "mine.py")
 
 
 @pytest.fixture
@@ -218,6 +241,82 @@ def test_a_custom_reward_is_tried_at_the_size_of_the_images(tmp_path, image_file
     main(parse_args(["--reward", f"{tmp_path}/mine.py:f", image_files[0], "--prompt", "", "--json"]))
     (row,) = json.loads(capsys.readouterr().out)
     assert row["total"] == pytest.approx(read_image(image_files[0]).mean().item())
+
+
+def save_frames(folder, shades, sizes=None):
+    """Save gray frames as 1.png, 2.png, and so on."""
+    folder.mkdir()
+    for i, shade in enumerate(shades, 1):
+        Image.new("RGB", sizes[i - 1] if sizes else (32, 24), (shade,) * 3).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def test_folders_and_animations_are_read_as_videos(tmp_path):
+    shades = list(range(0, 240, 20))
+    folder = save_frames(tmp_path / "frames", shades)
+    (tmp_path / "frames" / ".hidden").write_text("")
+    expected = (torch.tensor(shades) / 255).view(1, 12, 1, 1, 1).expand(-1, -1, 3, 24, 32)
+    video, fps = read_video(folder)
+    assert torch.equal(video, expected) and fps is None
+    images = [Image.open(tmp_path / "frames" / f"{i}.png") for i in range(1, 13)]
+    for name, options in (("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})):
+        images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=125, **options)
+        video, fps = read_video(str(tmp_path / name))
+        torch.testing.assert_close(video, expected, rtol=0, atol=1.01 / 255)
+        assert fps == pytest.approx(8, rel=0.05)  # GIF counts in hundredths of a second
+
+
+def test_videos_are_scored_as_images_are(tmp_path, capsys, custom_file):
+    first = save_frames(tmp_path / "first", [0, 51, 255])
+    second = save_frames(tmp_path / "second", [51, 51, 102, 0], sizes=[(40, 32)] * 4)
+    flags = ["--reward", f"{custom_file}:bright,{custom_file}:still:2,{custom_file}:Speed", "--prompt", "", "--videos"]
+    main(parse_args([*flags, first, second, "--fps", "8", "--json"]))
+    rows = json.loads(capsys.readouterr().out)
+    assert [row.keys() for row in rows] == [{"video", "prompt", "scores", "total"}] * 2
+    for row, mean, still in zip(rows, (0.4, 0.2), (-(0.2**2 + 0.8**2) / 2, -(0.2**2 + 0.4**2) / 3)):
+        assert list(row["scores"].values()) == pytest.approx([mean, still, 8 * mean])
+        assert row["total"] == pytest.approx(mean + 2 * still + 8 * mean)
+    main(
+        parse_args(
+            ["--reward", f"{custom_file}:bright", "--prompt", "", "--videos", first, "--frame_reduction", "min"]
+        )
+    )
+    assert capsys.readouterr().out.split()[-2:] == [first, "0.0000"]
+
+
+def test_each_video_has_the_frame_rate_of_its_file(tmp_path, capsys, custom_file):
+    images, paths = [Image.new("L", (32, 32), 255)] * 2, []
+    images[1] = Image.new("L", (32, 32), 254)
+    for duration in (50, 100):
+        paths.append(str(tmp_path / f"{duration}.gif"))
+        images[0].save(paths[-1], save_all=True, append_images=images[1:], duration=duration)
+    flags = ["--reward", f"{custom_file}:Speed", "--prompt", "", "--videos", "--json"]
+    main(parse_args([*flags, *paths]))
+    assert [row["total"] for row in json.loads(capsys.readouterr().out)] == pytest.approx([20, 10], rel=0.01)
+
+
+def test_video_errors_are_one_line(tmp_path, custom_file):
+    mixed = save_frames(tmp_path / "mixed", [0, 0], sizes=[(8, 8), (16, 8)])
+    one = save_frames(tmp_path / "one", [0])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gif").write_text("not a video")
+    (tmp_path / "movie.mp4").write_text("not a video")
+    jpeg = ["--reward", "jpeg_compressibility", "--videos"]
+    for flags, problem in (
+        ([*jpeg, mixed], "2.png' is 16x8 and the first frame 8x8: use one size"),
+        ([*jpeg, str(tmp_path / "empty")], "empty' holds no frames: give a folder of image files"),
+        ([*jpeg, str(tmp_path / "text.gif")], "text.gif' cannot be opened as an image"),
+        ([*jpeg, "no.gif"], "'no.gif' cannot be opened as an image"),
+        ([*jpeg, str(tmp_path / "movie.mp4")], "movie.mp4' cannot be read"),
+        (["--reward", "motion", "--videos", one], "motion compares consecutive frames, and these videos have one"),
+        (["--reward", "motion", f"{one}/1.png"], "reward 'motion' scores whole videos, not images: give it videos"),
+        (["--reward", f"{custom_file}:Speed", "--prompt", "", "--videos", one], "needs the frame rate of the videos"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(parse_args(flags))
+        message = stop.value.code
+        assert message.startswith("python -m reward_models: error: ") and "\n" not in message
+        assert problem in message
 
 
 def test_help_lists_the_rewards_without_heavy_imports():

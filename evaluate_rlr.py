@@ -74,6 +74,7 @@ def parse_args(input_args=None):
     group = sampling.add_sampling_flags(parser)
     sampling.add_scheduler_flags(group, SCHEDULERS)
     sampling.add_flow_flags(group)
+    sampling.add_video_flags(group)
 
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", type=whole_number(), default=8, help="Images drawn at a time.")
@@ -113,7 +114,7 @@ def draw_and_measure(args, model, draw, names, prompts, measured):
         measured: `measured(images, base) -> (summary, details)`.
 
     Returns:
-        (results as in results.json, {model: (N, 3, H, W)} for the grid, the prompts of the grid).
+        (results as in results.json, {model: images or videos} for the grid, the prompts of the grid).
     """
     # Only the images of the grid are kept: all images of many models may not fit in memory.
     in_grid = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:8]]
@@ -138,15 +139,18 @@ def draw_and_measure(args, model, draw, names, prompts, measured):
     return results, grid, [prompts[i] for i in in_grid]
 
 
-def write(output_dir, results, grid, grid_prompts):
-    """Print the table and write everything into the output folder."""
-    from rlr_training.plots import plot_gains, plot_grid, plot_scales
+def write(output_dir, results, grid, grid_prompts, fps):
+    """Print the table and write everything into the output folder.
+
+    Args:
+        fps: frames per second, if the grid is one of videos.
+    """
+    from rlr_training.plots import plot_gains, plot_scales
     from rlr_training.report import print_table, write_csv, write_report
 
     print_table(results)
     write_csv(results, os.path.join(output_dir, "results.csv"))
-    files = {"Images of the same seeds": "grid.png", "Gains": "gains.png"}
-    plot_grid(grid, grid_prompts, os.path.join(output_dir, "grid.png"))
+    files = plot_seeds(output_dir, grid, grid_prompts, fps) | {"Gains": "gains.png"}
     plot_gains(results, os.path.join(output_dir, "gains.png"))
     if results["lora_scales"]:
         files["Gain against drift, by the scale of the adapter"] = "scales.png"
@@ -157,6 +161,24 @@ def write(output_dir, results, grid, grid_prompts):
     with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
     print(f"images, plots and figures are in {os.path.join(output_dir, 'report.html')}")
+
+
+def plot_seeds(output_dir, grid, prompts, fps):
+    """Plot what models {name: (N, 3, H, W) or (N, F, 3, H, W)} drew from the same seeds; returns {title: file}."""
+    from rlr_training.plots import plot_grid
+    from rlr_training.videos import animate, strips
+
+    first = grid["base"]
+    if first.dim() == 4:
+        plot_grid(grid, prompts, os.path.join(output_dir, "grid.png"))
+        return {"Images of the same seeds": "grid.png"}
+
+    def plot_frame(number, file):
+        plot_grid({name: videos[:, number] for name, videos in grid.items()}, prompts, file)
+
+    animate(plot_frame, first.shape[1], os.path.join(output_dir, "grid.gif"), fps)
+    plot_grid({name: strips(videos) for name, videos in grid.items()}, prompts, os.path.join(output_dir, "grid.png"))
+    return {"Videos of the same seeds": "grid.gif", "Their frames": "grid.png"}
 
 
 @errors_in_one_line(SCRIPT, MEMORY_SAVERS)
@@ -198,7 +220,7 @@ def main(args):
             return measure(images, prompts, rewards, features, base, real, device)
 
         results, grid, grid_prompts = draw_and_measure(args, model, make_draw(args, model), names, prompts, measured)
-        write(args.output_dir, results, grid, grid_prompts)
+        write(args.output_dir, results, grid, grid_prompts, args.fps)
     return results
 
 

@@ -66,6 +66,7 @@ def parse_args(input_args=None):
 def main(args):
     # Here and not above, so that --help and errors of the command line do not wait for heavy libraries.
     from rlr_training.after_step import after_step
+    from rlr_training.chains import size_of
     from rlr_training.finish import finish
     from rlr_training.metrics import Progress, gather_scores, metrics_of
     from rlr_training.optimizer import loss_scale, optimizer_step
@@ -73,7 +74,7 @@ def main(args):
     from rlr_training.run import prepare
 
     run = prepare(args, SCRIPT, TRACKER, UNET_FAMILIES, defaults=parse_args([]))
-    accelerator, rlr, size = run.accelerator, run.rlr, (args.height, args.width)
+    accelerator, rlr, size = run.accelerator, run.rlr, size_of(args)
     step, end = run.first_step, run.stopping.reason(run.first_step)
     progress = Progress(accelerator, run.first_step, args.max_train_steps)
     with stopping_after_a_step(accelerator), progress:

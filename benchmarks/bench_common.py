@@ -17,6 +17,7 @@ import argparse
 import csv
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import platform
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
 import torch
@@ -166,6 +167,47 @@ def in_own_process(function, *args):
     """The result of a function in a new process."""
     with worker_pool(1) as pool:
         return pool.submit(function, *args).result()
+
+
+# Training runs
+
+
+def rows_of_runs(path, run, keys, sizes, workers):
+    """The rows `run(*key, *sizes)` of all runs; those that are not in the file `path` are run, and added to it.
+
+    Args:
+        keys: (estimator, learning rate, seed) of each run; a row has columns of these names.
+        workers: as for `worker_pool`.
+    """
+    rows = _rows_of_ended_runs(path)
+    with worker_pool(workers) as pool:
+        futures = [pool.submit(run, *key, *sizes) for key in keys if key not in rows]
+        for future in tqdm(as_completed(futures), desc="Runs", total=len(futures)):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(future.result()) + "\n")
+    rows = _rows_of_ended_runs(path)
+    return [rows[key] for key in keys]
+
+
+def _rows_of_ended_runs(path):
+    """{(estimator, learning rate, seed): row}."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {(row["estimator"], row["learning_rate"], row["seed"]): row for row in rows}
+
+
+def best_rates(rows, estimators):
+    """{estimator: its rows at the learning rate of the largest mean gain}."""
+    best = {}
+    for name in estimators:
+        by_rate = {}
+        for row in rows:
+            if row["estimator"] == name:
+                by_rate.setdefault(row["learning_rate"], []).append(row)
+        best[name] = max(by_rate.values(), key=lambda group: statistics.mean(row["gain"] for row in group))
+    return best
 
 
 # Time and memory

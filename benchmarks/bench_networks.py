@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from accelerate import Accelerator
 from bench_common import TINY_AESTHETIC, TINY_SD
-from diffusion_models import as_model, load_model
+from diffusion_models import load_model
 from diffusion_models.adapters import add_lora
 from diffusion_models.base import DiffusionModel
+from diffusion_models.stable_diffusion import StableDiffusion
 from reward_cost import cases as reward_cases
 from reward_models import load_reward
 from train_rlr_sd import parse_args
@@ -60,7 +61,7 @@ class Networks(NamedTuple):
 
     Attributes:
         model: `DiffusionModel`, whose U-Net has a new LoRA.
-        unet: as accelerate has prepared it.
+        unet: as rollout and sweep call it.
         reward: of images.
         embeds: (1, L, D), the embeddings of a prompt.
         decode_batch_size: images decoded at a time; `None` for all.
@@ -78,7 +79,7 @@ class Networks(NamedTuple):
 
     @property
     def trainable(self):
-        return [p for p in self.unet.parameters() if p.requires_grad]
+        return [p for p in self.model.network.parameters() if p.requires_grad]
 
     def chain(self, num_steps, batch_size, size):
         """The chain of a batch under the prompt, guided by the same embeddings, which takes as long as others."""
@@ -127,16 +128,16 @@ def sd14(accelerator, checkpointing, dtype):
     pipeline = StableDiffusionPipeline(
         vae=vae, unet=unet, scheduler=DDIMScheduler(**SD14_SCHEDULER), requires_safety_checker=False, **components
     )
-    embeds, model = torch.randn(1, 77, 768, device=device, dtype=dtype), as_model(pipeline)
+    embeds, model = torch.randn(1, 77, 768, device=device, dtype=dtype), StableDiffusion(pipeline)
     return Networks(model, _prepare(model, accelerator, checkpointing), reward, embeds, decode_batch_size=1)
 
 
 def _prepare(model, accelerator, checkpointing):
-    """Give the U-Net a LoRA and move the networks to the device, as a training run does; returns the prepared U-Net."""
+    """Give the U-Net a LoRA and move the networks to the device, as a training run does; returns the U-Net."""
     args = parse_args([])
     add_lora(model, rank=args.rank, alpha=args.rank, layers=args.lora_layers.split(","))
     if checkpointing:
         model.network.enable_gradient_checkpointing()
     model.pipeline.vae.enable_gradient_checkpointing()
     model.pipeline.vae.to(accelerator.device)
-    return accelerator.prepare_model(model.network.to(accelerator.device), evaluation_mode=True)
+    return model.network.to(accelerator.device)

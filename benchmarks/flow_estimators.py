@@ -32,13 +32,13 @@ from bench_common import (
     ASSETS,
     VERSIONS,
     add_workers_flag,
+    best_rates,
     make_parser,
     parse_benchmark,
     plot_seeds,
-    worker_pool,
+    rows_of_runs,
     write_csv,
 )
-from tqdm import tqdm
 from train_rlr_flow import main as train
 from train_rlr_flow import parse_args
 
@@ -102,40 +102,6 @@ def run(name, rate, seed, num_steps, steps, images):
     }
 
 
-def read_rows(path):
-    """The rows of runs that have ended, {(estimator, rate, seed): row}."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return {(row["estimator"], row["learning_rate"], row["seed"]): row for row in rows}
-
-
-def run_all(path, keys, sizes, workers):
-    """The rows of all runs; those that are not in the file `path` are run, and added to it."""
-    rows = read_rows(path)
-    with worker_pool(workers) as pool:
-        futures = [pool.submit(run, *key, *sizes) for key in keys if key not in rows]
-        for future in tqdm(futures, desc="Runs"):
-            row = future.result()
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    rows = read_rows(path)
-    return [rows[key] for key in keys]
-
-
-def best_rates(rows):
-    """{estimator: its rows at the learning rate of the largest mean gain}."""
-    best = {}
-    for name in CASES:
-        by_rate = {}
-        for row in rows:
-            if row["estimator"] == name:
-                by_rate.setdefault(row["learning_rate"], []).append(row)
-        best[name] = max(by_rate.values(), key=lambda group: statistics.mean(row["gain"] for row in group))
-    return best
-
-
 def print_table(best):
     print(
         f"{'':<26}{'rate':>8}{'gain':>8}{'lowest':>8}{'highest':>9}{'in deviations':>15}{'accuracy':>10}{'s/step':>8}"
@@ -155,13 +121,13 @@ def main(input_args=None):
     args = parse_benchmark(parser, input_args)
     rates, seeds, sizes = ((1e-3,), 1, (2, 1, 2)) if args.quick else ((1e-3, 3e-3), 3, (10, 40, 128))
     keys = [(name, rate, seed) for seed in range(seeds) for name in CASES for rate in rates]
-    rows = run_all(os.path.join(args.out, "flow_estimators.jsonl"), keys, sizes, args.workers)
+    rows = rows_of_runs(os.path.join(args.out, "flow_estimators.jsonl"), run, keys, sizes, args.workers)
     header = (
         f"python benchmarks/flow_estimators.py{' --quick' if args.quick else ''}, {platform.machine()}, {VERSIONS},"
         f" {seeds} seeds, {sizes[1]} optimizer steps of 16 images,"
         f" T = {sizes[0]}"
     )
-    best = best_rates(rows)
+    best = best_rates(rows, CASES)
     print(header)
     print_table(best)
     write_csv(rows, os.path.join(args.out, "flow_estimators.csv"), header)

@@ -128,7 +128,7 @@ class Step:
 
     def score(self, latents, with_gradient):
         scores, reward_grad = score_latents(
-            self.networks.model, self.rewards, latents, self.prompts, self.decode_batch_size, with_gradient
+            self.networks.model.decode, self.rewards, latents, self.prompts, self.decode_batch_size, with_gradient
         )
         return scores["total"], reward_grad
 

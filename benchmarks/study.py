@@ -95,7 +95,7 @@ def measure_prices(settings, rounds):
         chain.mean(1, latents.clone().requires_grad_()).sum().backward()
 
     def scoring(rewards, with_gradient):
-        return lambda: score_latents(networks.model, rewards, latents, [PROMPT] * batch, batch, with_gradient)
+        return lambda: score_latents(networks.model.decode, rewards, latents, [PROMPT] * batch, batch, with_gradient)
 
     calls = {"forward": forward, "vjp": vjp}
     for name, reward in REWARDS.items():

@@ -26,7 +26,16 @@ from importlib import import_module
 from .schedulers import SCHEDULERS, make_scheduler
 
 
-__all__ = ["FAMILIES", "FLOW_FAMILIES", "SCHEDULERS", "UNET_FAMILIES", "as_model", "load_model", "make_scheduler"]
+__all__ = [
+    "FAMILIES",
+    "FLOW_FAMILIES",
+    "SCHEDULERS",
+    "UNET_FAMILIES",
+    "VIDEO_FAMILIES",
+    "as_model",
+    "load_model",
+    "make_scheduler",
+]
 
 # {class of the pipeline: "module:class" here}
 UNET_FAMILIES = {
@@ -40,7 +49,13 @@ FLOW_FAMILIES = {
     "QwenImagePipeline": "qwen_image:QwenImage",
     "ZImagePipeline": "z_image:ZImage",
 }
-FAMILIES = {**UNET_FAMILIES, **FLOW_FAMILIES}
+VIDEO_FAMILIES = {
+    "WanPipeline": "wan:Wan",
+    "LTXPipeline": "ltx:LTX",
+    "CogVideoXPipeline": "cogvideox:CogVideoX",
+    "AnimateDiffPipeline": "animatediff:AnimateDiff",
+}
+FAMILIES = {**UNET_FAMILIES, **FLOW_FAMILIES, **VIDEO_FAMILIES}
 
 
 def family_of(pipeline_class, families=FAMILIES):

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 
 from .loading import loading
-from .lora_files import LORA_FILE, TRAINED, find_lora, read_lora
+from .lora_files import LORA_FILE, SECOND, SECOND_FILE, TRAINED, find_lora, read_lora
+from .lora_layer import LoraLinear, cast_in_forward
 from .original_names import original_names
 
 
@@ -34,30 +35,37 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 
 def add_lora(model, *, rank, alpha, layers):
-    """Give the network a new LoRA, trainable in float32.
+    """Give each of the networks a new LoRA, trainable in float32.
 
     Args:
         model: `DiffusionModel`.
         rank, alpha: of the LoRA; its update is scaled by alpha / rank.
-        layers: names of layers of the network.
+        layers: names of layers of the networks.
 
     Raises:
-        ValueError: if the network has none of a layer.
+        ValueError: if a network has none of a layer.
     """
-    for layer in layers:
-        if not any(name == layer or name.endswith(f".{layer}") for name, _ in model.network.named_modules()):
-            raise ValueError(f"the {model.trained} has no layer {layer!r}")
-    model.network.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(layers))
-    )
-    cast_training_params(model.network, dtype=torch.float32)
+    for component, network in model.networks.items():
+        for layer in layers:
+            if not any(name == layer or name.endswith(f".{layer}") for name, _ in network.named_modules()):
+                raise ValueError(f"the {component} has no layer {layer!r}")
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(layers))
+        _add_trained(network, config)
+
+
+def _add_trained(network, config):
+    """Add the adapter that is trained, in float32 and of `LoraLinear`s where its layers are linear."""
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
+    network.add_adapter(config)
+    cast_training_params(network, dtype=torch.float32)
+    cast_in_forward(network)
 
 
 # Loading
 
 
 def load_lora(model, source, cache_dir=None):
-    """Give the network the LoRA of a folder, file or Hub repository, to be trained further in float32.
+    """Give the networks the LoRA of a folder, file or Hub repository, to be trained further in float32.
 
     Its ranks and its scale are kept. If the layers have different scales, those go into the matrices, and the scale is 1.
 
@@ -66,10 +74,10 @@ def load_lora(model, source, cache_dir=None):
             saved.
     """
     with loading(source):
-        layers = _layers_to_train(model, find_lora(source, cache_dir))
-        model.network.add_adapter(_config_of(model.network, layers))
-        cast_training_params(model.network, dtype=torch.float32)
-        _set_layers(model.network, layers)
+        found = {name: _layers_to_train(model, find_lora(source, cache_dir, name)) for name in model.networks}
+        for name, layers in found.items():
+            _add_trained(model.networks[name], _config_of(model.networks[name], layers))
+            _set_layers(model.networks[name], layers)
 
 
 def load_adapter(pipeline, source, name, cache_dir=None):
@@ -79,10 +87,13 @@ def load_adapter(pipeline, source, name, cache_dir=None):
         ValueError: if it cannot be loaded.
     """
     with loading(source):
-        for component, layers in read_lora(find_lora(source, cache_dir), pipeline).items():
+        found = read_lora(find_lora(source, cache_dir), pipeline)
+        if pipeline.components.get(SECOND) is not None:
+            found[SECOND] = read_lora(find_lora(source, cache_dir, SECOND), pipeline)["transformer"]
+        for component, layers in found.items():
             network = getattr(pipeline, component)
             config = _config_of(network, layers)
-            if component in TRAINED:
+            if component in (*TRAINED, SECOND):
                 network.add_adapter(config, adapter_name=name)
             else:  # the same of the library transformers may need another version of peft than diffusers
                 inject_adapter_in_model(config, network, adapter_name=name)
@@ -95,13 +106,19 @@ def restore_lora(model, directory):
     Raises:
         ValueError: if they cannot be read, or are not of this LoRA.
     """
-    path = os.path.join(directory, LORA_FILE)
-    with loading(path):
-        _set_layers(model.network, _layers_to_train(model, path))
+    for component, network in model.networks.items():
+        path = os.path.join(directory, _file_of(component))
+        with loading(path):
+            _set_layers(network, _layers_to_train(model, path))
+
+
+def _file_of(component):
+    """The name of the file that holds its LoRA."""
+    return SECOND_FILE if component == SECOND else LORA_FILE
 
 
 def _layers_to_train(model, path):
-    """{name: `LayerUpdate`} of a file, for the network."""
+    """{name: `LayerUpdate`} of a file, for a network."""
     components = read_lora(path, model.pipeline)
     others = sorted(components.keys() - {model.trained})
     if others:
@@ -182,18 +199,24 @@ def _lora_layers(network, adapter="default"):
 
 
 def save_lora(model, directory):
-    """Write the LoRA into a folder, as `LORA_FILE`, with its configuration in the metadata."""
-    network = model.network
-    layers = get_peft_model_state_dict(network)
-    if model.trained == "unet":
-        # All layers in the same names: of a mixture diffusers would take those of its first key only.
-        layers = {
-            key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value
-            for key, value in layers.items()
-        }
-    model.pipeline.save_lora_weights(
-        directory, **{f"{model.trained}_lora_layers": layers}, **_collate_lora_metadata({model.trained: network})
-    )
+    """Write the LoRA into a folder, as `LORA_FILE`, with its configuration in the metadata.
+
+    That of a second transformer is `SECOND_FILE`, for `load_lora_weights(..., load_into_transformer_2=True)`.
+    """
+    for component, network in model.networks.items():
+        layers = get_peft_model_state_dict(network)
+        if model.trained == "unet":
+            # All layers in the same names: of a mixture diffusers would take those of its first key only.
+            layers = {
+                key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value
+                for key, value in layers.items()
+            }
+        model.pipeline.save_lora_weights(
+            directory,
+            weight_name=_file_of(component),
+            **{f"{model.trained}_lora_layers": layers},
+            **_collate_lora_metadata({model.trained: network}),
+        )
 
 
 def save_kohya(model, directory):
@@ -222,8 +245,10 @@ def save_kohya(model, directory):
 @contextmanager
 def lora_disabled(model):
     """Within it, the network is the base model's, without a second one in memory."""
-    model.network.disable_adapters()
+    for network in model.networks.values():
+        network.disable_adapters()
     try:
         yield
     finally:
-        model.network.enable_adapters()
+        for network in model.networks.values():
+            network.enable_adapters()

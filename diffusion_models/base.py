@@ -23,7 +23,7 @@ class DiffusionModel:
     """A diffusers pipeline as training sees it.
 
     A subclass says what differs from pipeline to pipeline. Conditions are dicts of tensors with the batch first, named as
-    the pipeline names them in `callback_on_step_end`. A size is (height, width) in pixels.
+    the pipeline names them in `callback_on_step_end`. A size is (height, width) in pixels, of videos (height, width, frames).
 
     Args:
         pipeline: of `pipeline_class`.
@@ -110,7 +110,7 @@ class DiffusionModel:
         Args:
             network: `self.network`, or what wraps it.
             num_steps: T.
-            size: (height, width) in pixels.
+            size: of the images.
             guidance_scale: of classifier-free guidance, as the pipeline takes it.
             eta: of DDIM, from 0 for the deterministic chain up to 1 for the noise of DDPM.
             device: of the timesteps and the static conditions.
@@ -128,7 +128,11 @@ class DiffusionModel:
         raise NotImplementedError
 
     def decode(self, latents, vae=None):
-        """Latents (B, ...) -> images (B, 3, H, W) in [0, 1], differentiable; with another `vae` of the same latents."""
+        """Latents (B, ...) -> images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], differentiable.
+
+        Args:
+            vae: another one of the same latents.
+        """
         return decode_latents(vae or self.pipeline.vae, latents)
 
     def scheduler_code(self, name):
@@ -179,8 +183,13 @@ class DiffusionModel:
 
     @property
     def network(self):
-        """The component that gets the LoRA."""
+        """The component that gets the LoRA, or one made of several that get one each."""
         return getattr(self.pipeline, self.trained)
+
+    @property
+    def networks(self):
+        """{name of a component: the component}, of all that get a LoRA."""
+        return {self.trained: self.network}
 
     @property
     def text_encoders(self):
@@ -201,7 +210,7 @@ class DiffusionModel:
 
     @property
     def default_size(self):
-        """(height, width) that the model was trained on, in pixels.
+        """The size that the model was trained on.
 
         Raises:
             ValueError: if the network's configuration does not say it.
@@ -217,11 +226,16 @@ class DiffusionModel:
         height, width = sides
         return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
 
+    @property
+    def size_multiple(self):
+        """What height and width must be multiples of, in pixels."""
+        return math.lcm(8, self.pipeline.vae_scale_factor)
+
     def check_size(self, size):
         """Raise ValueError for a size that the model cannot draw."""
-        multiple = math.lcm(8, self.pipeline.vae_scale_factor)
-        if size[0] % multiple or size[1] % multiple:
-            raise ValueError(f"images of {size[0]} x {size[1]} pixels: not multiples of {multiple}")
+        height, width = size
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(f"images of {height} x {width} pixels: not multiples of {self.size_multiple}")
 
     def draw_latents(self, chain, batch_size, size, generators):
         """x_T (B, ...) of a chain, in float32, drawn as the pipeline draws it; a generator per image."""

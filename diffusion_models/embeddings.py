@@ -33,7 +33,7 @@ class PromptEmbeds:
         model: `DiffusionModel`, whose text encoders are moved to the CPU.
         device: of the results.
         max_bytes: of the embeddings kept in memory, the latest. A prompt of SD 1.4 takes 118 KB in half precision, one of
-            SDXL 318 KB, one of SD3 2.7 MB and one of FLUX.1 4.2 MB.
+            SDXL 318 KB, one of SD3 2.7 MB and one of FLUX.1 or Wan 4.2 MB.
     """
 
     def __init__(self, model, device, max_bytes=4 * 2**30):

@@ -14,6 +14,7 @@
 """What the flow-matching families share: a transformer that predicts epsilon - x_0 at levels (1 - sigma, sigma)."""
 
 import copy
+import math
 
 import numpy as np
 import torch.nn.functional as F
@@ -114,10 +115,13 @@ class FlowModel(DiffusionModel):
     def default_size(self):
         return (self.pipeline.default_sample_size * self.pipeline.vae_scale_factor,) * 2
 
-    def check_size(self, size):
-        multiple = self.patch * self.pipeline.vae_scale_factor
-        if size[0] % multiple or size[1] % multiple:
-            raise ValueError(f"images of {size[0]} x {size[1]} pixels: not multiples of {multiple}")
+    @property
+    def size_multiple(self):
+        return self.patch * self.pipeline.vae_scale_factor
+
+    def image_seq_len(self, size):
+        """How many patches an image has."""
+        return math.prod(side // self.size_multiple for side in size)
 
     def mu(self, config, num_steps, image_seq_len):
         """The shift of the levels that the pipeline passes to its scheduler, for images of so many patches."""
@@ -138,7 +142,7 @@ class FlowModel(DiffusionModel):
 
         Args:
             num_steps: T.
-            size: (height, width) in pixels.
+            size: as for `make_chain`.
             sigmas: "native", or "linspace" for levels that are evenly spaced before the scheduler shifts them.
 
         Raises:
@@ -146,8 +150,7 @@ class FlowModel(DiffusionModel):
         """
         scheduler, given = copy.deepcopy(self.pipeline.scheduler), {}
         if scheduler.config.use_dynamic_shifting:
-            height, width = (side // (self.patch * self.pipeline.vae_scale_factor) for side in size)
-            given["mu"] = self.mu(scheduler.config, num_steps, height * width)
+            given["mu"] = self.mu(scheduler.config, num_steps, self.image_seq_len(size))
         if self.leaves_levels(sigmas):
             scheduler.set_timesteps(num_steps, **given)
         else:

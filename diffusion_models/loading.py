@@ -18,6 +18,7 @@ import os
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import Parameter, signature
+from typing import get_args
 
 import torch
 from packaging.version import parse
@@ -34,17 +35,26 @@ NOT_NEEDED = {"feature_extractor": None, "image_encoder": None}
 # defaults, which are those of another model.
 ENTRIES = {
     "scheduler": ("beta_start", "beta_end", "beta_schedule", "prediction_type", "shift"),
-    "unet": ("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
-    "transformer": ("attention_head_dim", "num_attention_heads", "n_heads", "sample_size"),
+    "unet": (
+        *("act_fn", "attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_num_groups"),
+        *("num_attention_heads", "motion_num_attention_heads"),
+    ),
+    "motion_adapter": ("motion_num_attention_heads",),
+    "transformer": (
+        *("attention_head_dim", "num_attention_heads", "n_heads", "sample_size"),
+        *("sample_height", "sample_width", "sample_frames", "use_rotary_positional_embeddings"),
+    ),
     "vae": ("act_fn", "scaling_factor", "latents_mean", "latents_std"),
     "text_encoder": ("eos_token_id", "hidden_act", "num_attention_heads", "num_hidden_layers"),
 }
 ENTRIES_OF_T5 = ("feed_forward_proj", "num_heads", "num_layers")
 ENTRIES_OF_QWEN = ("hidden_act", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta")
+# Those of a scheduler of CogVideoX, whose levels end in pure noise.
+ENTRIES_OF_ZERO_SNR = ("snr_shift_scale", "rescale_betas_zero_snr", "timestep_spacing", "set_alpha_to_one")
 # Those of a scheduler that shifts its levels by the size of the image.
 ENTRIES_OF_SHIFTS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 # Versions of diffusers from which on they are surely written. The defaults are right for older files.
-SINCE = {"prediction_type": "0.14", "scaling_factor": "0.16"}
+SINCE = {"prediction_type": "0.14", "scaling_factor": "0.16", "use_rotary_positional_embeddings": "0.30.1"}
 
 
 @contextmanager
@@ -98,13 +108,18 @@ def load_pipeline(family, source, dtype, vae, variant=None, **hub):
     if not os.path.isdir(source):
         folder = pipeline_class.download(source, variant=variant, **given, **hub)
     index, optional = read_index(folder), (*pipeline_class._optional_components, *family.optional)
-    needed = [name for name in parameters if parameters[name].default is Parameter.empty and name not in given]
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if (parameter.default is Parameter.empty or name in pipeline_class._optional_components) and name not in given
+    ]
     classes = {name: _class_of(name, index, optional=name in optional) for name in needed}
     if family.trained == "transformer":  # U-Nets are also combined with text encoders of other kinds
         for name, component_class in classes.items():
             if component_class is not None and name.startswith(("transformer", "text_encoder", "tokenizer")):
                 with _naming(name):
-                    _check_class(component_class, parameters[name].annotation)
+                    annotation = parameters[name].annotation
+                    _check_class(component_class, *(get_args(annotation)[:1] or (annotation,)))  # of "... | None"
     components = {**_load_components(classes, folder, dtype, variant), **given}
     _check_scheduler(components["scheduler"], folder, family.scheduler_entries)
     settings = {name: index[name] for name in parameters if name in index and name not in components}
@@ -182,16 +197,18 @@ def _load_part(component_class, folder, name, dtype, variant):
     options = {"variant": variant} if variant is not None and _has_variant(path, variant) else {}
     component = load_component(component_class, path, dtype, **options)
     kind = getattr(component.config, "model_type", "")
-    entries = ENTRIES_OF_T5 if kind == "t5" else ENTRIES_OF_QWEN if kind.startswith("qwen") else ()
+    entries = ENTRIES_OF_T5 if kind in ("t5", "umt5") else ENTRIES_OF_QWEN if kind.startswith("qwen") else ()
     _check_entries(component, written, entries or ENTRIES.get(name.rstrip("_23"), ()))
     return component
 
 
 def _check_scheduler(scheduler, folder, entries):
-    """Raise ValueError for a scheduler of flow matching that was written without one of some entries, or its shift."""
+    """Raise ValueError for a scheduler that was written without an entry of its kind; `entries` are those of flow matching."""
     with _naming("scheduler"):
         written = _read_configuration(os.path.join(folder, "scheduler"), scheduler.config_name)
-        if not isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        if "snr_shift_scale" in scheduler.config:
+            entries = ENTRIES_OF_ZERO_SNR
+        elif not isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             entries = ("flow_shift",) if written.get("use_flow_sigmas") else ()
         elif written.get("use_dynamic_shifting"):
             entries = (*entries, *ENTRIES_OF_SHIFTS)

@@ -43,6 +43,8 @@ PEFT_FILE = "adapter_model.safetensors"
 
 # Components that may be trained. A pipeline has one of them, to which keys without a component belong.
 TRAINED = ("unet", "transformer")
+# The second transformer of a pipeline that has two, whose LoRA is a file of its own, with the keys of one of the first.
+SECOND, SECOND_FILE = "transformer_2", "pytorch_lora_weights_2.safetensors"
 # {component: its prefixes in the layout of kohya}
 PREFIXES = {
     "unet": ("lora_unet",),
@@ -76,14 +78,20 @@ class LayerUpdate(NamedTuple):
 # Finding a file
 
 
-def find_lora(source, cache_dir=None):
+def find_lora(source, cache_dir=None, component=None):
     """The path of the LoRA of a folder, file or Hub repository.
 
-    It is `LORA_FILE`, or else PEFT's, or else the only file of weights. Our folders hold others in best/ and ema/ too.
+    It is `LORA_FILE`, or else PEFT's, or else the only file of weights. Our folders hold others in best/ and ema/ too. For
+    the component `SECOND` it is `SECOND_FILE`.
 
     Raises:
         ValueError, OSError: if there is none, if there are several, or if the Hub cannot be reached.
     """
+    if component == SECOND:
+        if os.path.isfile(source):
+            raise ValueError(f"the model has two transformers: give a folder with {LORA_FILE!r} and {SECOND_FILE!r}")
+        is_folder = os.path.isdir(source)
+        return os.path.join(source, SECOND_FILE) if is_folder else _download(source, SECOND_FILE, cache_dir)
     if os.path.isfile(source):
         return source
     if os.path.isdir(source):

@@ -55,9 +55,9 @@ class UNetModel(DiffusionModel):
     def check(cls, pipeline):
         unet, vae = pipeline.unet.config, pipeline.vae.config
         for entry, needed in OTHER_INPUTS.items():
-            if unet[entry] is not None:
+            if unet.get(entry) is not None:
                 raise ValueError(f"the U-Net needs {needed} ({entry} in its config.json), which is not supported")
-        if unet.attention_type != "default":  # as GLIGEN's, whose further layers would get no input
+        if unet.get("attention_type", "default") != "default":  # as GLIGEN's, whose further layers would get no input
             raise ValueError(f"the U-Net's attention_type is {unet.attention_type!r}, which is not supported")
         if unet.addition_embed_type != cls.added:
             raise ValueError(

@@ -64,8 +64,9 @@ def add_model_flags(parser, default, files="", lora_layers=None):
 
 
 def add_reward_flags(parser):
-    """What is trained for."""
-    add = parser.add_argument_group("reward").add_argument
+    """What is trained for; returns the group, for the flags that a family adds."""
+    group = parser.add_argument_group("reward")
+    add = group.add_argument
     add(
         "--reward",
         default="aesthetic",
@@ -87,6 +88,7 @@ def add_reward_flags(parser):
         help="Images that a reward scores at a time, gradient included; affects memory only. Default: --decode_batch_size.",
     )
     add("--decode_batch_size", type=whole_number(), default=1, help="Images decoded at a time; affects memory only.")
+    return group
 
 
 def add_estimator_flags(parser):
@@ -263,6 +265,12 @@ def add_training_flags(parser, output_dir):
         " the memory of as many more steps of all images of an optimizer step on a device.",
     )
     add("--compile", action="store_true", help="Compile the network with torch.compile.")
+    add(
+        "--cuda_graphs",
+        action="store_true",
+        help="Launch each call of the network at once, as a CUDA graph: up to six times faster where the CPU is the brake, as"
+        " with few images on a fast GPU. The memory of one call's graph stays taken.",
+    )
     add("--learning_rate", type=POSITIVE, default=1e-4, help="Learning rate after warm-up.")
     add("--scale_lr", action="store_true", help="Multiply the learning rate by the images per optimizer step.")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="Schedule of the learning rate.")

@@ -16,6 +16,7 @@
 import copy
 
 from diffusion_models.embeddings import PromptEmbeds
+from diffusion_models.video import VideoModel
 
 from .prompts import conditions_of, texts_of
 
@@ -38,13 +39,23 @@ def set_defaults(args, model):
 def set_size(args, model):
     """Set --height and --width where they are not given: to --resolution, or else to the model's own size.
 
+    For a model of videos --num_frames and --fps, too.
+
     Raises:
-        ValueError: if the model cannot draw images of that size.
+        ValueError: if the model cannot draw images, or videos, of that size.
     """
-    height, width = (args.resolution,) * 2 if args.resolution else model.default_size
+    height, width = (args.resolution,) * 2 if args.resolution else model.default_size[:2]
     args.height, args.width = args.height or height, args.width or width
     args.resolution = args.resolution or height
-    model.check_size((args.height, args.width))
+    if isinstance(model, VideoModel):
+        args.num_frames, args.fps = args.num_frames or model.default_size[2], args.fps or model.fps
+    model.check_size(size_of(args))
+
+
+def size_of(args):
+    """(height, width) of the images of a run in pixels, or (height, width, frames) of its videos."""
+    frames = getattr(args, "num_frames", None)
+    return (args.height, args.width) if frames is None else (args.height, args.width, frames)
 
 
 def sampling_options(args, model):
@@ -57,16 +68,17 @@ def sampler_of(args):
     return f"--scheduler {args.scheduler}" if hasattr(args, "scheduler") else f"--noise {args.noise}"
 
 
-def settle_noise(args, rlr, schedule):
-    """Set --eta and --final_noise of flow-matching models where they are left open.
+def settle_noise(args, model, rlr, schedule):
+    """Set --eta and --final_noise where they are left open.
 
     Args:
+        model: `DiffusionModel`.
         rlr: `RLRStep`.
         schedule: one of its schedules.
     """
     if args.eta is None:
         args.eta = FLOW_SDE_LEVEL if args.noise == "flow_sde" else 1.0
-    if getattr(args, "final_noise", None) == "auto":
+    if "final_noise" in model.sampling_options and args.final_noise == "auto":
         args.final_noise = FINAL_NOISE if 1 in rlr.noisy_steps(schedule) else 0.0
 
 
@@ -76,9 +88,11 @@ def make_chain(args, model, network, device, options):
     Args:
         options: from `sampling_options`, or from `DiffusionModel.drawing_options`.
     """
-    size = args.height, args.width
     return model.make_chain(
-        network, args.num_inference_steps, size, guidance_scale=args.guidance_scale, device=device, **options
+        *(network, args.num_inference_steps, size_of(args)),
+        guidance_scale=args.guidance_scale,
+        device=device,
+        **options,
     )
 
 

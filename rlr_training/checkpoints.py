@@ -24,6 +24,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, load
 from diffusion_models.adapters import LORA_FILE, restore_lora, save_lora
+from diffusion_models.lora_files import SECOND_FILE
 from reward_models.loading import first_line, read_json
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
@@ -195,6 +196,8 @@ def find_damage(config, checkpoint):
         config: from `configuration`, of the run.
     """
     readers = {STATE_FILE: read_json, LORA_FILE: load_file}
+    if os.path.exists(os.path.join(checkpoint, SECOND_FILE)):
+        readers[SECOND_FILE] = load_file
     readers["optimizer.bin"] = partial(_read_torch, needed={"state", "param_groups"})
     readers["scheduler.bin"] = partial(_read_torch, needed={"last_epoch", "base_lrs"})
     for rank in range(config["num_processes"]):
@@ -226,7 +229,7 @@ def _read_torch(path, needed):
 def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
     """Have accelerate's checkpoints hold the adapter, and the rest of the run's state as JSON and safetensors.
 
-    accelerate itself adds the optimizer, its schedule, the scaler and the random states.
+    accelerate itself adds the optimizer, its schedule, the scaler and the random states. It knows no network.
 
     Args:
         config: from `configuration`.
@@ -237,7 +240,6 @@ def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
     """
 
     def save(models, weights, directory):
-        weights.clear()  # or accelerate writes the whole network beside the adapter
         if not accelerator.is_main_process:
             return
         save_lora(model, directory)
@@ -251,7 +253,6 @@ def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
             json.dump(state, file)
 
     def load(models, directory):
-        models.clear()
         restore_lora(model, directory)
         state = read_state(directory)
         needed = {"position", *rlr.state_dict(), *others} | ({"ema_step"} if ema is not None else set())

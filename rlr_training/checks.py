@@ -129,6 +129,10 @@ def _check_run(args):
         )
     if args.report_to in ("wandb", "comet_ml") and find_spec(args.report_to) is None:
         raise ValueError(f"--report_to {args.report_to}: {args.report_to} is not installed")
+    if args.cuda_graphs:
+        for name in ("compile", "gradient_checkpointing", "keep_graphs", "kl_weight"):
+            if getattr(args, name):
+                raise ValueError(f"--cuda_graphs and --{name}: give one of them")
     if args.use_8bit_adam and find_spec("bitsandbytes") is None:
         raise ValueError("--use_8bit_adam: bitsandbytes is not installed")
     if args.push_every is not None and not args.push_to_hub:

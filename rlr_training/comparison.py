@@ -17,7 +17,7 @@ import os
 
 import torch
 from diffusion_models.adapters import load_adapter
-from reward_models.features import diversity, drift, frechet_distance
+from reward_models.features import diversity, drift, frechet_distance, mean_over_frames, video_figures
 from reward_models.images import read_image
 from tqdm.auto import tqdm
 
@@ -59,7 +59,7 @@ def load_adapters(pipeline, sources, cache_dir):
 
 
 def measure(images, prompts, rewards, features, base, real, device):
-    """The figures of the images (N, 3, H, W) of one model.
+    """The figures of the images (N, 3, H, W), or videos (N, F, 3, H, W), of one model.
 
     Args:
         rewards: `WeightedSum`; the weights are ignored.
@@ -71,7 +71,8 @@ def measure(images, prompts, rewards, features, base, real, device):
     Returns:
         (summary, details): numbers for results.json, and {"scores": {reward: (N,)}, "embeds": (N, D)}.
     """
-    embeds = features(images)
+    by_frame = features(images)
+    embeds = mean_over_frames(by_frame)
     scores = {name: values.cpu() for name, values in rewards(images, prompts, device=device).members.items()}
     base_scores, base_embeds = (scores, embeds) if base is None else (base["scores"], base["embeds"])
     summary = {"rewards": {}}
@@ -89,4 +90,6 @@ def measure(images, prompts, rewards, features, base, real, device):
     summary["frechet_to_base"] = frechet_distance(embeds, base_embeds)
     if real is not None:
         summary["frechet_to_real"] = frechet_distance(embeds, real)
+    if images.dim() == 5:
+        summary |= video_figures(images, by_frame)
     return summary, {"scores": scores, "embeds": embeds}

@@ -19,6 +19,12 @@ import math
 DIGITS = 3
 
 
+def evenly_spaced(length, most):
+    """The indices of at most so many of `length` things, with the first and the last, evenly spaced."""
+    count = min(most, length)
+    return [round(i * (length - 1) / max(count - 1, 1)) for i in range(count)]
+
+
 def shown(value, scale=None, sign=""):
     """A number as text, with as many decimals as three significant digits of a scale need.
 

@@ -25,19 +25,20 @@ from accelerate.utils import broadcast_object_list
 from diffusion_models import FAMILIES, load_model
 from diffusion_models.adapters import LORA_FILE, load_adapter, lora_disabled
 from diffusion_models.loading import load_vae
-from reward_models.features import diversity, drift
+from diffusion_models.video import VideoModel
+from reward_models.features import diversity, drift, mean_over_frames, video_figures
 from rlr_utils import rollout
 from tqdm.auto import tqdm
 
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
-from .chains import drawing_chain_of
-from .display import rows_of, scores_shown, shortened, shown, without_files
+from .chains import drawing_chain_of, size_of
+from .display import evenly_spaced, rows_of, scores_shown, shortened, shown, without_files
 from .errors import RunError, naming, one_line, saving
 from .output_dir import VALIDATION_FOLDER
-from .plots import plot_before_after
+from .plots import plot_before_after, plot_grid
+from .videos import animate, save_image, strips
 
 
 if is_wandb_available():
@@ -64,7 +65,7 @@ def make_draw(args, model, embeds=None):
 
 @torch.no_grad()
 def generate(args, model, chain_of, prompts, batch_size, desc=None, first_seed=EVALUATION_SEED):
-    """One image per prompt, from consecutive seeds: (N, 3, H, W) in [0, 1] on the CPU.
+    """One image or video per prompt, from consecutive seeds: (N, 3, H, W) or (N, F, 3, H, W) in [0, 1] on the CPU.
 
     They are those that the pipeline draws from the same generators.
 
@@ -78,14 +79,16 @@ def generate(args, model, chain_of, prompts, batch_size, desc=None, first_seed=E
         # Generators of the CPU, so that a seed is the same image on every device.
         generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
         chain = chain_of(batch)
-        x_T = model.draw_latents(chain, len(batch), (args.height, args.width), generators)
+        x_T = model.draw_latents(chain, len(batch), size_of(args), generators)
         latents = rollout(chain, x_T, generators).latents[0]
         images += [model.decode(part).cpu() for part in latents.split(args.decode_batch_size)]
     return torch.cat(images)
 
 
 def log_validation(draw, args, accelerator, step):
-    """Draw images of the validation prompts, from the same seeds each time, as PNG files and for every tracker.
+    """Draw images of the validation prompts, from the same seeds each time, as files and for every tracker.
+
+    Images are PNG files. Videos are GIF files, of which TensorBoard gets the frames beside each other.
 
     Raises:
         RunError: if the files cannot be written.
@@ -93,18 +96,21 @@ def log_validation(draw, args, accelerator, step):
     folder = os.path.join(args.output_dir, VALIDATION_FOLDER, f"step-{step:06}")
     logger.info(f"Running validation: {args.num_validation_images} images of each validation prompt, in {folder}")
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    images = draw(prompts, args.train_batch_size).permute(0, 2, 3, 1).numpy()
+    images, paths = draw(prompts, args.train_batch_size), []
     with saving(folder):
         os.makedirs(folder, exist_ok=True)
-        for number, (image, prompt) in enumerate(zip(VaeImageProcessor.numpy_to_pil(images), prompts), 1):
+        for number, (image, prompt) in enumerate(zip(images, prompts), 1):
             words = "-".join(re.findall(r"\w+", prompt))[:40]
-            image.save(os.path.join(folder, f"{number:03}-{words}.png"))
+            paths.append(save_image(image, os.path.join(folder, f"{number:03}-{words}"), getattr(args, "fps", None)))
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.writer.add_images("validation", images, step, dataformats="NHWC")
+            shown = images if images.dim() == 4 else strips(images)
+            tracker.writer.add_images("validation", shown.numpy(), step)
         if tracker.name == "wandb":
-            logged = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts)]
-            tracker.log({"validation": logged}, step=step)
+            kind = wandb.Image if images.dim() == 4 else wandb.Video
+            tracker.log(
+                {"validation": [kind(path, caption=prompt) for path, prompt in zip(paths, prompts)]}, step=step
+            )
 
 
 class HeldOut:
@@ -133,17 +139,21 @@ class HeldOut:
         try:
             images = draw(self.prompts, args.train_batch_size, first_seed=HELDOUT_SEED)
             with offload_models(*self.modules, device=self.device, offload=args.reward_offload):
-                embeds = self.features(images, args.decode_batch_size)
+                by_frame = self.features(images, args.decode_batch_size)
                 trained = self.rewards(images, self.prompts, device=self.device).total
                 held = self.heldout(images, self.prompts, device=self.device).total
         except ValueError as error:
             raise RunError(f"held-out images: {error}") from error
-        return {
-            "heldout_mean": held.mean().item(),
-            "heldout_std": held.std().item(),
-            "heldout_trained_mean": trained.mean().item(),
-            "diversity": diversity(embeds, self.prompts),
-        }, embeds
+        embeds, figures = (
+            mean_over_frames(by_frame),
+            {
+                "heldout_mean": held.mean().item(),
+                "heldout_std": held.std().item(),
+                "heldout_trained_mean": trained.mean().item(),
+            },
+        )
+        figures["diversity"] = diversity(embeds, self.prompts)
+        return (figures | video_figures(images, by_frame) if images.dim() == 5 else figures), embeds
 
     def measure_base(self, model, draw):
         """Keep the embeddings of the base model's images, and log the rest; returns its held-out reward."""
@@ -249,24 +259,30 @@ def load_base(args, dtype, families=FAMILIES):
             cache_dir=args.cache_dir,
             families=families,
         )
-    check_flow_flags(args, model)
+    check_family_flags(args, model)
     return model
 
 
-def check_flow_flags(args, model):
+# {flag: what it is where a family has no such option}
+UNSET = {"sigmas": "native", "noise": "ddim", "final_noise": "auto", "guidance_scale_2": None}
+
+
+def check_family_flags(args, model):
     """Give the model --max_sequence_length.
 
     Raises:
-        ValueError: for flags of flow-matching models if it is not one of them, for --eta if an evaluation is of one, and for
-            more tokens than its pipeline takes.
+        ValueError: for flags of other families, for --eta if an evaluation is of a model that is drawn without noise, and
+            for more tokens than its pipeline takes.
     """
-    tokens, sigmas = getattr(args, "max_sequence_length", None), getattr(args, "sigmas", "native")
-    flags = {f"--sigmas {sigmas}": sigmas != "native", f"--max_sequence_length {tokens}": tokens is not None}
-    if "sigmas" not in model.sampling_options:
-        for flag in (flag for flag, is_given in flags.items() if is_given):
-            raise ValueError(f"{flag} is for flow-matching models, not for a {model.pipeline_class}")
-        return
-    if not hasattr(args, "noise") and args.eta != 1:  # an evaluation
+    tokens, makes_videos = getattr(args, "max_sequence_length", None), isinstance(model, VideoModel)
+    given = [name for name, unset in UNSET.items() if getattr(args, name, unset) != unset]
+    others = [name for name in given if name not in model.sampling_options]
+    others += ["max_sequence_length"] * (tokens is not None and not hasattr(model, "longest_sequence"))
+    others += [name for name in ("num_frames", "fps") if not makes_videos and getattr(args, name, None) is not None]
+    for name in others:
+        raise ValueError(f"--{name} {getattr(args, name)} is for other models, not for a {model.pipeline_class}")
+    is_without_noise = model.drawing_options({"eta": 1.0})["eta"] == 0
+    if not hasattr(args, "noise") and args.eta != 1 and is_without_noise:  # an evaluation
         raise ValueError(f"--eta {args.eta} is not for a {model.pipeline_class}, which draws without noise")
     if tokens is not None:
         if tokens > model.longest_sequence:
@@ -286,7 +302,8 @@ def compare_with_base(args, rewards, heldout, prompts, model):
     Returns:
         (results, failures). The results are {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean",
         "standard_error"}} of the reward; "members", {name: the same three}; and with a held-out reward "heldout", the same
-        three. They are also written to evaluation.json, with images in before_after.png. The failures are a list of texts.
+        three. They are also written to evaluation.json, with images in before_after.png, of videos also in before_after.gif.
+        The failures are a list of texts.
     """
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
@@ -312,9 +329,30 @@ def compare_with_base(args, rewards, heldout, prompts, model):
             failures.append(f"the held-out reward has failed in the comparison with the base model: {one_line(error)}")
     with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
         json.dump(results, file, indent=2)
-    lines = footer_lines(args, results)
-    plot_before_after(images, totals, prompts, os.path.join(args.output_dir, "before_after.png"), lines)
+    plot_comparison(args, images, totals, prompts, footer_lines(args, results))
     return results, failures
+
+
+def plot_comparison(args, images, totals, prompts, lines):
+    """Write before_after.png, and for videos before_after.gif, with frames of videos beside each other in the former.
+
+    Args:
+        images: {"base", "tuned"} -> (N, 3, H, W) or (N, F, 3, H, W).
+        totals: their rewards, {"base", "tuned"} -> (N,).
+        lines: at the foot of the plot.
+    """
+    path = os.path.join(args.output_dir, "before_after")
+    if images["base"].dim() == 4:
+        plot_before_after(images, totals, prompts, f"{path}.png", lines)
+        return
+
+    def plot_frame(number, file):
+        frames = {name: videos[:, number] for name, videos in images.items()}
+        plot_before_after(frames, totals, prompts, file, lines)
+
+    animate(plot_frame, images["base"].shape[1], f"{path}.gif", args.fps)
+    few = evenly_spaced(len(prompts), 8)
+    plot_grid({name: strips(videos[few]) for name, videos in images.items()}, [prompts[i] for i in few], f"{path}.png")
 
 
 def compared(scores):

@@ -93,6 +93,11 @@ OPEN_SHARE = number(lambda value: 0 < value < 1, "in (0, 1)")
 SHARE = number(lambda value: 0 <= value <= 1, "in [0, 1]")
 
 
+def frames_to_score(text):
+    """The type of --score_frames: all, chunk, or a whole number."""
+    return text if text in ("all", "chunk") else whole_number()(text)
+
+
 def number_or_auto(text):
     """A number where the text is one, else the text itself, which is checked after parsing."""
     try:

@@ -19,11 +19,11 @@ import shlex
 from importlib.metadata import version
 
 from accelerate.logging import get_logger
-from diffusion_models.adapters import LORA_FILE
+from diffusion_models.lora_files import LORA_FILE, SECOND, SECOND_FILE
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from reward_models.loading import first_line
 
-from .chains import sampling_options
+from .chains import sampling_options, size_of
 from .display import rows_of, scores_shown, shortened, with_error
 from .prompts import levels_of
 
@@ -40,6 +40,7 @@ TEXTS = ("negative_prompt", "validation_prompts")
 EVALUATION_FLAGS = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
     *("reward", "reward_path", "feature_model", "prompts", "dcot_boundaries", "resolution", "height", "width"),
+    *("num_frames", "fps", "frame_reduction", "guidance_scale_2"),
     *("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "eta", "sigmas", "max_sequence_length"),
     "mixed_precision",
 )
@@ -173,7 +174,7 @@ def save_model_card(args, model, command, prompt, repo_id, base_license, step, r
         base_model=None if local else args.pretrained_model_name_or_path,
         library_name="diffusers",
         license=base_license,
-        tags=[model.name, f"{model.name}-diffusers", "text-to-image", "diffusers", "lora", "rlr"],
+        tags=[model.name, f"{model.name}-diffusers", f"text-to-{kind_of(args)}", "diffusers", "lora", "rlr"],
         inference=True,
     )
     source, reward = repo_id or without_folders(args.output_dir), without_folders(args.reward)
@@ -186,11 +187,11 @@ LoRA weights for `{without_folders(args.pretrained_model_name_or_path)}`, traine
 {_example(args, model, source, prompt)}"""
     if levels_of(args.prompts, [prompt]) is not None:
         text += f"""
-It was trained, and its images below are drawn, with a coarse, a middle and a fine prompt one after the other, which
+It was trained, and its {kind_of(args)}s below are drawn, with a coarse, a middle and a fine prompt one after the other, which
 change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the steps.
 """
     if results is not None:
-        text += _table_of(reward, without_folders(args.heldout_reward or ""), results)
+        text += _table_of(kind_of(args), reward, without_folders(args.heldout_reward or ""), results)
     text += f"""
 ## How it was trained
 
@@ -224,22 +225,33 @@ def _example(args, model, source, prompt):
         classes.add(name)
     loader = "from_single_file" if os.path.isfile(args.pretrained_model_name_or_path) else "from_pretrained"
     options = model.drawing_options(sampling_options(args, model))
-    size, guidance = (args.height, args.width), (args.guidance_scale, args.negative_prompt)
+    size, guidance = size_of(args), (args.guidance_scale, args.negative_prompt)
     arguments = model.pipeline_arguments(size, args.num_inference_steps, *guidance, **options)
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    result, saving, imports = "image = ", ".images[0]", ""
+    if kind_of(args) == "video":
+        given += ", output_type='pil'"
+        result, saving = "video = ", f".frames[0]\nexport_to_gif(video, 'video.gif', fps={args.fps:g})"
+        imports = "\nfrom diffusers.utils import export_to_gif"
+    second = f"pipeline.load_lora_weights({source!r}, weight_name={SECOND_FILE!r}, load_into_transformer_2=True)\n"
     return f"""```py
-from diffusers import {", ".join(sorted(classes))}
+from diffusers import {", ".join(sorted(classes))}{imports}
 
 pipeline = {model.pipeline_class}.{loader}({loaded})
 {lines}pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
-image = pipeline(
+{second if SECOND in model.networks else ""}{result}pipeline(
     prompt={shortened(prompt)!r}, {given}
-).images[0]
+){saving}
 ```
 """
 
 
-def _table_of(reward, heldout, results):
+def kind_of(args):
+    """What a run makes: "image" or "video"."""
+    return "image" if getattr(args, "num_frames", None) is None else "video"
+
+
+def _table_of(kind, reward, heldout, results):
     """The scores of base and tuned model, as Markdown."""
     rows = rows_of(results, reward, heldout)
     if len(results["members"]) > 1:
@@ -253,8 +265,8 @@ def _table_of(reward, heldout, results):
     return (
         text
         + f"""
-Over {results["num_images"]} images of fixed seeds; the gain with its standard error. Some of them, base above tuned:
+Over {results["num_images"]} {kind}s of fixed seeds; the gain with its standard error. Some of them, base above tuned:
 
-![base above tuned](./before_after.png)
+![base above tuned](./before_after.{"gif" if kind == "video" else "png"})
 """
     )

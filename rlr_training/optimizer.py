@@ -21,6 +21,7 @@ from typing import Any, Optional
 
 import torch
 from accelerate.logging import get_logger
+from torch.autograd.graph import increment_version
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from diffusers.optimization import get_scheduler
@@ -149,6 +150,9 @@ def loss_scale(accelerator):
 
 def average_gradients(accelerator, trainable):
     """Average the gradients over the ranks, and take out the loss scale; returns their norm."""
+    for p in trainable:
+        if p.grad is None:  # of a transformer that was not called at any step that was swept
+            p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in trainable]
     vector_to_parameters(accelerator.reduce(parameters_to_vector(gradients), "mean"), gradients)
     return accelerator.clip_grad_norm_(trainable, math.inf).item()
@@ -171,6 +175,7 @@ def optimizer_step(accelerator, optimization):
         report_skipped(accelerator, grad_norm, optimization.skipped)
     if is_finite or accelerator.scaler is not None:  # the scaler skips the step itself, and halves its scale
         optimization.optimizer.step()
+        increment_version(optimization.trainable)  # bitsandbytes writes past autograd
     optimization.optimizer.zero_grad()
     if is_finite and optimization.ema is not None:
         optimization.ema.step(optimization.trainable)
@@ -201,8 +206,10 @@ def averaged(optimization):
     if ema is not None:
         ema.store(trainable)
         ema.copy_to(trainable)
+        increment_version(trainable)  # diffusers writes past autograd
     try:
         yield
     finally:
         if ema is not None:
             ema.restore(trainable)
+            increment_version(trainable)

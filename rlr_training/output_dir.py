@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from diffusion_models.adapters import KOHYA_FILE, LORA_FILE, save_kohya, save_lora
+from diffusion_models.lora_files import SECOND_FILE
 
 from .checkpoints import checkpoints_of, incomplete_in
 from .errors import saving
@@ -29,8 +30,16 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FOLDER = "validation"
 # What a run leaves in its output folder, beside its checkpoints and the logs of its trackers.
 RUN_FILES = (
-    *(LORA_FILE, METRICS_FILE, "training_args.json", "evaluation.json", "reward_curve.png", "before_after.png"),
-    *(KOHYA_FILE, "README.md", os.path.join("best", LORA_FILE), os.path.join("ema", LORA_FILE)),
+    *(
+        METRICS_FILE,
+        "training_args.json",
+        "evaluation.json",
+        "reward_curve.png",
+        "before_after.png",
+        "before_after.gif",
+    ),
+    *(KOHYA_FILE, "README.md"),
+    *(os.path.join(folder, name) for folder in ("", "best", "ema") for name in (LORA_FILE, SECOND_FILE)),
 )
 
 

@@ -21,7 +21,7 @@ import warnings
 import torch
 from matplotlib.figure import Figure
 
-from .display import shown
+from .display import evenly_spaced, shown
 
 
 def caption(text, width=20, lines=3):
@@ -68,8 +68,8 @@ def plot_before_after(images, scores, prompts, path, below=(), columns=8):
         below: lines of text under the images.
         columns: the largest number of images in a row, evenly spaced among all.
     """
-    columns = min(columns, len(prompts))
-    picks = [round(i * (len(prompts) - 1) / max(columns - 1, 1)) for i in range(columns)]
+    picks = evenly_spaced(len(prompts), columns)
+    columns = len(picks)
     height, width = images["base"].shape[2:]
     figure = Figure(figsize=(max(1.5 * columns, 5), 3 * height / width + 1.3 + 0.2 * len(below)), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
@@ -90,8 +90,9 @@ def plot_before_after(images, scores, prompts, path, below=(), columns=8):
 def plot_grid(images, prompts, path):
     """Images {model: (N, 3, H, W)} of N prompts: a row per prompt and seed, a column per model."""
     height, width = images["base"].shape[2:]
-    height *= 1.8 / width  # in inches
-    figure = Figure(figsize=(1.8 * len(images) + 1.2, height * len(prompts) + 0.6), layout="constrained")
+    side = 1.8 * max(width / height / 3, 1)  # in inches; frames beside each other need room
+    height *= side / width
+    figure = Figure(figsize=(side * len(images) + 1.2, height * len(prompts) + 0.6), layout="constrained")
     cells = figure.subplots(len(prompts), len(images), squeeze=False)
     for column, (name, drawn) in enumerate(images.items()):
         cells[0][column].set_title(caption(name), fontsize=9)

@@ -26,12 +26,21 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import (
+    DynamoBackend,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    compile_regions,
+    parse_flag_from_env,
+)
 from reward_models.loading import first_line
 from torch._functorch import config as functorch_config
 
 import diffusers
 
+from .chains import size_of
+from .cuda_graphs import GraphedNetwork
 from .errors import is_out_of_memory
 
 
@@ -149,7 +158,10 @@ def frozen_dtype(mixed_precision):
 def to_device(args, accelerator, model, baseline_vae):
     """Move the networks to the device; returns the trained one as rollout and sweep call it.
 
-    The pipeline keeps the network without what accelerate wraps around it.
+    Raises:
+        ValueError: for --cuda_graphs without an NVIDIA GPU.
+
+    The pipeline keeps the network as it was before it was compiled.
     """
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -160,9 +172,25 @@ def to_device(args, accelerator, model, baseline_vae):
         model.pipeline.vae.enable_gradient_checkpointing()
     for module in (model.network, model.pipeline.vae, *([] if baseline_vae is None else [baseline_vae])):
         module.to(accelerator.device)
-    # evaluation_mode: autocast, but no DistributedDataParallel, which would synchronise at each of a sweep's T backward
-    # calls. The gradients are averaged over the ranks once a step, see `average_gradients`.
-    return accelerator.prepare_model(model.network, evaluation_mode=True)
+    if args.cuda_graphs:
+        if accelerator.device.type != "cuda":
+            raise ValueError(f"--cuda_graphs needs an NVIDIA GPU, and this run is on {accelerator.device.type}")
+        return GraphedNetwork(model.network)
+    return compiled(accelerator, model.network)
+
+
+def compiled(accelerator, network):
+    """The network under accelerate's settings for the compiler, or as it is without any.
+
+    accelerate's own `prepare` would add autocast, under which weights and activations are cast at every layer, and
+    DistributedDataParallel, which would synchronise at each of a sweep's T backward calls. The network is in the precision
+    of --mixed_precision already, and gradients are averaged over the ranks once a step, see `average_gradients`.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return network
+    compiling = compile_regions if plugin.use_regional_compilation else torch.compile
+    return compiling(network, **plugin.to_kwargs())
 
 
 @torch.no_grad()
@@ -175,7 +203,7 @@ def try_model(args, model, chain, baseline_vae):
     decoders = {f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}": None}
     if baseline_vae is not None:
         decoders[f"--baseline_vae {args.baseline_vae!r}"] = baseline_vae
-    x = torch.zeros(model.latents_shape(1, (args.height, args.width)), device=chain.timesteps.device)
+    x = torch.zeros(model.latents_shape(1, size_of(args)), device=chain.timesteps.device)
     for name, vae in decoders.items():
         try:
             images = model.decode(chain.mean(chain.num_steps, x), vae)
@@ -192,7 +220,7 @@ def try_model(args, model, chain, baseline_vae):
 
 def compiles(args, model, chain, schedule):
     """Whether the compiler manages the calls that rollout and sweep will make on the chain."""
-    shape = model.latents_shape(args.train_batch_size, (args.height, args.width))
+    shape = model.latents_shape(args.train_batch_size, size_of(args))
     x = torch.zeros(shape, device=chain.timesteps.device)
     passed_on = schedule.mixing[2 : schedule.stop_after + 1]
     try:

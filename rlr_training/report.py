@@ -20,6 +20,8 @@ import html
 from .display import shown, with_error
 
 
+OF_VIDEOS = """ Flicker is the mean absolute difference of consecutive frames, motion how little they are correlated, and
+subject consistency the cosine of frames in CLIP's embeddings. A video that stands still has no flicker."""
 REPORT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>LoRA evaluation</title><style>
 body{{font-family:sans-serif;margin:2em auto;max-width:75em}}img{{max-width:100%}}
@@ -28,9 +30,10 @@ td:first-child,th:first-child{{text-align:left}}
 </style></head><body>
 <h1>Base model against {adapters}</h1>
 <table>{table}</table>
-<p>Rewards are means over {num_images} images, with their standard errors. The gain is the mean difference from the base
-model's images of the same prompts and seeds, and the win rate the share of images that score higher than those. Diversity, drift and Frechet distances are measured in CLIP's embeddings. A fall of
-diversity and a rise of the distances are signs of reward hacking.</p>
+<p>Rewards are means over {num_images} {kind}s, with their standard errors. The gain is the mean difference from the base
+model's {kind}s of the same prompts and seeds, and the win rate the share of {kind}s that score higher than those. Diversity,
+drift and Frechet distances are measured in CLIP's embeddings. A fall of diversity and a rise of the distances are signs of
+reward hacking.{of_videos}</p>
 {figures}
 <h2>Settings</h2>
 <ul>{settings}</ul>
@@ -86,7 +89,7 @@ def write_report(results, images, path):
 
     Args:
         results: of evaluate_rlr.py.
-        images: {title: PNG file}.
+        images: {title: PNG or GIF file}.
     """
     header, rows = rows_of(results)
     table = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"
@@ -96,12 +99,19 @@ def write_report(results, images, path):
     for title, file in images.items():
         with open(file, "rb") as opened:
             data = base64.b64encode(opened.read()).decode()
-        figures += f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        kind = file.rpartition(".")[2]
+        figures += (
+            f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/{kind};base64,{data}">'
+        )
     given = {name: value for name, value in results["settings"].items() if value is not None and value is not False}
     settings = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>" for name, value in given.items())
     with open(path, "w", encoding="utf-8") as file:
         adapters = ", ".join(html.escape(name) for name in results["models"] if name != "base")
-        num_images = results["num_images"]
+        num_images, is_of_videos = results["num_images"], "flicker" in results["models"]["base"]
         file.write(
-            REPORT.format(adapters=adapters, table=table, num_images=num_images, figures=figures, settings=settings)
+            REPORT.format(
+                **{"adapters": adapters, "table": table, "num_images": num_images, "figures": figures},
+                **{"settings": settings, "kind": "video" if is_of_videos else "image"},
+                of_videos=OF_VIDEOS if is_of_videos else "",
+            )
         )

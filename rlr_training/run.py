@@ -37,6 +37,7 @@ from .chains import (
     set_defaults,
     set_size,
     settle_noise,
+    size_of,
 )
 from .checkpoints import check_same_run, check_whole, configuration, find_start, load_checkpoint, register_state
 from .checks import flag_of, rlr_settings
@@ -55,7 +56,7 @@ from .optimizer import Optimization, images_of_a_step, make_optimization
 from .output_dir import check_output_dir, check_writable, write_configuration
 from .processes import compiles, frozen_dtype, make_accelerator, to_device, try_model
 from .prompts import PromptSampler, load_training_prompts, warn_of_long_prompts
-from .scoring import BatchScorer, load_reward_sum
+from .scoring import BatchScorer, check_score_frames, load_reward_sum
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -123,6 +124,7 @@ def prepare(args, script, tracker, families, defaults):
         model = load_base(args, frozen_dtype(args.mixed_precision), families)
         config = fit_to_model(args, accelerator, model, prompts, resume_path)
         rewards, heldout = load_run_rewards(args, prompts, accelerator)
+        check_score_frames(args, model, rewards)
         baseline_vae = load_baseline_vae(args, frozen_dtype(args.mixed_precision))
         trainable = add_adapter(args, model)
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
@@ -209,7 +211,7 @@ def fit_to_model(args, accelerator, model, prompts, resume_path):
         check_same_run(config, resume_path)
         check_whole(config, resume_path)
     with naming(f"--num_inference_steps {args.num_inference_steps}:"):
-        model.noise_schedule(args.num_inference_steps, (args.height, args.width))
+        model.noise_schedule(args.num_inference_steps, size_of(args))
     return config
 
 
@@ -263,7 +265,7 @@ def make_training_chain(args, accelerator, model, network, rlr, schedule):
     Raises:
         ValueError: if the schedule cannot be swept on it.
     """
-    settle_noise(args, rlr, schedule)
+    settle_noise(args, model, rlr, schedule)
     chain = make_chain(args, model, network, accelerator.device, sampling_options(args, model))
     with naming(f"{sampler_of(args)}, --reward {args.reward!r}:"):
         rlr.check_chain(chain, schedule)

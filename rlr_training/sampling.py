@@ -13,7 +13,7 @@
 # limitations under the License.
 """The flags that say how a chain draws images, for training and evaluation."""
 
-from .flags import NOT_NEGATIVE, OF_FAMILY, SHARE, number_or_auto, whole_number
+from .flags import NOT_NEGATIVE, OF_FAMILY, POSITIVE, SHARE, frames_to_score, number_or_auto, whole_number
 
 
 def add_sampling_flags(parser, num_inference_steps=None, guidance_scale=None):
@@ -68,8 +68,42 @@ def add_flow_flags(group):
     )
 
 
+def add_video_flags(group):
+    """The length of videos, and how rewards on images score them."""
+    group.add_argument("--num_frames", type=whole_number(), help="Frames of a video." + OF_FAMILY)
+    group.add_argument(
+        "--fps",
+        type=POSITIVE,
+        help="Frames per second, for the files that are written and for rewards that ask for it." + OF_FAMILY,
+    )
+    group.add_argument(
+        "--guidance_scale_2",
+        type=NOT_NEGATIVE,
+        help="Guidance of Wan 2.2's second transformer. Default: --guidance_scale.",
+    )
+    group.add_argument(
+        "--frame_reduction",
+        default="mean",
+        choices=["mean", "min"],
+        help="How a reward on images scores a video: by the mean or by the least of its frames' scores.",
+    )
+
+
+def add_score_frames_flag(group):
+    """Which frames of a video training scores."""
+    group.add_argument(
+        "--score_frames",
+        type=frames_to_score,
+        default="all",
+        metavar="all|N|chunk",
+        help="Frames that are scored in training: all, N evenly spaced ones, or one random chunk, which is the least memory"
+        " that a causal decoder such as Wan's needs. A chunk's gradient is unbiased, but noisier; the reward must be a mean"
+        " over frames.",
+    )
+
+
 def add_noise_flags(group):
-    """The noise that training adds to the steps of a flow-matching model, whose pipeline adds none."""
+    """The noise that training adds to the steps of a model whose pipeline adds none."""
     group.add_argument(
         "--noise",
         default="ddim",

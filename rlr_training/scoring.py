@@ -18,8 +18,13 @@ from reward_models import load_rewards, parse_reward, parse_reward_paths
 
 from diffusers.training_utils import offload_models
 
+from .chains import size_of
 from .errors import RunError
 from .optimizer import loss_scale
+
+
+# --score_frames for one random chunk of the frames that the decoder gives together.
+CHUNK = "chunk"
 
 
 def load_reward_sum(args, text, prompts, device, batch_size):
@@ -36,17 +41,61 @@ def load_reward_sum(args, text, prompts, device, batch_size):
         parse_reward(text),
         parse_reward_paths(args.reward_path),
         device=device,
-        size=(args.height, args.width),
+        size=size_of(args),
         prompts=(prompts[0], prompts[-1]),
         batch_size=batch_size,
+        frame_reduction=getattr(args, "frame_reduction", "mean"),
+        fps=getattr(args, "fps", None),
     )
 
 
-def score_latents(model, rewards, latents, prompts, decode_batch_size, with_gradient=False, scale=1.0, vae=None):
-    """Decode latents (B, ...) and score the images, a few at a time.
+def check_score_frames(args, model, rewards):
+    """Refuse a --score_frames that the model or the reward has not.
+
+    Raises:
+        ValueError: naming it.
+    """
+    chosen = getattr(args, "score_frames", "all")
+    if chosen == CHUNK and model.chunk_frames(args.num_frames) is None:
+        raise ValueError(
+            f"--score_frames {CHUNK} needs a decoder that can be stopped, and that of a {model.pipeline_class} decodes"
+            " videos as a whole: use --score_frames all"
+        )
+    if chosen == CHUNK and not rewards.mean_over_frames:
+        raise ValueError(
+            f"--score_frames {CHUNK} is for rewards that are means over frames, and --reward {args.reward!r} with"
+            f" --frame_reduction {args.frame_reduction} is none: use --score_frames all"
+        )
+    timed = [name for name, (_, reward) in rewards.members.items() if hasattr(reward, "fps")]
+    if isinstance(chosen, int) and timed:
+        raise ValueError(
+            f"--score_frames {chosen} changes the frame rate, on which the reward {timed[0]!r} depends: use --score_frames all"
+        )
+    if isinstance(chosen, int) and chosen > args.num_frames:
+        raise ValueError(f"--score_frames {chosen} is more than the {args.num_frames} frames of a video")
+
+
+def decoder_of(args, model):
+    """`decode(latents, vae) -> images` in [0, 1], or for videos those of their frames that --score_frames scores.
+
+    A chunk is drawn with a probability p in proportion to the number n of its frames. For the mean of F scores r_f the
+    estimate is sum_f r_f / (F p) over its frames, which is their mean, since p = n / F.
+    """
+    chosen = getattr(args, "score_frames", "all")
+    if chosen == "all":
+        return model.decode
+    if chosen != CHUNK:
+        kept = torch.linspace(0, args.num_frames - 1, chosen).round().long()
+        return lambda latents, vae: model.decode(latents, vae)[:, kept.to(latents.device)]
+    lengths = torch.tensor(model.chunk_frames(args.num_frames), dtype=torch.float)
+    return lambda latents, vae: model.decode_chunk(latents, torch.multinomial(lengths, 1).item())
+
+
+def score_latents(decode, rewards, latents, prompts, decode_batch_size, with_gradient=False, scale=1.0, vae=None):
+    """Decode latents (B, ...) and score the images or videos, a few at a time.
 
     Args:
-        model: `DiffusionModel`.
+        decode: `decode(latents, vae)`, see `decoder_of`.
         rewards: `WeightedSum`.
         scale: of the cotangents while they pass through the decoder, see `loss_scale`; the result is free of it.
         vae: decodes instead of the model's own.
@@ -59,7 +108,7 @@ def score_latents(model, rewards, latents, prompts, decode_batch_size, with_grad
     for start in range(0, len(latents), decode_batch_size):
         x_0 = latents[start : start + decode_batch_size].detach().requires_grad_(with_gradient)
         with torch.set_grad_enabled(with_gradient):
-            images = model.decode(x_0, vae)
+            images = decode(x_0, vae)
         result = rewards(images, prompts[start : start + decode_batch_size], with_gradient)
         if with_gradient:
             reward_grad += [g / scale for g in torch.autograd.grad(images, x_0, scale * result.gradient)]
@@ -74,7 +123,8 @@ class BatchScorer:
     Args:
         args: of the script, for --decode_batch_size and --reward_offload.
         accelerator: whose loss scale protects the gradient in float16.
-        model, rewards: as for `score_latents`.
+        model: `DiffusionModel`.
+        rewards: `WeightedSum`.
         prompts: B of them; of latents (S B, ...) image i has the prompt i mod B.
         vae: decodes instead of the model's own.
 
@@ -86,7 +136,7 @@ class BatchScorer:
     """
 
     def __init__(self, args, accelerator, model, rewards, prompts, vae=None):
-        self.args, self.accelerator, self.model, self.rewards = args, accelerator, model, rewards
+        self.args, self.accelerator, self.decode, self.rewards = args, accelerator, decoder_of(args, model), rewards
         self.prompts, self.vae = prompts, vae
         self.scores = None
 
@@ -96,7 +146,7 @@ class BatchScorer:
         try:
             with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
                 scores, reward_grad = score_latents(
-                    *(self.model, self.rewards, x_0, prompts, args.decode_batch_size, with_gradient, scale),
+                    *(self.decode, self.rewards, x_0, prompts, args.decode_batch_size, with_gradient, scale),
                     vae=self.vae,
                 )
         except ValueError as error:

@@ -15,8 +15,9 @@ import os
 
 
 # Before a library reads them, and for the processes that tests start: the references are a CPU's, two ranks would need two
-# cards, and the Hub of the tests is a server on this machine.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# cards, and the Hub of the tests is a server on this machine. Only test_rlr_gpu.py uses a GPU.
+if os.environ.get("RUN_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("HF_HUB_OFFLINE", None)
 
 import pytest  # noqa: E402

@@ -44,6 +44,16 @@ def red(images, prompts):
 RED = "rlr_models:red"
 
 
+def redder(videos, prompts):
+    """A smooth reward of whole videos: how much redder the last frame is than the first. It keeps them in `SEEN`, too."""
+    SEEN.append((videos.detach().clone(), prompts))
+    return (videos[:, -1, 0] - videos[:, 0, 0]).mean((1, 2))
+
+
+redder.differentiable = redder.takes_videos = True
+REDDER = "rlr_models:redder"
+
+
 @functools.cache
 def tiny_sdxl():
     """The folder of an SDXL pipeline of the real classes with random weights, which is written once per process.

@@ -20,7 +20,7 @@ import sys
 
 import pytest
 import torch
-from diffusion_models import FAMILIES, FLOW_FAMILIES, SCHEDULERS, UNET_FAMILIES, as_model, load_model, make_scheduler
+from diffusion_models import FAMILIES, SCHEDULERS, UNET_FAMILIES, as_model, load_model, make_scheduler
 from diffusion_models.loading import load_vae
 from rlr_models import FOLDERS, edit_json, tiny_sdxl
 from rlr_testing import ROOT, TINY_SD, refused, train
@@ -115,9 +115,7 @@ def test_the_packages_first_imports_are_light():
 
 
 def test_a_pipeline_of_no_family_is_refused_with_what_is_supported(tmp_path):
-    supported = (
-        f"is not supported here, only StableDiffusionPipeline, StableDiffusionXLPipeline, {', '.join(FLOW_FAMILIES)}"
-    )
+    supported = f"is not supported here, only {', '.join(FAMILIES)}"
     assert all(name in supported for name in FAMILIES)
     other = changed(TINY_SD, tmp_path / "other", _class_name="SanaPipeline")
     with pytest.raises(ValueError, match=f"other' cannot be loaded: a SanaPipeline {supported}"):

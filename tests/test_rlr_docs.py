@@ -26,6 +26,7 @@ import pytest
 import torch
 import train_rlr_flow
 import train_rlr_sd
+import train_rlr_video
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     **dict.fromkeys(("train_rlr_sd.py", "rlr-train-sd"), train_rlr_sd.parse_args),
     **dict.fromkeys(("train_rlr_flow.py", "rlr-train-flow"), train_rlr_flow.parse_args),
+    **dict.fromkeys(("train_rlr_video.py", "rlr-train-video"), train_rlr_video.parse_args),
     **dict.fromkeys(("evaluate_rlr.py", "rlr-evaluate"), evaluate_rlr.parse_args),
 }
 PACKAGES = ("rlr_utils", "diffusion_models", "reward_models", "rlr_training")

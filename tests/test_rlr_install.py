@@ -31,6 +31,7 @@ PACKAGES = ("rlr_utils", "diffusion_models", "reward_models", "rlr_training")
 SCRIPTS = {
     "rlr-train-sd": "train_rlr_sd",
     "rlr-train-flow": "train_rlr_flow",
+    "rlr-train-video": "train_rlr_video",
     "rlr-evaluate": "evaluate_rlr",
 }
 # Runs an installed script. Afterwards says where its modules are from, and which heavy ones have been imported.
@@ -121,7 +122,9 @@ def test_entry_points_answer_from_another_directory_without_heavy_imports(target
     report = json.loads(report)
     assert report["code"] == 0 and report["heavy"] == []
     assert all(Path(file).is_relative_to(target) for file in report["files"])
-    model = "stabilityai/stable-diffusion-3.5-medium" if "flow" in script else "CompVis/stable-diffusion-v1-4"
+    others = {"rlr-train-flow": "stabilityai/stable-diffusion-3.5-medium"}
+    others["rlr-train-video"] = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    model = others.get(script, "CompVis/stable-diffusion-v1-4")
     # Lines are also broken after a hyphen.
     assert "--pretrained_model_name_or_path" in text and f"Default:{model}" in "".join(text.split())
 

@@ -51,7 +51,7 @@ def rewards():
 def test_latents_are_scored_in_parts_and_on_a_scale_to_the_same_result(model, rewards, decode_batch_size, scale):
     """Against the pipeline's own decoder, and autograd through all images at once."""
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    scores, gradient = score_latents(model, rewards, latents, PROMPTS, decode_batch_size, True, scale)
+    scores, gradient = score_latents(model.decode, rewards, latents, PROMPTS, decode_batch_size, True, scale)
     x = latents.clone().requires_grad_()
     vae = model.pipeline.vae
     images = (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
@@ -62,7 +62,7 @@ def test_latents_are_scored_in_parts_and_on_a_scale_to_the_same_result(model, re
         torch.testing.assert_close(scores[name], values, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
     assert scores.keys() == {"total", "black_box", *result.members} and not gradient.requires_grad
-    assert score_latents(model, rewards, latents, PROMPTS, decode_batch_size)[1] is None
+    assert score_latents(model.decode, rewards, latents, PROMPTS, decode_batch_size)[1] is None
 
 
 def scorer_of(model, rewards, **options):

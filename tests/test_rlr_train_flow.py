@@ -286,9 +286,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, capsys
 def test_flags_of_flow_models_are_refused_for_others(tmp_path, flags):
     command = ["--pretrained_model_name_or_path", TINY_SD, "--adapters", "none", "--feature_model", TINY_CLIP, *flags]
     command += ["--prompts", "simple_animals", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(
-        SystemExit, match=f"{' '.join(flags)} is for flow-matching models, not for a StableDiffusionPipe"
-    ):
+    with pytest.raises(SystemExit, match=f"{' '.join(flags)} is for other models, not for a StableDiffusionPipe"):
         evaluate_rlr.main(evaluate_rlr.parse_args(command))
 
 

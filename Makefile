@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-flow test test-slow quality style assets emoji-assets gradient-quality clean
+.PHONY: demo demo-flow demo-video gpu test test-slow quality style assets emoji-assets video-assets gradient-quality clean
 
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +44,23 @@ demo-flow: $(VENV)/installed
 		--max_train_steps 40 --num_eval_images 128 --seed 0 \
 		--output_dir demo-flow-output
 
+demo-video: $(VENV)/installed
+	rm -rf demo-video-output
+	$(BIN)/python -m accelerate.commands.launch --num_processes 1 \
+		--num_machines 1 --mixed_precision no --dynamo_backend no train_rlr_video.py \
+		--pretrained_model_name_or_path assets/tiny-wan \
+		--prompts assets/videos.txt --height 32 --width 32 --num_frames 9 \
+		--reward motion --heldout_reward assets/tiny-wan-rewards/video_reader.py:DigitAccuracy \
+		--heldout_steps 10 --num_heldout_images 64 --feature_model assets/tiny-aesthetic/clip \
+		--num_inference_steps 10 --guidance_scale 3 --max_sequence_length 16 \
+		--train_batch_size 16 --gradient_accumulation_steps 1 --decode_batch_size 16 --learning_rate 1e-3 \
+		--max_train_steps 40 --num_eval_images 128 --seed 0 \
+		--output_dir demo-video-output
+
+# On a machine with an NVIDIA GPU, at most nine minutes.
+gpu: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/gpu.py
+
 # Two processes of one thread each, see tests/conftest.py.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2
@@ -65,8 +82,11 @@ assets: $(VENV)/installed-dev
 emoji-assets: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/python tools/make_emoji_assets.py
 
+video-assets: $(VENV)/installed-dev
+	PYTHONPATH=. $(BIN)/python tools/make_video_assets.py
+
 gradient-quality: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient_quality.py
 
 clean:
-	rm -rf $(VENV) demo-output demo-flow-output
+	rm -rf $(VENV) demo-output demo-flow-output demo-video-output

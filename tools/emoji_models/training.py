@@ -20,6 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 
+def best_device():
+    """A GPU if there is one. Batches are drawn on the CPU, so that they are the same everywhere."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fit(model, loss, steps, learning_rate, seed, state_file, weight_decay=0.0, ema_decay=0.999, save_every=500):
     """Minimize `loss(generator) -> (loss, figures)` over the parameters of `model` with AdamW and one cycle of its rate.
 

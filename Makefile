@@ -54,7 +54,7 @@ demo-video: $(VENV)/installed
 		--heldout_steps 10 --num_heldout_images 64 --feature_model assets/tiny-aesthetic/clip \
 		--num_inference_steps 10 --guidance_scale 3 --max_sequence_length 16 \
 		--train_batch_size 16 --gradient_accumulation_steps 1 --decode_batch_size 16 --learning_rate 1e-3 \
-		--max_train_steps 40 --num_eval_images 128 --seed 0 \
+		--max_train_steps 20 --num_eval_images 128 --seed 0 \
 		--output_dir demo-video-output
 
 # On a machine with an NVIDIA GPU, at most nine minutes.

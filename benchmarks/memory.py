@@ -18,17 +18,16 @@
                                              hour on one core of a CPU
 
 The real networks run at full size on tensors without values: the bytes of every tensor are counted from its creation to its
-release, and nothing is computed. Normalisations are widened to float32, as autocast does on a GPU but not on a CPU. The sum
-is what a GPU's allocator is asked for. Its rounding and fragmentation, the workspaces of convolutions and the context of the
-GPU come on top; the recipes leave 1.5 GiB and a tenth of the card for them. Rollout, decoding and sweep follow one another,
-so the peak is that of the largest. The text encoder is on the device only for new prompts. Prints tables and writes
-memory.csv and memory.png.
+release, and nothing is computed. The sum is what a GPU's allocator is asked for. Its rounding and fragmentation, the
+workspaces of convolutions and the context of the GPU come on top; the recipes leave 1.5 GiB and a tenth of the card for them.
+Rollout, decoding and sweep follow one another, so the peak is that of the largest. The text encoder is on the device only for
+new prompts. Prints tables and writes memory.csv and memory.png. Videos are counted by memory_video.py.
 """
 
 import os
 import platform
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -103,6 +102,17 @@ def peak_of(run):
     return live.peak / GIB
 
 
+def copy_lora(network):
+    """Make the copies of its LoRA that a network in half precision uses from its first call on."""
+    for hook in network._forward_pre_hooks.values():
+        hook(network, ())
+
+
+def room_on(card):
+    """GiB of a card that the recipes fill."""
+    return 0.9 * card - 1.5
+
+
 def phases(networks, batch_size, latents_size, num_steps):
     """GiB that each phase of a step adds to the weights; for the decoder, with one image at a time."""
     unet, shape = networks.unet, (batch_size, 4, latents_size, latents_size)
@@ -146,13 +156,13 @@ def settings_of(preset, device, precision, checkpointing):
 def count(precision, checkpointing, batch_sizes, preset, num_steps, on_gpu=True):
     """A row for each batch size. It needs a process of its own, since accelerate allows one precision per process."""
     networks, rows = load(settings_of(preset, "cpu", precision, checkpointing)), []
+    copy_lora(networks.unet)
     weights = {
         name: sum(p.nbytes for p in getattr(networks, name).parameters()) / GIB for name in ("unet", "vae", "reward")
     }
     size = networks.model.network.config.sample_size
     for batch_size in batch_sizes:
-        with widened_norms() if on_gpu else nullcontext():
-            added = phases(networks, batch_size, size, num_steps)
+        added = phases(networks, batch_size, size, num_steps)
         always = weights["unet"] + weights["vae"] + added["stored_gib"]
         unet_peak = max(added["rollout_gib"], added["sweep_gib"])
         rows.append(
@@ -170,13 +180,13 @@ def count(precision, checkpointing, batch_sizes, preset, num_steps, on_gpu=True)
 
 
 def compare(preset, batch_sizes, num_steps, precision, checkpointing):
-    """Measure a step of full_bp; returns a line with that and the count for the device that it ran on."""
-    on_gpu = torch.accelerator.is_available()
+    """Measure a step of full_bp; returns a line with that and the count."""
+    device = "GPU" if torch.accelerator.is_available() else "CPU"
     case = Case("full_bp", num_steps, batch_sizes[0], 2, 32 if preset == "bundle" else 512)
-    counted = in_own_process(count, precision, checkpointing, batch_sizes, preset, num_steps, on_gpu)[0]
+    counted = in_own_process(count, precision, checkpointing, batch_sizes, preset, num_steps)[0]
     measured = in_own_process(memory, settings_of(preset, None, precision, checkpointing), [case])[0]
     return (
-        f"full_bp, {num_steps} steps, batch {batch_sizes[0]}, {precision}, {'GPU' if on_gpu else 'CPU'}:"
+        f"full_bp, {num_steps} steps, batch {batch_sizes[0]}, {precision}, {device}:"
         f" {measured['peak_mib'] / 1024:.2f} GiB measured, {counted['peak_gib']:.2f} counted"
     )
 
@@ -185,10 +195,9 @@ def recipes(rows):
     """Lines with the largest batch that fits on each card, by precision, without and with checkpointing."""
     lines = []
     for card in CARDS:
-        room = 0.9 * card - 1.5
         for variant in dict.fromkeys((row["precision"], row["gradient_checkpointing"]) for row in rows):
             own = [row for row in rows if (row["precision"], row["gradient_checkpointing"]) == variant]
-            fitting = [row for row in own if row["peak_gib"] <= room]
+            fitting = [row for row in own if row["peak_gib"] <= room_on(card)]
             recipe = "nothing fits"
             if fitting:
                 recipe = f"batch {fitting[-1]['batch_size']}, {fitting[-1]['peak_gib']:.1f} GiB"

@@ -257,7 +257,7 @@ def parse_args(input_args):
         choices=ESTIMATORS,
         default=None,
         metavar="NAME",
-        help="Default: all, for sd14 without keep_graphs, whose 50 graphs take 112 GiB for one image.",
+        help="Default: all, for sd14 without keep_graphs, whose 50 graphs take 77 GiB for one image.",
     )
     parser.add_argument("--rounds", type=int, default=3, help="How often each step and its bare calls take turns.")
     args = parse_benchmark(parser, input_args)

@@ -58,6 +58,11 @@ def size_of(args):
     return (args.height, args.width) if frames is None else (args.height, args.width, frames)
 
 
+def kind_of(args):
+    """What a run makes: "image" or "video"."""
+    return "image" if len(size_of(args)) == 2 else "video"
+
+
 def sampling_options(args, model):
     """The arguments of `DiffusionModel.make_chain` beside the guidance scale that the flags set."""
     return {name: getattr(args, name) for name in model.sampling_options if hasattr(args, name)}

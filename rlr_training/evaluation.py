@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
-from .chains import drawing_chain_of, size_of
+from .chains import drawing_chain_of, kind_of, size_of
 from .display import evenly_spaced, rows_of, scores_shown, shortened, shown, without_files
 from .errors import RunError, naming, one_line, saving
 from .output_dir import VALIDATION_FOLDER
@@ -94,7 +94,9 @@ def log_validation(draw, args, accelerator, step):
         RunError: if the files cannot be written.
     """
     folder = os.path.join(args.output_dir, VALIDATION_FOLDER, f"step-{step:06}")
-    logger.info(f"Running validation: {args.num_validation_images} images of each validation prompt, in {folder}")
+    logger.info(
+        f"Running validation: {args.num_validation_images} {kind_of(args)}s of each validation prompt, in {folder}"
+    )
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     images, paths = draw(prompts, args.train_batch_size), []
     with saving(folder):
@@ -160,7 +162,7 @@ class HeldOut:
         with lora_disabled(model):
             figures, self.base_embeds = self._measure(draw)
         listed = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
-        logger.info(f"base model on {len(self.prompts)} images: {listed}")
+        logger.info(f"base model on {len(self.prompts)} {kind_of(self.args)}s: {listed}")
         return figures["heldout_mean"]
 
     def measure(self, draw):
@@ -308,9 +310,9 @@ def compare_with_base(args, rewards, heldout, prompts, model):
     pool = args.validation_prompts or prompts
     prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
     draw = make_draw(args, model)
-    images = {"base": draw(prompts, args.train_batch_size, desc="base images")}
+    images = {"base": draw(prompts, args.train_batch_size, desc=f"base {kind_of(args)}s")}
     load_adapter(model.pipeline, args.output_dir, "tuned")
-    images["tuned"] = draw(prompts, args.train_batch_size, desc="tuned images")
+    images["tuned"] = draw(prompts, args.train_batch_size, desc=f"tuned {kind_of(args)}s")
 
     def scores_of(rewards):
         device = model.network.device
@@ -386,4 +388,4 @@ def print_comparison(args, results):
             print(f"{name:>6} {reward}: {mean} mean, {deviation} standard deviation")
         gain, error = row["gain"]["mean"], row["gain"]["standard_error"]
         print(f"  gain {reward}: {shown(gain, error, '+')} mean, {shown(error, error)} standard error")
-    print(f"over {results['num_images']} images of the same prompts and seeds")
+    print(f"over {results['num_images']} {kind_of(args)}s of the same prompts and seeds")

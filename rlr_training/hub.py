@@ -23,7 +23,7 @@ from diffusion_models.lora_files import LORA_FILE, SECOND, SECOND_FILE
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from reward_models.loading import first_line
 
-from .chains import sampling_options, size_of
+from .chains import kind_of, sampling_options, size_of
 from .display import rows_of, scores_shown, shortened, with_error
 from .prompts import levels_of
 
@@ -244,11 +244,6 @@ pipeline = {model.pipeline_class}.{loader}({loaded})
 ){saving}
 ```
 """
-
-
-def kind_of(args):
-    """What a run makes: "image" or "video"."""
-    return "image" if getattr(args, "num_frames", None) is None else "video"
 
 
 def _table_of(kind, reward, heldout, results):

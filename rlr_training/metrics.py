@@ -24,6 +24,7 @@ from accelerate.logging import get_logger
 from rlr_utils import prediction_weights
 from tqdm.auto import tqdm
 
+from .chains import kind_of
 from .display import shown
 from .errors import saving
 from .optimizer import images_of_a_step
@@ -43,7 +44,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
         sampler: `PromptSampler`.
         trainable: the parameters that are trained.
     """
-    images, num_prompts = images_of_a_step(args, accelerator), len(sampler.prompts)
+    images, num_prompts, kind = images_of_a_step(args, accelerator), len(sampler.prompts), kind_of(args)
     epochs = args.max_train_steps * images / (num_prompts * args.images_per_prompt)
     extra = {
         "predictions": len(rlr.predicted_steps(schedule)),
@@ -55,10 +56,10 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
         "reward": args.reward,
         "gradient estimator": args.gradient_estimator,
         "prompts": num_prompts,
-        "images per step": f"{images} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"
+        f"{kind}s per step": f"{images} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"
         f" accumulation x {accelerator.num_processes} ranks",
         "network calls per step": _describe_calls(args, rlr, schedule, chain, images),
-        "images scored per step": f"{images * (1 + sum(extra.values()))}"
+        f"{kind}s scored per step": f"{images * (1 + sum(extra.values()))}"
         + (f" = {images}" if any(extra.values()) else "")
         + "".join(f" + {number} {what} of each" for what, number in extra.items() if number),
         "weight of the steps": _describe_weights(chain),

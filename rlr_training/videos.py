@@ -45,7 +45,7 @@ def save_image(image, path, fps):
         path = f"{path}.png"
         pil_images(image[None])[0].save(path)
         return path
-    return export_to_gif(pil_images(image), f"{path}.gif", fps=round(fps))
+    return export_to_gif(pil_images(image), f"{path}.gif", fps=max(1, round(fps)))
 
 
 def strips(videos):

@@ -198,7 +198,7 @@ def test_the_demos_of_the_makefile_are_accepted():
         parser(words).pretrained_model_name_or_path
         for parser, words in commands_of_scripts(f"```bash\n{makefile}```\n")
     ]
-    assert models == ["assets/tiny-emoji", "assets/tiny-emoji-sd3"]
+    assert models == ["assets/tiny-emoji", "assets/tiny-emoji-sd3", "assets/tiny-wan"]
 
 
 @each_document

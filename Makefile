@@ -63,7 +63,7 @@ gpu: $(VENV)/installed-dev
 
 # Two processes of one thread each, see tests/conftest.py.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(VENV)/installed-dev
 	RUN_SLOW=1 $(BIN)/python -m pytest -k "killed_at_any_moment and 20"

@@ -61,7 +61,7 @@ FLAGS = [
     *("--reward_path", f"aesthetic={TINY_AESTHETIC}", "--height", "32", "--width", "32", "--num_frames", "9"),
     *("--train_batch_size", "16", "--gradient_accumulation_steps", "1", "--decode_batch_size", "16"),
     *("--report_to", "none", "--checkpointing_steps", "1000", "--num_eval_images", "0"),
-    *("--heldout_reward", f"{READER}:DigitAccuracy", "--feature_model", TINY_CLIP, "--num_heldout_images", "64"),
+    *("--heldout_reward", f"{READER}:DigitAccuracy", "--feature_model", TINY_CLIP),
     *("--max_sequence_length", "16", "--guidance_scale", "3"),
 ]
 # {column: what judges the videos, beside the reward that is trained on}
@@ -94,7 +94,7 @@ def work_of(case, num_steps):
     return calls.forward + SWEPT * calls.swept
 
 
-def run(case, rate, seed, num_steps, steps, videos):
+def run(case, rate, seed, num_steps, steps, videos, heldout):
     """The row of one training run.
 
     Args:
@@ -103,6 +103,7 @@ def run(case, rate, seed, num_steps, steps, videos):
         num_steps: T.
         steps: optimizer steps of rlr, whose work the run gets.
         videos: number of those on which base and tuned model are compared.
+        heldout: number of those that the run scores while it trains.
     """
     torch.set_num_threads(1)
     for state in (AcceleratorState, GradientState, PartialState):
@@ -111,6 +112,7 @@ def run(case, rate, seed, num_steps, steps, videos):
     work = work_of(case, num_steps)
     steps = max(1, round(steps * work_of(f"rlr, {reward}", num_steps) / work))
     numbers = {"num_inference_steps": num_steps, "max_train_steps": steps, "seed": seed, "learning_rate": rate}
+    numbers["num_heldout_images"] = heldout
     # The rough reward is not hacked so soon: one scoring at the end will do.
     numbers["heldout_steps"] = max(1, steps // 8) if reward == "smooth" else steps
     flags = [*flags_of(case), *(word for flag, value in numbers.items() for word in (f"--{flag}", str(value)))]
@@ -119,7 +121,7 @@ def run(case, rate, seed, num_steps, steps, videos):
         train(args)
         with open(os.path.join(args.output_dir, "metrics.jsonl"), encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
-        judge = judged(args.reward, num_steps, videos)
+        judge = judged(args.reward, num_steps, videos, heldout)
         base, tuned = judge.base, judge.tuned(args.output_dir)
     gain = tuned["total"] - base["total"]
     first, digits, motion = (judge.heldout[name].mean().item() for name in ("total", "digits", "motion"))
@@ -159,9 +161,10 @@ class Judged:
         base, heldout: scores of the base model: of N videos, and of those that a run scores while it trains.
     """
 
-    def __init__(self, reward, num_steps, videos):
-        self.args = parse_args([*FLAGS, "--reward", reward, "--num_inference_steps", str(num_steps)])
-        pool, count = load_prompts(self.args.prompts), self.args.num_heldout_images
+    def __init__(self, reward, num_steps, videos, heldout):
+        flags = ["--reward", reward, "--num_inference_steps", str(num_steps), "--final_noise", "0"]
+        self.args = parse_args([*FLAGS, *flags])
+        pool = load_prompts(self.args.prompts)
         # A stride that meets all digits, colors and directions.
         self.prompts = [pool[i * 7 % len(pool)] for i in range(videos)]
         self.model = load_base(self.args, torch.float32)
@@ -171,8 +174,8 @@ class Judged:
             load_reward_sum(self.args, text, self.prompts, "cpu", None) for text in (reward, ",".join(JUDGES.values()))
         )
         self.base = self.scores(self.prompts)
-        heldout = [pool[i // 4 * len(pool) // (count // 4)] for i in range(count)]  # those of `HeldOut`
-        self.heldout = self.scores(heldout, first_seed=HELDOUT_SEED)
+        prompts = [pool[i // 4 * len(pool) // (heldout // 4)] for i in range(heldout)]  # those of `HeldOut`
+        self.heldout = self.scores(prompts, first_seed=HELDOUT_SEED)
 
     def scores(self, prompts, **seed):
         drawn = make_draw(self.args, self.model)(prompts, self.args.train_batch_size, **seed)
@@ -240,7 +243,7 @@ def main(input_args=None):
     add_workers_flag(parser)
     args = parse_benchmark(parser, input_args)
     cases = ["rlr, smooth", "vader, rough"] if args.quick else CASES
-    rates, seeds, sizes = ((1e-3,), 1, (5, 1, 4)) if args.quick else ((1e-3,), 3, (10, 24, 64))
+    rates, seeds, sizes = ((1e-3,), 1, (5, 1, 4, 4)) if args.quick else ((1e-3,), 3, (10, 24, 64, 64))
     blocks = [[case for case in cases if case.endswith(reward)] for reward in REWARDS]
     keys = [(case, rate, seed) for block in blocks for rate in rates for seed in range(seeds) for case in block]
     rows = rows_of_runs(os.path.join(args.out, "video_estimators.jsonl"), run, keys, sizes, args.workers)

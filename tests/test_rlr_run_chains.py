@@ -46,15 +46,16 @@ def test_what_is_not_given_is_the_familys_default():
 def test_the_last_step_has_noise_where_the_estimator_needs_it(settings, differentiable, black_box, floor):
     rlr = RLRStep(4, differentiable, black_box=black_box, **settings)
     schedule = rlr.draw_schedule()
+    model = SimpleNamespace(sampling_options=("eta", "noise", "final_noise"))
     args = SimpleNamespace(eta=None, noise="ddim", final_noise="auto")
-    settle_noise(args, rlr, schedule)
+    settle_noise(args, model, rlr, schedule)
     assert (args.eta, args.final_noise) == (1.0, floor)
     args = SimpleNamespace(eta=None, noise="flow_sde", final_noise=0.2)
-    settle_noise(args, rlr, schedule)
+    settle_noise(args, model, rlr, schedule)
     assert (args.eta, args.final_noise) == (0.7, 0.2)
-    args = SimpleNamespace(eta=0.5)  # as of models that were trained on a schedule of betas
-    settle_noise(args, rlr, schedule)
-    assert vars(args) == {"eta": 0.5}
+    args = SimpleNamespace(eta=0.5, final_noise="auto")  # as of models that were trained on a schedule of betas
+    settle_noise(args, SimpleNamespace(sampling_options=("eta",)), rlr, schedule)
+    assert vars(args) == {"eta": 0.5, "final_noise": "auto"}
 
 
 def encoded(num_prompts, num_steps, rank=0):

@@ -166,18 +166,14 @@ def write(output_dir, results, grid, grid_prompts, fps):
 def plot_seeds(output_dir, grid, prompts, fps):
     """Plot what models {name: (N, 3, H, W) or (N, F, 3, H, W)} drew from the same seeds; returns {title: file}."""
     from rlr_training.plots import plot_grid
-    from rlr_training.videos import animate, strips
+    from rlr_training.videos import animate, plot_strips
 
-    first = grid["base"]
-    if first.dim() == 4:
-        plot_grid(grid, prompts, os.path.join(output_dir, "grid.png"))
+    path = os.path.join(output_dir, "grid.png")
+    if grid["base"].dim() == 4:
+        plot_grid(grid, prompts, path)
         return {"Images of the same seeds": "grid.png"}
-
-    def plot_frame(number, file):
-        plot_grid({name: videos[:, number] for name, videos in grid.items()}, prompts, file)
-
-    animate(plot_frame, first.shape[1], os.path.join(output_dir, "grid.gif"), fps)
-    plot_grid({name: strips(videos) for name, videos in grid.items()}, prompts, os.path.join(output_dir, "grid.png"))
+    animate(lambda images, file: plot_grid(images, prompts, file), grid, os.path.join(output_dir, "grid.gif"), fps)
+    plot_strips(grid, prompts, path)
     return {"Videos of the same seeds": "grid.gif", "Their frames": "grid.png"}
 
 

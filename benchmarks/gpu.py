@@ -190,9 +190,7 @@ def memory(bench, batch_size):
     one.run()
     measured = (weights + peak_memory(one.run, one.x_T.device)) / GIB
     settings = bench.settings
-    counted = in_own_process(
-        count, settings.mixed_precision, False, [batch_size], settings.preset, 2, not bench.on_cpu
-    )
+    counted = in_own_process(count, settings.mixed_precision, False, [batch_size], settings.preset, 2)
     return {"measured_gib": measured, "counted_gib": counted[0]["peak_gib"]}
 
 

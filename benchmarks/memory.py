@@ -27,12 +27,9 @@ new prompts. Prints tables and writes memory.csv and memory.png. Videos are coun
 import os
 import platform
 import weakref
-from contextlib import contextmanager
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from bench_common import VERSIONS, in_own_process, make_parser, parse_benchmark, write_csv
 from bench_networks import load
 from matplotlib.figure import Figure
@@ -78,21 +75,6 @@ class LiveBytes(TorchDispatchMode):
     def release(self, key, size):
         self.storages.remove(key)
         self.now -= size
-
-
-@contextmanager
-def widened_norms():
-    """Within it, normalisations under autocast are in float32, as on a GPU; on a CPU autocast leaves them alone."""
-
-    def widened(norm):
-        def wide(*args, **kwargs):
-            is_autocast = torch.is_autocast_enabled("cpu")
-            return norm(*(a.float() if is_autocast and isinstance(a, torch.Tensor) else a for a in args), **kwargs)
-
-        return wide
-
-    with patch.object(F, "group_norm", widened(F.group_norm)), patch.object(F, "layer_norm", widened(F.layer_norm)):
-        yield
 
 
 def peak_of(run):
@@ -153,7 +135,7 @@ def settings_of(preset, device, precision, checkpointing):
     )
 
 
-def count(precision, checkpointing, batch_sizes, preset, num_steps, on_gpu=True):
+def count(precision, checkpointing, batch_sizes, preset, num_steps):
     """A row for each batch size. It needs a process of its own, since accelerate allows one precision per process."""
     networks, rows = load(settings_of(preset, "cpu", precision, checkpointing)), []
     copy_lora(networks.unet)

@@ -46,7 +46,7 @@ from diffusion_models.adapters import load_adapter
 from matplotlib.figure import Figure
 from rlr_training.chains import set_defaults, set_size
 from rlr_training.checks import rlr_settings
-from rlr_training.evaluation import HELDOUT_SEED, load_base, make_draw
+from rlr_training.evaluation import HELDOUT_SEED, heldout_prompts, load_base, make_draw
 from rlr_training.prompts import load_prompts
 from rlr_training.scoring import load_reward_sum
 from rlr_utils import RLRStep
@@ -174,8 +174,7 @@ class Judged:
             load_reward_sum(self.args, text, self.prompts, "cpu", None) for text in (reward, ",".join(JUDGES.values()))
         )
         self.base = self.scores(self.prompts)
-        prompts = [pool[i // 4 * len(pool) // (heldout // 4)] for i in range(heldout)]  # those of `HeldOut`
-        self.heldout = self.scores(prompts, first_seed=HELDOUT_SEED)
+        self.heldout = self.scores(heldout_prompts(pool, heldout), first_seed=HELDOUT_SEED)
 
     def scores(self, prompts, **seed):
         drawn = make_draw(self.args, self.model)(prompts, self.args.train_batch_size, **seed)

@@ -124,10 +124,14 @@ class LoraCopies:
         return [part.view_as(matrix) for part, matrix in zip(parts, self.matrices)]
 
 
+def lora_linears(network):
+    """The layers of a network with a LoRA that are linear."""
+    return [module for module in network.modules() if isinstance(module, LoraLinear)]
+
+
 def cast_in_forward(network):
     """Have a network in half precision, whose LoRA is in float32, make `LoraCopies` for its calls."""
-    layers = [module for module in network.modules() if isinstance(module, LoraLinear)]
-    layers = [layer for layer in layers if layer.base_layer.weight.dtype != layer.matrices[0].dtype]
+    layers = [layer for layer in lora_linears(network) if layer.base_layer.weight.dtype != layer.matrices[0].dtype]
     if layers:
         network.register_forward_pre_hook(LoraCopies(layers))
 
@@ -137,5 +141,4 @@ def copies_of(network):
     for hook in network._forward_pre_hooks.values():
         if isinstance(hook, LoraCopies):
             return hook
-    layers = [module for module in network.modules() if isinstance(module, LoraLinear)]
-    return LoraCopies(layers)
+    return LoraCopies(lora_linears(network))

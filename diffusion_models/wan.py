@@ -13,11 +13,9 @@
 # limitations under the License.
 """Wan 2.1 and 2.2, from text to video, with a decoder whose gradient takes little memory."""
 
-import copy
 import math
 
 import torch
-from rlr_utils import DenoisingChain
 from torch.utils.checkpoint import checkpoint
 
 from diffusers import DPMSolverMultistepScheduler, ModelMixin, WanTransformer3DModel
@@ -164,7 +162,10 @@ class Wan(VideoModel, FlowModel):
             return chain
         if self.experts is None:
             raise ValueError("guidance_scale_2 is for models with a transformer_2, which this one has not")
-        return TwoScaleChain(chain, self.experts.boundary, guidance_scale_2)
+        is_first = (chain.timesteps >= self.experts.boundary).tolist()
+        pairs = zip(is_first, chain.guidance_scales)
+        chain.guidance_scales = [scale if first else guidance_scale_2 for first, scale in pairs]
+        return chain
 
     def pipeline_arguments(self, *given, guidance_scale_2=None, **options):
         second = {} if guidance_scale_2 is None else {"guidance_scale_2": guidance_scale_2}
@@ -210,20 +211,6 @@ class Experts(ModelMixin):
         """As of a transformer, which the first timestep chooses."""
         expert = self.transformer if timestep.flatten()[0] >= self.boundary else self.transformer_2
         return expert(hidden_states, timestep, *args, **kwargs)
-
-
-class TwoScaleChain(DenoisingChain):
-    """A chain with another guidance scale at the timesteps below a boundary; whether it is guided at all, the first says."""
-
-    def __init__(self, chain, boundary, scale):
-        vars(self).update(vars(chain))
-        is_first = (chain.timesteps >= boundary).tolist()
-        self.scales = [self.guidance_scale if first else scale for first in is_first]
-
-    def _prediction(self, k, x):
-        chain = copy.copy(self)
-        chain.guidance_scale = self.scales[self.num_steps - k]
-        return super(TwoScaleChain, chain)._prediction(k, x)
 
 
 def transformers_of(pipeline):

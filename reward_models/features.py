@@ -64,7 +64,7 @@ def mean_over_frames(features):
 
 
 def video_figures(videos, features):
-    """How videos (N, F, 3, H, W) in [0, 1] change in time, {figure: mean over the videos}; empty for a single frame.
+    """How videos (N, F, 3, H, W) in [0, 1] change in time, {figure: mean over the videos}; empty for images and single frames.
 
     `flicker` is the mean absolute difference of consecutive frames, and `subject_consistency` the mean over frames of the
     cosines with the frame before and with the first, both as in VBench (huggingface.co/papers/2311.17982), but from 0 for
@@ -73,7 +73,7 @@ def video_figures(videos, features):
     Args:
         features: (N, F, D) of the frames, of unit norm.
     """
-    if videos.shape[1] == 1:
+    if videos.dim() == 4 or videos.shape[1] == 1:
         return {}
     with_previous = (features[:, 1:] * features[:, :-1]).sum(2)
     with_first = (features[:, 1:] * features[:, :1]).sum(2)

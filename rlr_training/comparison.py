@@ -90,6 +90,4 @@ def measure(images, prompts, rewards, features, base, real, device):
     summary["frechet_to_base"] = frechet_distance(embeds, base_embeds)
     if real is not None:
         summary["frechet_to_real"] = frechet_distance(embeds, real)
-    if images.dim() == 5:
-        summary |= video_figures(images, by_frame)
-    return summary, {"scores": scores, "embeds": embeds}
+    return summary | video_figures(images, by_frame), {"scores": scores, "embeds": embeds}

@@ -19,7 +19,7 @@ CUDA graph launches them all at once.
 
 import torch
 from accelerate.logging import get_logger
-from diffusion_models.lora_layer import LoraLinear, copies_of
+from diffusion_models.lora_layer import copies_of, lora_linears
 from reward_models.loading import first_line
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -45,7 +45,7 @@ class GraphedNetwork:
 
     def __init__(self, network):
         self.network, self.recorded = network, {}
-        self.layers = [module for module in network.modules() if isinstance(module, LoraLinear)]
+        self.layers = lora_linears(network)
 
     def __call__(self, *args, **kwargs):
         leaves, form = tree_flatten((args, kwargs))

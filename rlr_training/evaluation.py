@@ -37,8 +37,8 @@ from .chains import drawing_chain_of, kind_of, size_of
 from .display import evenly_spaced, rows_of, scores_shown, shortened, shown, without_files
 from .errors import RunError, naming, one_line, saving
 from .output_dir import VALIDATION_FOLDER
-from .plots import plot_before_after, plot_grid
-from .videos import animate, save_image, strips
+from .plots import plot_before_after
+from .videos import animate, plot_strips, save_image, strips
 
 
 if is_wandb_available():
@@ -115,6 +115,11 @@ def log_validation(draw, args, accelerator, step):
             )
 
 
+def heldout_prompts(pool, num_images):
+    """The prompts of held-out images: four images in a row of each of some prompts, which are spread over all."""
+    return [pool[i // 4 * len(pool) // (num_images // 4)] for i in range(num_images)]
+
+
 class HeldOut:
     """A reward that is not trained on, with diversity and drift, on images of fixed seeds.
 
@@ -131,8 +136,7 @@ class HeldOut:
         self.device = device
         self.modules = (*rewards.modules, *heldout.modules, features)
         pool = args.validation_prompts or prompts
-        count = args.num_heldout_images // 4  # of prompts, spread over all
-        self.prompts = [pool[i // 4 * len(pool) // count] for i in range(args.num_heldout_images)]
+        self.prompts = heldout_prompts(pool, args.num_heldout_images)
         self.base_embeds = None
 
     def _measure(self, draw):
@@ -155,7 +159,7 @@ class HeldOut:
             },
         )
         figures["diversity"] = diversity(embeds, self.prompts)
-        return (figures | video_figures(images, by_frame) if images.dim() == 5 else figures), embeds
+        return figures | video_figures(images, by_frame), embeds
 
     def measure_base(self, model, draw):
         """Keep the embeddings of the base model's images, and log the rest; returns its held-out reward."""
@@ -344,17 +348,16 @@ def plot_comparison(args, images, totals, prompts, lines):
         lines: at the foot of the plot.
     """
     path = os.path.join(args.output_dir, "before_after")
+
+    def plot(images, file):
+        plot_before_after(images, totals, prompts, file, lines)
+
     if images["base"].dim() == 4:
-        plot_before_after(images, totals, prompts, f"{path}.png", lines)
+        plot(images, f"{path}.png")
         return
-
-    def plot_frame(number, file):
-        frames = {name: videos[:, number] for name, videos in images.items()}
-        plot_before_after(frames, totals, prompts, file, lines)
-
-    animate(plot_frame, images["base"].shape[1], f"{path}.gif", args.fps)
     few = evenly_spaced(len(prompts), 8)
-    plot_grid({name: strips(videos[few]) for name, videos in images.items()}, [prompts[i] for i in few], f"{path}.png")
+    animate(plot, images, f"{path}.gif", args.fps)
+    plot_strips({name: videos[few] for name, videos in images.items()}, [prompts[i] for i in few], f"{path}.png")
 
 
 def compared(scores):

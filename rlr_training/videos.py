@@ -23,6 +23,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import export_to_gif
 
 from .display import evenly_spaced
+from .plots import plot_grid
 
 
 # Frames of a video that are shown beside each other, and of an animation in which every frame is a whole plot.
@@ -56,18 +57,25 @@ def strips(videos):
     return frames.permute(0, 2, 3, 1, 4).flatten(3)[..., :-line]
 
 
-def animate(plot, num_frames, path, fps):
+def plot_strips(videos, prompts, path):
+    """A grid as of `plot_grid` of the `strips` of videos {model: (N, F, 3, H, W)}."""
+    plot_grid({name: strips(drawn) for name, drawn in videos.items()}, prompts, path)
+
+
+def animate(plot, videos, path, fps):
     """Write a GIF of plots of some frames of videos; it lasts as long as they do.
 
     Args:
-        plot: `plot(number, file)` writes the plot of a frame as PNG.
-        num_frames, fps: of the videos.
+        plot: `plot({model: (N, 3, H, W)}, file)` writes the plot of a frame of all videos as PNG.
+        videos: {model: (N, F, 3, H, W)}.
+        fps: of the videos.
     """
+    num_frames = next(iter(videos.values())).shape[1]
     numbers, plots = evenly_spaced(num_frames, FRAMES_OF_PLOTS), []
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
             file = os.path.join(folder, f"{number}.png")
-            plot(number, file)
+            plot({name: drawn[:, number] for name, drawn in videos.items()}, file)
             with Image.open(file) as image:
                 plots.append(image.convert("RGB"))
     export_to_gif(plots, path, fps=max(1, round(fps * len(numbers) / num_frames)))

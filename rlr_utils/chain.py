@@ -154,13 +154,13 @@ class DenoisingChain:
         conditions: {name: (B, ...)} for the whole chain, or a list of T of them for a prompt per step.
         negative: {name: (B, ...)} of the negative prompts, {name: (1, ...)} for the same in all images, or `None` for no
             guidance. Where they differ in length from the others they need a mask, see `joined`.
-        guidance_scale: s; guidance is off at s <= 1, as in diffusers' pipelines.
+        guidance_scale: s, or a list of T; guidance is off if the first s is at most 1, as in diffusers' pipelines.
         guide: `guide(negative, positive, s) -> prediction`.
         add_noise: `add_noise(x_0, noise) -> x_1`, the forward process up to the last step, for `renoise`.
         init_noise_sigma: standard deviation of x_T.
 
     Raises:
-        ValueError: for a list of conditions that are not T.
+        ValueError: for a list of conditions or scales that are not T.
     """
 
     def __init__(
@@ -178,17 +178,23 @@ class DenoisingChain:
     ):
         self.call, self.steps, self.timesteps = call, steps, timesteps
         self.num_steps = len(steps)
-        self.guidance_scale, self.guide, self.add_noise = guidance_scale, guide, add_noise
+        self.guidance_scales = self._by_step(guidance_scale, "guidance scales")
+        self.guide, self.add_noise = guide, add_noise
         self.init_noise_sigma = init_noise_sigma
         self._condition_on(conditions, negative)
 
-    def _condition_on(self, conditions, negative):
-        by_step = conditions if isinstance(conditions, list) else [conditions] * self.num_steps
+    def _by_step(self, given, what):
+        """A list with one for each step, from such a list or from the one for all."""
+        by_step = given if isinstance(given, list) else [given] * self.num_steps
         if len(by_step) != self.num_steps:
-            raise ValueError(f"conditions of {len(by_step)} steps for a chain of {self.num_steps}")
+            raise ValueError(f"{what} of {len(by_step)} steps for a chain of {self.num_steps}")
+        return by_step
+
+    def _condition_on(self, conditions, negative):
+        by_step = self._by_step(conditions, "conditions")
         # Detached: a graph back into a text encoder would be used up by the sweep's first backward call.
         self.conditions = [{name: value.detach() for name, value in one.items()} for one in by_step]
-        self.guided = negative is not None and self.guidance_scale > 1
+        self.guided = negative is not None and self.guidance_scales[0] > 1
         self.negative = None
         if negative is not None:
             batch = len(next(iter(self.conditions[0].values())))
@@ -230,7 +236,7 @@ class DenoisingChain:
             return self.call(model_input, self.timesteps[i], conditions).to(x.dtype)
         both = joined([self.negative, conditions])
         predictions = self.call(torch.cat([model_input, model_input]), self.timesteps[i], both).to(x.dtype)
-        return self.guide(*predictions.chunk(2), self.guidance_scale)
+        return self.guide(*predictions.chunk(2), self.guidance_scales[i])
 
     def renoise(self, x_0, noise):
         """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, ...) each."""

@@ -24,6 +24,7 @@ from diffusion_models import make_scheduler
 from peft import LoraConfig
 from rlr_testing import TINY_SD, tiny_pipeline, train
 from rlr_training.processes import generators_of
+from rlr_utils import rollout
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -199,6 +200,29 @@ def assert_first_images_are_the_pipelines(
     ).images
     torch.testing.assert_close(seen, images, rtol=1e-4, atol=1e-4)
     return prompts
+
+
+def assert_a_rollout_does_not_wait(model, conditions, negative, size, **options):
+    """On the meta device: after the noise of all steps, and tables of positions at the first, nothing goes to the device.
+
+    Args:
+        conditions, negative: of a batch, and of the negative prompt or `None`.
+        options: of `make_chain`.
+    """
+    conditions, negative = (
+        {name: value.to("meta") for name, value in (one or {}).items()} for one in (conditions, negative)
+    )
+    batch_size = len(next(iter(conditions.values())))
+    model.network.to("meta")
+    chain = model.make_chain(model.network, 3, size, device="meta", **options).conditioned_on(
+        conditions, negative or None
+    )
+    x_T, before = torch.zeros(model.latents_shape(batch_size, size), device="meta"), []
+    hook = model.network.register_forward_pre_hook(lambda *_: before.append(len(copies.operations)))
+    with DeviceCopies() as copies:
+        rollout(chain, x_T, seeded(range(batch_size)))
+    hook.remove()
+    assert before[0] > 0 and before[1:] == [len(copies.operations)] * 2
 
 
 class DeviceCopies(TorchDispatchMode):

@@ -15,9 +15,12 @@
 
 import json
 import os
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusion_models import load_model
 from safetensors.torch import load_file
@@ -86,3 +89,18 @@ def same_adapter(a, b):
     """Whether two runs ended in bitwise the same weights; the files differ in the order of their metadata."""
     first, second = load_file(a / LORA), load_file(b / LORA)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@contextmanager
+def widened_norms():
+    """Within it, normalisations under autocast are in float32, as on a GPU; on a CPU autocast leaves them alone."""
+
+    def widened(norm):
+        def wide(*args, **kwargs):
+            is_autocast = torch.is_autocast_enabled("cpu")
+            return norm(*(a.float() if is_autocast and isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+
+        return wide
+
+    with patch.object(F, "group_norm", widened(F.group_norm)), patch.object(F, "layer_norm", widened(F.layer_norm)):
+        yield

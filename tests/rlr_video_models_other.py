@@ -24,7 +24,7 @@ from diffusion_models.adapters import load_adapter, load_lora, save_lora
 from peft import LoraConfig
 from rlr_chains import Mix, gradients
 from rlr_flow_models import clip_config, clip_tokenizer, plain_flow_pipeline, t5_tokenizer, tiny_t5, written_once
-from rlr_models import DeviceCopies, seeded
+from rlr_models import assert_a_rollout_does_not_wait, seeded
 from rlr_utils import backward_sweep, likelihood_ratio, rollout
 from transformers import CLIPTextModel
 
@@ -305,19 +305,8 @@ def assert_works_in_half_precision(folder, size):
 
 
 def assert_a_rollout_does_not_wait_for_the_device(folder, size):
-    """After the noise of all steps, and tables of positions at the first, nothing goes to the device."""
     model = load_model(folder)
-    both = model.embed(PROMPTS), model.embed_negative()
-    conditions, negative = ({name: value.to("meta") for name, value in one.items()} for one in both)
-    model.network.to("meta")
-    chain = model.make_chain(model.network, 3, size, guidance_scale=3.0, device="meta")
-    chain = chain.conditioned_on(conditions, negative)
-    x_T, before = torch.zeros(model.latents_shape(len(PROMPTS), size), device="meta"), []
-    hook = model.network.register_forward_pre_hook(lambda *_: before.append(len(copies.operations)))
-    with DeviceCopies() as copies:
-        rollout(chain, x_T, seeded(GENERATORS))
-    hook.remove()
-    assert before[0] > 0 and before[1:] == [len(copies.operations)] * 2
+    assert_a_rollout_does_not_wait(model, model.embed(PROMPTS), model.embed_negative(), size, guidance_scale=3.0)
 
 
 def copied(folder, directory):

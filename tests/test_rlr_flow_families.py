@@ -20,7 +20,7 @@ from diffusion_models.adapters import load_adapter, save_lora
 from diffusion_models.chain_of_thought import ChainOfThought
 from rlr_chains import Mix, gradients
 from rlr_flow_models import FLOW_FOLDERS, plain_flow_pipeline, tiny_flux, tiny_flux2_klein, tiny_sd3, tiny_sd35
-from rlr_models import DeviceCopies, seeded
+from rlr_models import assert_a_rollout_does_not_wait, seeded
 from rlr_utils import backward_sweep, likelihood_ratio, rollout
 
 from diffusers import AutoencoderKL
@@ -265,16 +265,7 @@ def test_a_rollout_does_not_wait_for_the_device(folder):
     model = load_model(folder)
     if model.pipeline_class == "ZImagePipeline":
         return
-    conditions, negative = ({name: value.to("meta") for name, value in one.items()} for one in conditions_of(model))
-    model.network.to("meta")
-    chain = model.make_chain(model.network, 3, SIZE, guidance_scale=3.0, device="meta")
-    chain = chain.conditioned_on(conditions, negative or None)
-    x_T, before = torch.zeros(model.latents_shape(len(PROMPTS), SIZE), device="meta"), []
-    hook = model.network.register_forward_pre_hook(lambda *_: before.append(len(copies.operations)))
-    with DeviceCopies() as copies:
-        rollout(chain, x_T, seeded(range(len(PROMPTS))))
-    hook.remove()
-    assert before[0] > 0 and before[1:] == [len(copies.operations)] * 2
+    assert_a_rollout_does_not_wait(model, *conditions_of(model), SIZE, guidance_scale=3.0)
 
 
 def conditions_of(model):

@@ -13,16 +13,14 @@
 # limitations under the License.
 """The layers of a LoRA in training give what peft's give, in every precision, and their gradients add up in float32."""
 
-import bench_common  # noqa: F401, the folder of the benchmarks
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusion_models.adapters import add_lora, lora_disabled, restore_lora, save_lora
 from diffusion_models.lora_layer import LoraLinear
-from memory import widened_norms
 from peft import LoraConfig
 from rlr_models import PROMPTS
-from rlr_testing import forget_accelerator, tiny_model
+from rlr_testing import forget_accelerator, tiny_model, widened_norms
 from rlr_training.optimizer import averaged, make_optimization, optimizer_step
 from rlr_utils.zeroth_order import WeightPerturbation
 from torch._dynamo.testing import CompileCounterWithBackend

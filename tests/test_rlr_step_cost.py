@@ -20,7 +20,8 @@ import step_cost
 import torch
 from accelerate import Accelerator
 from bench_networks import bundle
-from memory import LiveBytes, widened_norms
+from memory import LiveBytes
+from rlr_testing import widened_norms
 from step_cost import Case, Step
 
 

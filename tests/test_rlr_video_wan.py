@@ -23,7 +23,7 @@ from diffusion_models.lora_files import LORA_FILE, SECOND_FILE
 from peft import LoraConfig
 from rlr_chains import Mix, gradients
 from rlr_flow_models import plain_flow_pipeline
-from rlr_models import DeviceCopies, edit_json, seeded
+from rlr_models import assert_a_rollout_does_not_wait, edit_json, seeded
 from rlr_utils import backward_sweep, likelihood_ratio, rollout
 from rlr_video_models import WAN_FOLDERS, tiny_wan, tiny_wan22, tiny_wan_a14b
 from safetensors.torch import load_file
@@ -237,18 +237,7 @@ def test_a_rollout_does_not_wait_for_the_device(folder):
     model = load_model(folder)
     if model.experts is not None:
         return
-    conditions, negative = (
-        {name: value.to("meta") for name, value in one.items()}
-        for one in (model.embed(PROMPTS), model.embed_negative())
-    )
-    model.network.to("meta")
-    chain = model.make_chain(model.network, 3, SIZE, device="meta").conditioned_on(conditions, negative)
-    x_T, before = torch.zeros(model.latents_shape(len(PROMPTS), SIZE), device="meta"), []
-    hook = model.network.register_forward_pre_hook(lambda *_: before.append(len(copies.operations)))
-    with DeviceCopies() as copies:
-        rollout(chain, x_T, seeded(range(len(PROMPTS))))
-    hook.remove()
-    assert before[0] > 0 and before[1:] == [len(copies.operations)] * 2
+    assert_a_rollout_does_not_wait(model, model.embed(PROMPTS), model.embed_negative(), SIZE)
 
 
 # Adapters

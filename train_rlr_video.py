@@ -36,7 +36,7 @@ SCRIPT, TRACKER = "train_rlr_video.py", "rlr-video"
 
 def parse_args(input_args=None):
     parser = FlagParser(prog=SCRIPT, description="Fine-tune a LoRA of a text-to-video model on a reward.")
-    arguments.add_model_flags(parser, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    sampling.add_experts_flag(arguments.add_model_flags(parser, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
     group = sampling.add_sampling_flags(parser)
     sampling.add_video_flags(group)
     sampling.add_flow_flags(group)

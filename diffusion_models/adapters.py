@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 
 from .loading import loading
-from .lora_files import LORA_FILE, SECOND, SECOND_FILE, TRAINED, find_lora, read_lora
+from .lora_files import LORA_FILE, SECOND, SECOND_FILE, TRAINED, find_loras, read_lora
 from .lora_layer import LoraLinear, cast_in_forward
 from .original_names import original_names
 
@@ -74,7 +74,12 @@ def load_lora(model, source, cache_dir=None):
             saved.
     """
     with loading(source):
-        found = {name: _layers_to_train(model, find_lora(source, cache_dir, name)) for name in model.networks}
+        paths = find_loras(source, model.pipeline, cache_dir)
+        if paths.keys() != model.networks.keys():
+            raise ValueError(
+                f"it is a LoRA of {' and '.join(paths)}, and {' and '.join(model.networks)} would be trained"
+            )
+        found = {name: _layers_to_train(model, path) for name, path in paths.items()}
         for name, layers in found.items():
             _add_trained(model.networks[name], _config_of(model.networks[name], layers))
             _set_layers(model.networks[name], layers)
@@ -87,9 +92,10 @@ def load_adapter(pipeline, source, name, cache_dir=None):
         ValueError: if it cannot be loaded.
     """
     with loading(source):
-        found = read_lora(find_lora(source, cache_dir), pipeline)
-        if pipeline.components.get(SECOND) is not None:
-            found[SECOND] = read_lora(find_lora(source, cache_dir, SECOND), pipeline)["transformer"]
+        found = {}
+        for component, path in find_loras(source, pipeline, cache_dir).items():
+            layers = read_lora(path, pipeline)
+            found |= {SECOND: layers["transformer"]} if component == SECOND else layers
         for component, layers in found.items():
             network = getattr(pipeline, component)
             config = _config_of(network, layers)
@@ -106,15 +112,15 @@ def restore_lora(model, directory):
     Raises:
         ValueError: if they cannot be read, or are not of this LoRA.
     """
-    for component, network in model.networks.items():
-        path = os.path.join(directory, _file_of(component))
+    for component, name in files_of(model).items():
+        path = os.path.join(directory, name)
         with loading(path):
-            _set_layers(network, _layers_to_train(model, path))
+            _set_layers(model.networks[component], _layers_to_train(model, path))
 
 
-def _file_of(component):
-    """The name of the file that holds its LoRA."""
-    return SECOND_FILE if component == SECOND else LORA_FILE
+def files_of(model):
+    """{component that gets a LoRA: the name of the file that holds it}."""
+    return {component: SECOND_FILE if component == SECOND else LORA_FILE for component in model.networks}
 
 
 def _layers_to_train(model, path):
@@ -213,7 +219,7 @@ def save_lora(model, directory):
             }
         model.pipeline.save_lora_weights(
             directory,
-            weight_name=_file_of(component),
+            weight_name=files_of(model)[component],
             **{f"{model.trained}_lora_layers": layers},
             **_collate_lora_metadata({model.trained: network}),
         )

@@ -147,6 +147,18 @@ class DiffusionModel:
         """The arguments of `make_chain` with which the chain draws what the pipeline draws, from those of training."""
         return options
 
+    def train_only(self, part):
+        """Give a LoRA to only one of several networks.
+
+        Raises:
+            ValueError: if there is only one.
+        """
+        raise ValueError("the model has one network, which is trained")
+
+    def trained_steps(self, num_steps, size):
+        """Those of the steps 1..T, counted from the image, whose network gets a LoRA; `None` for all."""
+        return None
+
     def pipeline_arguments(self, size, num_steps, guidance_scale, negative_prompt=None, **options):
         """The arguments of the pipeline's call with which it draws what the chain draws.
 
@@ -188,7 +200,7 @@ class DiffusionModel:
 
     @property
     def networks(self):
-        """{name of a component: the component}, of all that get a LoRA."""
+        """{name of a component: the component}, of all that get a LoRA, see `train_only`."""
         return {self.trained: self.network}
 
     @property

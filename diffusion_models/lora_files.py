@@ -78,20 +78,41 @@ class LayerUpdate(NamedTuple):
 # Finding a file
 
 
-def find_lora(source, cache_dir=None, component=None):
+def find_loras(source, pipeline, cache_dir=None):
+    """{component: the path of its LoRA} in a folder, file or Hub repository.
+
+    Of a pipeline with two transformers there may be a LoRA of one or of both, `LORA_FILE` and `SECOND_FILE`.
+
+    Raises:
+        ValueError, OSError: if there is none, if it cannot be told which one, or if the Hub cannot be reached.
+    """
+    if pipeline.components.get(SECOND) is None:
+        return {next(name for name in TRAINED if name in pipeline.components): find_lora(source, cache_dir)}
+    if os.path.isfile(source):
+        raise ValueError(
+            f"the model has two transformers: give a folder with {LORA_FILE!r} or {SECOND_FILE!r}, or both"
+        )
+    found = {}
+    for component, name in (("transformer", LORA_FILE), (SECOND, SECOND_FILE)):
+        try:
+            path = os.path.join(source, name) if os.path.isdir(source) else _download(source, name, cache_dir)
+        except EntryNotFoundError:
+            continue
+        if os.path.isfile(path):
+            found[component] = path
+    if not found:
+        raise ValueError(f"it holds neither {LORA_FILE!r} nor {SECOND_FILE!r}, and the model has two transformers")
+    return found
+
+
+def find_lora(source, cache_dir=None):
     """The path of the LoRA of a folder, file or Hub repository.
 
-    It is `LORA_FILE`, or else PEFT's, or else the only file of weights. Our folders hold others in best/ and ema/ too. For
-    the component `SECOND` it is `SECOND_FILE`.
+    It is `LORA_FILE`, or else PEFT's, or else the only file of weights. Our folders hold others in best/ and ema/ too.
 
     Raises:
         ValueError, OSError: if there is none, if there are several, or if the Hub cannot be reached.
     """
-    if component == SECOND:
-        if os.path.isfile(source):
-            raise ValueError(f"the model has two transformers: give a folder with {LORA_FILE!r} and {SECOND_FILE!r}")
-        is_folder = os.path.isdir(source)
-        return os.path.join(source, SECOND_FILE) if is_folder else _download(source, SECOND_FILE, cache_dir)
     if os.path.isfile(source):
         return source
     if os.path.isdir(source):

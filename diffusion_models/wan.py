@@ -22,21 +22,25 @@ from diffusers import DPMSolverMultistepScheduler, ModelMixin, WanTransformer3DM
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
 from .flow import FlowModel
+from .lora_files import SECOND
 from .schedulers import make_flow_scheduler
 from .video import VideoModel, to_videos
 
 
+# {what it is called: the component that draws those steps}
+EXPERTS = {"high_noise": "transformer", "low_noise": SECOND}
 FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
 
 
 class Wan(VideoModel, FlowModel):
     """`WanPipeline`; its condition is "prompt_embeds" (B, L, D), which is zero behind the end of a prompt.
 
-    Wan 2.2 A14B has two transformers, both of which get a LoRA, see `Experts`. Of Wan 2.2 TI2V 5B the network is told a
+    Wan 2.2 A14B has two transformers, see `Experts`, which both get a LoRA, or one of them: `train_only`. Of Wan 2.2 TI2V 5B the network is told a
     timestep for each patch.
 
     Attributes:
         experts: `Experts`, or `None` for a model with one transformer.
+        trained_experts: names of those that get a LoRA.
     """
 
     pipeline_class = "WanPipeline"
@@ -46,10 +50,11 @@ class Wan(VideoModel, FlowModel):
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
-        self.experts = None
+        self.experts, self.trained_experts = None, ()
         if pipeline.transformer_2 is not None:
             boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
             self.experts = Experts(pipeline.transformer, pipeline.transformer_2, boundary)
+            self.trained_experts = tuple(EXPERTS.values())
 
     # What a model must be
 
@@ -131,7 +136,29 @@ class Wan(VideoModel, FlowModel):
 
     @property
     def networks(self):
-        return super().networks if self.experts is None else dict(self.experts.named_children())
+        if self.experts is None:
+            return super().networks
+        return {name: getattr(self.pipeline, name) for name in self.trained_experts}
+
+    def train_only(self, part):
+        """Give a LoRA to only one of two transformers.
+
+        Args:
+            part: a key of `EXPERTS`.
+
+        Raises:
+            ValueError: for a model with one transformer.
+        """
+        if self.experts is None:
+            super().train_only(part)
+        self.trained_experts = (EXPERTS[part],)
+
+    def trained_steps(self, num_steps, size):
+        if self.experts is None or len(self.trained_experts) == len(EXPERTS):
+            return None
+        is_first = self.experts.is_first(self.noise_schedule(num_steps, size).timesteps).tolist()
+        wanted = self.trained in self.trained_experts
+        return [num_steps - i for i in range(num_steps) if is_first[i] == wanted]
 
     def embed(self, prompts, device=None):
         embeds, _ = self.pipeline.encode_prompt(
@@ -162,7 +189,7 @@ class Wan(VideoModel, FlowModel):
             return chain
         if self.experts is None:
             raise ValueError("guidance_scale_2 is for models with a transformer_2, which this one has not")
-        is_first = (chain.timesteps >= self.experts.boundary).tolist()
+        is_first = self.experts.is_first(chain.timesteps).tolist()
         pairs = zip(is_first, chain.guidance_scales)
         chain.guidance_scales = [scale if first else guidance_scale_2 for first, scale in pairs]
         return chain
@@ -209,8 +236,12 @@ class Experts(ModelMixin):
 
     def forward(self, hidden_states, timestep, *args, **kwargs):
         """As of a transformer, which the first timestep chooses."""
-        expert = self.transformer if timestep.flatten()[0] >= self.boundary else self.transformer_2
+        expert = self.transformer if self.is_first(timestep.flatten()[0]) else self.transformer_2
         return expert(hidden_states, timestep, *args, **kwargs)
+
+    def is_first(self, timestep):
+        """Whether the steps at these timesteps are of `transformer`."""
+        return timestep >= self.boundary
 
 
 def transformers_of(pipeline):

@@ -23,8 +23,7 @@ from functools import partial
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, load
-from diffusion_models.adapters import LORA_FILE, restore_lora, save_lora
-from diffusion_models.lora_files import SECOND_FILE
+from diffusion_models.adapters import restore_lora, save_lora
 from reward_models.loading import first_line, read_json
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
@@ -168,7 +167,7 @@ def _is_former(name, before):
     return name in FORMER_FLAGS and FORMER_FLAGS[name] in (..., before.get(name))
 
 
-def check_whole(config, resume_path):
+def check_whole(config, adapter_files, resume_path):
     """Refuse a checkpoint that lacks a part, or has one that cannot be read.
 
     accelerate goes on without some of them, and the run would be another one.
@@ -176,28 +175,27 @@ def check_whole(config, resume_path):
     Raises:
         ValueError: naming the part, and the latest checkpoint beside it that is whole.
     """
-    damage = find_damage(config, resume_path)
+    damage = find_damage(config, adapter_files, resume_path)
     if damage is None:
         return
     folder, name = os.path.split(os.path.normpath(resume_path))
     step = int(name.rpartition("-")[2])
     older = [path for other, path in checkpoints_of(folder).items() if other < step]
-    whole = next((path for path in reversed(older) if find_damage(config, path) is None), None)
+    whole = next((path for path in reversed(older) if find_damage(config, adapter_files, path) is None), None)
     remedy = (
         "no older checkpoint is whole" if whole is None else f"move it away to continue from {whole!r}, which is whole"
     )
     raise ValueError(f"cannot resume from {resume_path!r}: {damage}; {remedy}")
 
 
-def find_damage(config, checkpoint):
+def find_damage(config, adapter_files, checkpoint):
     """What keeps a checkpoint from being resumed, in words, or `None`.
 
     Args:
         config: from `configuration`, of the run.
+        adapter_files: names of the files that hold the adapter.
     """
-    readers = {STATE_FILE: read_json, LORA_FILE: load_file}
-    if os.path.exists(os.path.join(checkpoint, SECOND_FILE)):
-        readers[SECOND_FILE] = load_file
+    readers = {STATE_FILE: read_json, **dict.fromkeys(adapter_files, load_file)}
     readers["optimizer.bin"] = partial(_read_torch, needed={"state", "param_groups"})
     readers["scheduler.bin"] = partial(_read_torch, needed={"last_epoch", "base_lrs"})
     for rank in range(config["num_processes"]):

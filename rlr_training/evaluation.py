@@ -23,7 +23,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusion_models import FAMILIES, load_model
-from diffusion_models.adapters import LORA_FILE, load_adapter, lora_disabled
+from diffusion_models.adapters import files_of, load_adapter, lora_disabled
 from diffusion_models.loading import load_vae
 from diffusion_models.video import VideoModel
 from reward_models.features import diversity, drift, mean_over_frames, video_figures
@@ -377,9 +377,10 @@ def footer_lines(args, results):
     return lines
 
 
-def print_result(args, command):
+def print_result(args, model, command):
     """Print where the adapter of a run is, and the command that evaluates it."""
-    print(f"the adapter is {os.path.join(args.output_dir, LORA_FILE)}; README.md beside it shows how to use it")
+    paths = [os.path.join(args.output_dir, name) for name in files_of(model).values()]
+    print(f"the adapter is {' and '.join(paths)}; README.md beside it shows how to use it")
     print(f"to evaluate it: {command}")
 
 

@@ -72,7 +72,7 @@ def finish(args, run, step, end):
         free_memory()
         # The adapter is already saved; later failures are reported at the end.
         failures = compare_at_the_end(args, run, step)
-        print_result(args, run.evaluation_command)
+        print_result(args, run.model, run.evaluation_command)
         failures += push_at_the_end(args, run)
     accelerator.end_training()
     if failures:

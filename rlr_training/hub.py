@@ -19,7 +19,8 @@ import shlex
 from importlib.metadata import version
 
 from accelerate.logging import get_logger
-from diffusion_models.lora_files import LORA_FILE, SECOND, SECOND_FILE
+from diffusion_models.adapters import files_of
+from diffusion_models.lora_files import SECOND
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from reward_models.loading import first_line
 
@@ -233,13 +234,14 @@ def _example(args, model, source, prompt):
         given += ", output_type='pil'"
         result, saving = "video = ", f".frames[0]\nexport_to_gif(video, 'video.gif', fps={args.fps:g})"
         imports = "\nfrom diffusers.utils import export_to_gif"
-    second = f"pipeline.load_lora_weights({source!r}, weight_name={SECOND_FILE!r}, load_into_transformer_2=True)\n"
+    for component, name in files_of(model).items():
+        option = ", load_into_transformer_2=True" if component == SECOND else ""
+        lines += f"pipeline.load_lora_weights({source!r}, weight_name={name!r}{option})\n"
     return f"""```py
 from diffusers import {", ".join(sorted(classes))}{imports}
 
 pipeline = {model.pipeline_class}.{loader}({loaded})
-{lines}pipeline.load_lora_weights({source!r}, weight_name={LORA_FILE!r})
-{second if SECOND in model.networks else ""}{result}pipeline(
+{lines}{result}pipeline(
     prompt={shortened(prompt)!r}, {given}
 ){saving}
 ```

@@ -70,7 +70,7 @@ def check_output_dir(args, resume_path):
             that no run has written.
     """
     folder = args.output_dir
-    has_adapter = os.path.exists(os.path.join(folder, LORA_FILE))
+    has_adapter = any(os.path.exists(os.path.join(folder, name)) for name in (LORA_FILE, SECOND_FILE))
     has_metrics = os.path.exists(os.path.join(folder, METRICS_FILE))
     holds_run = checkpoints_of(folder) or has_adapter or has_metrics
     if resume_path is None:

@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from diffusion_models.adapters import add_lora, load_lora, lora_disabled
+from diffusion_models.adapters import add_lora, files_of, load_lora, lora_disabled
 from diffusion_models.embeddings import PromptEmbeds
 from diffusion_models.loading import load_vae
 from reward_models.features import load_features
@@ -203,13 +203,16 @@ def fit_to_model(args, accelerator, model, prompts, resume_path):
     """
     set_size(args, model)
     set_defaults(args, model)
+    if getattr(args, "train_experts", "both") != "both":
+        with naming(f"--train_experts {args.train_experts}:"):
+            model.train_only(args.train_experts)
     if accelerator.is_main_process:
         encoded = [*prompts, *(args.validation_prompts or []), args.negative_prompt]
         warn_of_long_prompts(args.prompts, encoded, *model.prompt_reader)
     config = configuration(args, accelerator.num_processes)
     if resume_path is not None:
         check_same_run(config, resume_path)
-        check_whole(config, resume_path)
+        check_whole(config, files_of(model).values(), resume_path)
     with naming(f"--num_inference_steps {args.num_inference_steps}:"):
         model.noise_schedule(args.num_inference_steps, size_of(args))
     return config
@@ -246,13 +249,15 @@ def add_adapter(args, model):
 
 def make_rlr_step(args, accelerator, model, rewards, trainable):
     """`RLRStep` with the settings of the flags."""
+    steps = model.trained_steps(args.num_inference_steps, size_of(args))
     # Everything else about the settings has been checked with the arguments and the reward.
-    with naming(f"--subchain_length {args.subchain_length}:"):
+    with naming(f"--subchain_length {args.subchain_length}:" if steps is None else "--train_experts:"):
         return RLRStep(
             args.num_inference_steps,
             rewards.has_gradient,
             black_box=not rewards.differentiable,
             **rlr_settings(args),
+            trained_steps=steps,
             base_model=partial(lora_disabled, model),
             parameters=trainable,
             gather=accelerator.gather,

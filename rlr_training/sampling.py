@@ -89,6 +89,16 @@ def add_video_flags(group):
     )
 
 
+def add_experts_flag(group):
+    """Which of two transformers training adapts."""
+    group.add_argument(
+        "--train_experts",
+        default="both",
+        choices=["both", "high_noise", "low_noise"],
+        help="Of Wan 2.2's two transformers, those that get a LoRA: both, that of the noisy steps or that of the last ones.",
+    )
+
+
 def add_score_frames_flag(group):
     """Which frames of a video training scores."""
     group.add_argument(

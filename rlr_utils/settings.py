@@ -62,6 +62,7 @@ class Settings:
         base_model: for kl_weight, a function that returns a context manager within which the chain's means are those of
             the base model, such as `partial(diffusion_models.adapters.lora_disabled, model)`.
         keep_graphs: keep the graphs of the last so many steps for the sweep: memory for time.
+        trained_steps: the steps whose network has parameters to train, such as those of one of two experts; `None` for all.
         parameters: the trainable parameters; needed for rest="zeroth_order" and subchain_sampling="grad_norm".
         gather: for several ranks, `gather(tensor) -> tensor`, the tensors of all ranks concatenated in rank order along
             dim 0, such as `accelerator.gather`. Every rank must have equally many batches and images.
@@ -85,6 +86,7 @@ class Settings:
     kl_weight: float = 0.0
     base_model: Callable[[], Any] = nullcontext
     keep_graphs: int = 0
+    trained_steps: Optional[Sequence[int]] = None
     parameters: Sequence[Any] = ()
     gather: Callable[[Any], Any] = lambda tensor: tensor
 
@@ -140,6 +142,8 @@ def check_settings(settings, num_steps, name=str):
             f"{name('truncation_steps')} {settings.truncation_steps} is more than {name('num_steps')} {num_steps}, or < 1"
         )
     _check_combinations(settings, name)
+    if settings.trained_steps is not None:
+        _check_trained_steps(settings, num_steps, name)
 
 
 def _check_combinations(settings, name):
@@ -167,6 +171,26 @@ def _check_combinations(settings, name):
             raise ValueError(
                 f"{fraction} is biased with {name('num_inner_epochs')} {settings.num_inner_epochs}: use 1"
             )
+
+
+def _check_trained_steps(settings, num_steps, name):
+    """Refuse estimators that leave out the steps that are trained, or draw theirs from others, too."""
+    steps = settings.trained_steps
+    if not steps:
+        raise ValueError(f"none of the {num_steps} steps is of the network that is trained: use more steps")
+    if settings.estimator == "rlr_paper" or settings.branches:
+        what = f"{name('branches')} {settings.branches}" if settings.branches else "rlr_paper"
+        raise ValueError(
+            f"{what} draws its steps from all {num_steps}, and only {len(steps)} are trained: use another"
+        )
+    last = {"truncated_bp": settings.truncation_steps, "draft_lv": 1, "alignprop": 1}.get(
+        settings.estimator, num_steps
+    )
+    if min(steps) > last:
+        raise ValueError(
+            f"{settings.estimator} can end after {last} of the last steps, and only those from the {min(steps)}th last on"
+            " are trained: use another estimator"
+        )
 
 
 def check_reward(settings, differentiable, black_box, name=str):

@@ -85,15 +85,15 @@ class RLRStep:
             mixing = self.adaptive if settings.mixing == "auto" else settings.mixing
             schedule = estimators.rlr(num_steps, mixing, self.differentiable)
         elif settings.estimator == "rlr_paper":
-            start = self.subchain.draw()
             schedule = estimators.rlr_paper(
-                num_steps, start, settings.subchain_length, settings.rest, self.differentiable
+                num_steps, self.subchain.draw(), settings.subchain_length, settings.rest, self.differentiable
             )
         elif settings.estimator == "truncated_bp":
             schedule = estimators.truncated_bp(num_steps, settings.truncation_steps)
         else:
             schedule = getattr(estimators, settings.estimator)(num_steps)
-        return schedule._replace(transport=list(self.transport.gains), fraction=self._fraction(schedule))
+        schedule = schedule._replace(transport=list(self.transport.gains), fraction=self._fraction(schedule))
+        return schedule.reaching(settings.trained_steps)
 
     def _fraction(self, schedule):
         """`sweep_fraction`, or what "auto" stands for."""
@@ -101,8 +101,8 @@ class RLRStep:
             return self.settings.sweep_fraction
         if self.settings.estimator != "rlr" or self.black_box:
             return 1.0
-        # Where the likelihood ratio has a share, its noise is most of all noise, and fewer steps would add to it.
         gammas = [schedule.mixing[k] for k in schedule.swept[1:]]
+        # Where the likelihood ratio has a share, its noise is most of all noise, and fewer steps would add to it.
         return 0.5 if sum(gammas) >= 0.95 * len(gammas) else 1.0
 
     def predicted_steps(self, schedule):

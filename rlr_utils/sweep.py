@@ -57,6 +57,22 @@ class Schedule(NamedTuple):
         """How many steps are swept on average."""
         return sum(self.probabilities.values())
 
+    def reaching(self, steps):
+        """This schedule where only the network of some steps has parameters: without the steps whose cotangent reaches none.
+
+        Args:
+            steps: numbers of those that have; `None` for all.
+        """
+        if steps is None:
+            return self
+        mixing, reaches = list(self.mixing), False
+        for k in range(len(mixing) - 1, 0, -1):
+            # What a step passes on reaches the next one where that takes a pathwise cotangent.
+            reaches = k in steps or reaches and bool(self.mixing[k + 1])
+            mixing[k] = self.mixing[k] if reaches else None
+        perturbed = tuple(k for k in self.perturbed if k in steps)
+        return self._replace(mixing=mixing, stop_after=min(self.stop_after, max(steps)), perturbed=perturbed)
+
     def draw(self):
         """This schedule with weights, each step's drawn independently from Python's global generator: 1 / p_k with
         probability p_k, else 0."""

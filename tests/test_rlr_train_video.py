@@ -21,6 +21,7 @@ import pytest
 import torch
 import train_rlr_video
 from diffusion_models import load_model
+from diffusion_models.lora_files import SECOND_FILE
 from huggingface_hub import ModelCard
 from PIL import Image
 from rlr_models import RED, REDDER, SEEN, seeded
@@ -30,6 +31,7 @@ from rlr_training.evaluation import EVALUATION_SEED
 from rlr_video_models import tiny_wan, tiny_wan22, tiny_wan_a14b
 from rlr_video_models_other import plain_video_pipeline, tiny_animatediff, tiny_cogvideox, tiny_ltx
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 
 BASE = [
@@ -38,6 +40,7 @@ BASE = [
     *("--max_train_steps", "2", "--seed", "0", "--num_eval_images", "0", "--report_to", "none"),
     *("--learning_rate", "1e-2"),
 ]
+FOUR = ["--num_inference_steps", "4"]
 # {class of the pipeline: (its folder() here, frames of the videos)}
 FAMILIES = {
     "WanPipeline": (tiny_wan, 9),
@@ -134,6 +137,30 @@ def test_the_kinds_of_wan(tmp_path, prompts, make_folder):
     assert ("load_into_transformer_2=True" in card) == (make_folder is tiny_wan_a14b)
 
 
+@pytest.mark.parametrize("estimator", ["rlr", "alignprop", "ddpo"])
+def test_one_of_two_transformers_is_trained(tmp_path, prompts, estimator):
+    """Alone, saved and loaded again, with a model card that says so, and continued to the bit."""
+    flags = ["--height", "16", "--width", "16", "--num_frames", "5", *FOUR, *prompts]
+    flags += ["--train_experts", "low_noise", "--gradient_estimator", estimator, "--checkpointing_steps", "1"]
+    out = tmp_path / "out"
+    metrics = train_video(tiny_wan_a14b(), out, *flags)
+    assert all(line["grad_norm"] > 0 for line in metrics)
+    names = {path.name for path in out.iterdir()}
+    assert SECOND_FILE in names and LORA not in names
+    loading = [line for line in ModelCard.load(out / "README.md").text.split("\n") if "load_lora_weights" in line]
+    assert len(loading) == 1 and f"weight_name={SECOND_FILE!r}, load_into_transformer_2=True" in loading[0]
+    shutil.copytree(out, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-2")
+    train_video(tiny_wan_a14b(), tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
+    found, expected = (load_file(folder / SECOND_FILE) for folder in (tmp_path / "resumed", out))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    (tmp_path / "resumed" / "checkpoint-2" / SECOND_FILE).unlink()
+    with pytest.raises(SystemExit, match=f"checkpoint-2': {SECOND_FILE} is missing; move it away to continue from"):
+        train_video(tiny_wan_a14b(), tmp_path / "resumed", *flags, "--resume_from_checkpoint", "latest")
+    further = train_video(tiny_wan_a14b(), tmp_path / "further", *flags, "--adapter_path", str(out))
+    assert further[0]["reward_mean"] != metrics[0]["reward_mean"]
+
+
 def test_two_ranks_take_the_steps_of_one(tmp_path, prompts):
     where = ["--pretrained_model_name_or_path", str(tiny_wan()), *prompts, "--gradient_estimator", "full_bp"]
     run_two_ranks(tmp_path / "two", *BASE, *where, "--train_batch_size", "1", script="train_rlr_video")
@@ -173,6 +200,19 @@ def test_the_evaluation_shows_videos_and_how_they_move(tmp_path, prompts):
         (tiny_cogvideox, ["--sigmas", "linspace"], "--sigmas linspace is for other models"),
         (tiny_ltx, ["--guidance_scale_2", "3"], "--guidance_scale_2 3.0 is for other models"),
         (tiny_wan, ["--guidance_scale_2", "3"], "guidance_scale_2 is for models with a transformer_2"),
+        (tiny_wan, ["--train_experts", "low_noise"], "--train_experts low_noise: the model has one network"),
+        (
+            *(tiny_wan_a14b, ["--train_experts", "high_noise", "--gradient_estimator", "alignprop", *FOUR]),
+            "--train_experts: alignprop can end after 1 of the last steps, and only those from the 2th last on",
+        ),
+        (
+            *(tiny_wan_a14b, ["--train_experts", "low_noise", "--gradient_estimator", "rlr_paper", *FOUR]),
+            "--train_experts: rlr_paper draws its steps from all 4, and only",
+        ),
+        (
+            *(tiny_wan_a14b, ["--train_experts", "low_noise", "--num_inference_steps", "1"]),
+            "--train_experts: none of the 1 steps is of the network that is trained",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

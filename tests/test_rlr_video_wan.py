@@ -20,11 +20,12 @@ import torch
 from diffusion_models import VIDEO_FAMILIES, as_model, load_model
 from diffusion_models.adapters import add_lora, load_adapter, load_lora, lora_disabled, restore_lora, save_lora
 from diffusion_models.lora_files import LORA_FILE, SECOND_FILE
+from diffusion_models.wan import EXPERTS
 from peft import LoraConfig
 from rlr_chains import Mix, gradients
 from rlr_flow_models import plain_flow_pipeline
 from rlr_models import assert_a_rollout_does_not_wait, edit_json, seeded
-from rlr_utils import backward_sweep, likelihood_ratio, rollout
+from rlr_utils import Schedule, backward_sweep, likelihood_ratio, rollout
 from rlr_video_models import WAN_FOLDERS, tiny_wan, tiny_wan22, tiny_wan_a14b
 from safetensors.torch import load_file
 
@@ -292,19 +293,101 @@ def test_what_is_loaded_and_saved_again_is_the_same(folder, tmp_path):
     assert torch.equal(latents_of_chain(second), drawn)
 
 
-def test_of_two_transformers_both_files_are_needed(tmp_path):
+# One of two transformers
+
+
+def test_of_two_transformers_a_file_does_not_say_which_one_is_its_own(tmp_path):
     save_lora(trained_model(tiny_wan_a14b()), tmp_path)
     model = load_model(tiny_wan_a14b())
+    model.train_only("low_noise")
     for load in (lambda path: load_lora(model, path), lambda path: load_adapter(model.pipeline, path, "one")):
-        with pytest.raises(
-            ValueError, match=f"two transformers: give a folder with {LORA_FILE!r} and {SECOND_FILE!r}"
-        ):
+        with pytest.raises(ValueError, match=f"two transformers: give a folder with {LORA_FILE!r} or {SECOND_FILE!r}"):
             load(str(tmp_path / LORA_FILE))
+        with pytest.raises(ValueError, match=f"it holds neither {LORA_FILE!r} nor {SECOND_FILE!r}"):
+            load(str(tmp_path.parent))
+    # What would be lost, or would be new, is not trained further.
+    with pytest.raises(
+        ValueError, match="a LoRA of transformer and transformer_2, and transformer_2 would be trained"
+    ):
+        load_lora(model, str(tmp_path))
     (tmp_path / SECOND_FILE).unlink()
-    for load in (lambda path: load_lora(model, path), lambda path: load_adapter(model.pipeline, path, "one")):
-        with pytest.raises(ValueError, match=f"cannot be loaded: .*{SECOND_FILE}"):
-            load(str(tmp_path))
-    assert not any(hasattr(network, "peft_config") for network in model.networks.values())
+    with pytest.raises(ValueError, match="it is a LoRA of transformer, and transformer_2 would be trained"):
+        load_lora(model, str(tmp_path))
+    assert not hasattr(model.experts.transformer, "peft_config")
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_one_transformer_is_loaded_and_saved_alone(tmp_path, expert):
+    folder, name = tiny_wan_a14b(), {"high_noise": LORA_FILE, "low_noise": SECOND_FILE}[expert]
+    save_lora(trained_model(folder), tmp_path)
+    for file in tmp_path.iterdir():
+        if file.name != name:
+            file.unlink()
+    model, base = load_model(folder), latents_of_chain(load_model(folder))
+    model.train_only(expert)
+    load_lora(model, str(tmp_path))
+    adapted = getattr(model.pipeline, EXPERTS[expert])
+    assert list(model.networks.values()) == [adapted]
+    assert {p.requires_grad for p in model.network.parameters()} == {True, False}
+    assert all(p.requires_grad <= (p in set(adapted.parameters())) for p in model.network.parameters())
+    drawn = latents_of_chain(model)
+    assert (drawn - base).abs().max() > 1e-3
+    with lora_disabled(model):
+        assert torch.equal(latents_of_chain(model), base)
+    save_lora(model, tmp_path / "again")
+    (file,) = (tmp_path / "again").iterdir()
+    assert file.name == name
+    plain, other = plain_pipeline(folder), load_model(folder)
+    plain.load_lora_weights(tmp_path / "again", weight_name=name, load_into_transformer_2=expert == "low_noise")
+    assert_close(drawn_by_pipeline(model, plain), drawn)
+    load_adapter(other.pipeline, str(tmp_path), "tuned")
+    assert_close(latents_of_chain(other), drawn)
+
+
+def test_the_trained_steps_are_those_of_the_trained_transformer():
+    """The pipeline compares timesteps with its boundary; of four the first two or three are of the first."""
+    model = load_model(tiny_wan_a14b())
+    assert model.trained_steps(4, SIZE) is None
+    timesteps = model.noise_schedule(4, SIZE).timesteps.tolist()
+    first = [4 - i for i, timestep in enumerate(timesteps) if timestep >= 0.7 * 1000]
+    assert 0 < len(first) < 4
+    for expert, steps in (("high_noise", first), ("low_noise", sorted({1, 2, 3, 4} - {*first}, reverse=True))):
+        model.train_only(expert)
+        assert model.trained_steps(4, SIZE) == steps
+    model = load_model(tiny_wan())
+    assert model.trained_steps(4, SIZE) is None
+    with pytest.raises(ValueError, match="the model has one network, which is trained"):
+        model.train_only("low_noise")
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize("gamma", [1.0, 0.0, 0.6], ids=["full_bp", "ddpo", "mixed"])
+def test_the_gradient_of_one_transformer_is_its_part_of_the_whole_gradient(expert, gamma):
+    """In float64. Frozen steps are swept only where their cotangent reaches a trained one."""
+    found = {}
+    for experts in ("both", expert):
+        torch.manual_seed(0)
+        model = load_model(tiny_wan_a14b(), dtype=torch.float64)
+        if experts != "both":
+            model.train_only(experts)
+        for name in EXPERTS.values():
+            network = getattr(model.pipeline, name)
+            network.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]))
+            for i, parameter in enumerate(p for p in network.parameters() if p.requires_grad):
+                parameter.data = torch.sin(torch.arange(parameter.numel()) + i).view_as(parameter).double() / 9
+            network.requires_grad_(name in model.networks)
+        chain, generator = chain_of(model, 4, final_noise=0.05), torch.Generator().manual_seed(1)
+        x_T, weight = torch.randn(2, *model.latents_shape(3, SIZE), generator=generator, dtype=torch.float64)
+        trajectory = rollout(chain, x_T, torch.Generator().manual_seed(2))
+        schedule, steps = Schedule([gamma] * 5, 4), model.trained_steps(4, SIZE)
+        schedule = schedule if steps is None else schedule.reaching(steps)
+        advantages = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+        backward_sweep(chain, trajectory, schedule, reward_grad=weight, advantages=advantages)
+        found[experts] = gradients(getattr(model.pipeline, EXPERTS[expert]))
+    wanted = set(steps) if gamma == 0 or expert == "low_noise" else {1, 2, 3, 4}
+    assert set(schedule.swept) == wanted
+    assert found["both"].abs().max() > 1e-6
+    torch.testing.assert_close(found[expert], found["both"], rtol=1e-9, atol=1e-12)
 
 
 # What a model is, and must be

@@ -72,6 +72,7 @@ def main(args):
     from rlr_training.optimizer import loss_scale, optimizer_step
     from rlr_training.processes import generators_of, stopping_after_a_step
     from rlr_training.run import prepare
+    from rlr_training.scoring import checking_rewards
 
     run = prepare(args, SCRIPT, TRACKER, UNET_FAMILIES, defaults=parse_args([]))
     accelerator, rlr, size = run.accelerator, run.rlr, size_of(args)
@@ -83,19 +84,20 @@ def main(args):
             with naming(f"step {step}:"):
                 # prompt -> rollout -> reward
                 batches, scorers = [], []
-                for index in range(args.gradient_accumulation_steps):
-                    prompts = run.sampler.next_batch(args.train_batch_size)
-                    chain = run.chain_of(prompts)
-                    generators = generators_of(args, accelerator, step, index)
-                    x_T = run.model.draw_latents(chain, len(prompts), size, generators)
-                    scorers.append(run.scorer_of(prompts))
-                    batches.append(
-                        rlr.rollout(
-                            *(chain, x_T, scorers[-1], generators),
-                            prompts=prompts,
-                            score_predictions=run.prediction_scorer_of(prompts),
+                with checking_rewards():
+                    for index in range(args.gradient_accumulation_steps):
+                        prompts = run.sampler.next_batch(args.train_batch_size)
+                        chain = run.chain_of(prompts)
+                        generators = generators_of(args, accelerator, step, index)
+                        x_T = run.model.draw_latents(chain, len(prompts), size, generators)
+                        scorers.append(run.scorer_of(prompts))
+                        batches.append(
+                            rlr.rollout(
+                                *(chain, x_T, scorers[-1], generators),
+                                prompts=prompts,
+                                score_predictions=run.prediction_scorer_of(prompts),
+                            )
                         )
-                    )
 
                 # reward -> advantages -> sweep -> optimizer step
                 statistics = []

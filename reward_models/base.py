@@ -22,9 +22,54 @@ A reward is a callable `reward(images, prompts) -> scores` with a boolean attrib
 A reward with the attribute `takes_videos = True` gets videos (B, F, 3, H, W) instead; see `videos.py`.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple, Optional
 
 import torch
+
+
+# Within `deferred_checks` the checks of numbers that wait for its end, (whether it failed, its message) each.
+_waiting = None
+
+
+@contextmanager
+def deferred_checks():
+    """Within it, the numbers in images and scores are checked at its end, all at once.
+
+    A check makes the CPU wait for the device, which then idles until the next call has been launched. Shapes and types are
+    checked at once in any case.
+
+    Raises:
+        ValueError: at the end, of the first check that has failed; also if something else has failed after it.
+    """
+    global _waiting
+    _waiting = []
+    try:
+        yield
+    finally:
+        checks, _waiting = _waiting, None
+        devices = [failed.device for failed, _ in checks]
+        device = next((one for one in devices if one.type != "cpu"), "cpu")
+        failures = torch.stack([failed.to(device) for failed, _ in checks]).tolist() if checks else []
+        for has_failed, (_, message) in zip(failures, checks):
+            if has_failed:
+                raise ValueError(message())
+
+
+def check_numbers(failed, message):
+    """Check numbers that are on a device, now or at the end of `deferred_checks`.
+
+    Args:
+        failed: a boolean tensor of one element, of what must not be so.
+        message: `message() -> str`, of the error.
+
+    Raises:
+        ValueError: if it is so.
+    """
+    if _waiting is not None:
+        _waiting.append((failed, message))
+    elif failed:
+        raise ValueError(message())
 
 
 def check_batch(images, prompts, kind="images"):
@@ -41,9 +86,11 @@ def check_batch(images, prompts, kind="images"):
         raise ValueError(f"{kind} of shape {tuple(images.shape)} are not ({', '.join(shape)})")
     if len(prompts) != len(images):
         raise ValueError(f"{len(images)} {kind} with {len(prompts)} prompts: give one prompt per {kind[:-1]}")
-    low, high = (value.item() for value in images.detach().aminmax())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"{kind} must lie in [0, 1], but their values range from {low:.4g} to {high:.4g}")
+    low, high = images.detach().aminmax()
+    check_numbers(
+        ~((low >= 0) & (high <= 1)),
+        lambda: f"{kind} must lie in [0, 1], but their values range from {low.item():.4g} to {high.item():.4g}",
+    )
 
 
 class ScoreHead(torch.nn.Module):
@@ -169,9 +216,7 @@ class WeightedSum:
             backward = with_gradient and reward.differentiable
             with torch.set_grad_enabled(backward):
                 result = reward(images if backward else images.detach(), prompts)
-            problem = find_problem(result, prompts)
-            if problem is not None:
-                raise ValueError(f"reward {name!r} {problem}")
+            check_scores(result, prompts, f"reward {name!r}")
             if backward and result.requires_grad:  # otherwise the score is a constant, with gradient zero
                 gradient += weight * getattr(reward, "gradient", score_gradient)(result, images)
             scores[name] = result.detach().float().to(images.device)
@@ -196,22 +241,30 @@ def score_gradient(scores, images):
     return torch.autograd.grad(scores.sum(), images, materialize_grads=True)[0]
 
 
-def find_problem(scores, prompts):
-    """Describe why `scores` is not a tensor with one finite float32 number per prompt. Returns `None` if it is one.
+def check_scores(scores, prompts, name):
+    """Check that scores are one finite float32 number per prompt, on any device and of any real type.
 
-    The tensor may be on any device and of any real type.
+    Args:
+        name: what the message calls the reward.
+
+    Raises:
+        ValueError: if they are not; of a score that is not finite the message names the prompt.
     """
+    problem = None
     if not isinstance(scores, torch.Tensor):
-        return f"returned a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},)"
-    if scores.shape != (len(prompts),):
-        return f"returned a tensor of shape {tuple(scores.shape)} instead of ({len(prompts)},)"
-    if scores.is_meta:
-        return "returned a tensor on the device 'meta', which has no numbers"
-    if scores.is_complex():
-        return f"returned complex numbers ({scores.dtype}) instead of real ones"
+        problem = f"a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},)"
+    elif scores.shape != (len(prompts),):
+        problem = f"a tensor of shape {tuple(scores.shape)} instead of ({len(prompts)},)"
+    elif scores.is_meta:
+        problem = "a tensor on the device 'meta', which has no numbers"
+    elif scores.is_complex():
+        problem = f"complex numbers ({scores.dtype}) instead of real ones"
+    if problem is not None:
+        raise ValueError(f"{name} returned {problem}")
     values = scores.detach().float()
-    bad = ~torch.isfinite(values)
-    if bad.any():
-        i = bad.nonzero()[0].item()
-        return f"returned {values[i].item()} for prompt {prompts[i][:80]!r}"
-    return None
+
+    def message():
+        i = (~values.isfinite()).nonzero()[0].item()
+        return f"{name} returned {values[i].item()} for prompt {prompts[i][:80]!r}"
+
+    check_numbers(~values.isfinite().all(), message)

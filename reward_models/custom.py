@@ -21,7 +21,7 @@ import sys
 
 import torch
 
-from .base import find_problem, score_gradient
+from .base import check_scores, score_gradient
 from .user_code import UserCode
 from .videos import prepare
 
@@ -155,9 +155,7 @@ def score_random_images(reward, images, prompts, state=""):
     """
     with reward.code.running(f"fails on two {random_kind(reward)}{state}"):
         scores = reward.function(images, prompts)
-    problem = find_problem(scores, prompts)
-    if problem is not None:
-        raise ValueError(f"is not a reward: it {problem}")
+    check_scores(scores, prompts, "is not a reward: it")
     return scores
 
 

@@ -24,7 +24,7 @@ video. Two more attributes of such a reward are optional:
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from .base import check_batch, find_problem, score_gradient, set_fps
+from .base import check_batch, check_scores, score_gradient, set_fps
 
 
 REDUCTIONS = ("mean", "min")
@@ -65,9 +65,7 @@ class PerFrame(torch.nn.Module):
         # An early stop is an exception, which the code of a custom reward would see.
         with set_checkpoint_early_stop(False):
             scores = checkpoint(self.reward, frames, prompts, use_reentrant=False)
-        problem = find_problem(scores, prompts)
-        if problem is not None:
-            raise ValueError(f"reward {self.name!r} {problem}")
+        check_scores(scores, prompts, f"reward {self.name!r}")
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 

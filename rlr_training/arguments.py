@@ -13,7 +13,7 @@
 # limitations under the License.
 """The flags that training scripts share, in groups; a script adds those of its own models."""
 
-from .flags import BETA, NOT_NEGATIVE, OF_FAMILY, OPEN_SHARE, POSITIVE, number_or_auto, whole_number
+from .flags import BETA, NOT_NEGATIVE, OF_FAMILY, OPEN_SHARE, POSITIVE, number_or_auto, whole_number, whole_or_auto
 
 
 ESTIMATORS = ("rlr", "rlr_paper", "full_bp", "truncated_bp", "draft_lv", "alignprop", "ddpo")
@@ -87,7 +87,13 @@ def add_reward_flags(parser):
         type=whole_number(),
         help="Images that a reward scores at a time, gradient included; affects memory only. Default: --decode_batch_size.",
     )
-    add("--decode_batch_size", type=whole_number(), default=1, help="Images decoded at a time; affects memory only.")
+    add(
+        "--decode_batch_size",
+        type=whole_or_auto(),
+        default="auto",
+        help="Images decoded at a time; affects memory only. auto: on a GPU as many as fit into half of the memory that is"
+        " free, up to 16, else 1. If memory runs out, they are halved.",
+    )
     return group
 
 
@@ -259,10 +265,11 @@ def add_training_flags(parser, output_dir):
     )
     add(
         "--keep_graphs",
-        type=whole_number(0),
-        default=0,
+        type=whole_or_auto(0),
+        default="auto",
         help="Keep the network's graphs of the last so many denoising steps instead of computing them again: faster, for"
-        " the memory of as many more steps of all images of an optimizer step on a device.",
+        " the memory of as many more steps of all images of an optimizer step on a device. auto: on a GPU as many as fit into"
+        " what the first step has left free, else 0.",
     )
     add("--compile", action="store_true", help="Compile the network with torch.compile.")
     add(
@@ -331,6 +338,8 @@ def parse_training_args(parser, input_args):
         parser.set_defaults(**LOW_MEMORY)
         args = parser.parse_args(input_args)
     del args.preset_low_memory  # the run is what it stands for
+    if args.cuda_graphs and args.keep_graphs == "auto":
+        args.keep_graphs = 0  # they overwrite their activations at each call
     from .checks import check_args
 
     try:

@@ -102,7 +102,8 @@ def _check_adapter(args, default_of):
 def _check_rewards(args):
     if args.heldout_reward is not None:
         parse_reward(args.heldout_reward)
-    if args.reward_batch_size is not None and args.reward_batch_size > args.decode_batch_size:
+    at_a_time = args.reward_batch_size, args.decode_batch_size
+    if None not in at_a_time and "auto" not in at_a_time and at_a_time[0] > at_a_time[1]:
         raise ValueError(
             f"--reward_batch_size {args.reward_batch_size} is more than --decode_batch_size {args.decode_batch_size}:"
             f" raise --decode_batch_size {args.decode_batch_size} with it"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 
 MEMORY_SAVERS = (
-    "a smaller --train_batch_size with more --gradient_accumulation_steps, no --keep_graphs, --decode_batch_size 1,"
+    "a smaller --train_batch_size with more --gradient_accumulation_steps, --keep_graphs 0, --decode_batch_size 1,"
     " --gradient_checkpointing, --mixed_precision bf16, or --preset_low_memory"
 )
 

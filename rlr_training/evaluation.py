@@ -139,6 +139,10 @@ class HeldOut:
         self.prompts = heldout_prompts(pool, args.num_heldout_images)
         self.base_embeds = None
 
+    @property
+    def sums(self):
+        return [self.rewards, self.heldout]
+
     def _measure(self, draw):
         """The figures of the model as it is, {name: number}, and the embeddings (N, D) of its images."""
         args = self.args

@@ -98,6 +98,11 @@ def frames_to_score(text):
     return text if text in ("all", "chunk") else whole_number()(text)
 
 
+def whole_or_auto(least=1):
+    """The type of a whole number that is at least `least`, or of auto."""
+    return lambda text: text if text == "auto" else whole_number(least)(text)
+
+
 def number_or_auto(text):
     """A number where the text is one, else the text itself, which is checked after parsing."""
     try:

@@ -33,8 +33,11 @@ from .output_dir import METRICS_FILE
 
 logger = get_logger(__name__, log_level="INFO")
 
+# The share of a step's work from which the decoding of predicted images is worth a smaller decoder.
+LARGE_SHARE = 0.2
 
-def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
+
+def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable, costs):
     """Print the arithmetic of the run as one table.
 
     Args:
@@ -43,6 +46,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
         chain: of a batch.
         sampler: `PromptSampler`.
         trainable: the parameters that are trained.
+        costs: `Costs`.
     """
     images, num_prompts, kind = images_of_a_step(args, accelerator), len(sampler.prompts), kind_of(args)
     epochs = args.max_train_steps * images / (num_prompts * args.images_per_prompt)
@@ -62,6 +66,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable):
         f"{kind}s scored per step": f"{images * (1 + sum(extra.values()))}"
         + (f" = {images}" if any(extra.values()) else "")
         + "".join(f" + {number} {what} of each" for what, number in extra.items() if number),
+        "work per step": _describe_work(args, rlr, schedule, costs, images),
         "weight of the steps": _describe_weights(chain),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
         "trainable parameters": f"{sum(p.numel() for p in trainable):,}",
@@ -90,6 +95,21 @@ def _describe_calls(args, rlr, schedule, chain, images):
         + (f", the latter x {args.num_inner_epochs} inner epochs" if args.num_inner_epochs > 1 else "")
         + (", at first" if args.sweep_fraction == "auto" and leaves_out else "")
     )
+
+
+def _describe_work(args, rlr, schedule, costs, images):
+    """The arithmetic of an optimizer step, and what would save much of it."""
+    calls, predictions = rlr.expected_calls(schedule), len(rlr.predicted_steps(schedule))
+    network = costs.forward * calls.forward + costs.swept * calls.swept * args.num_inner_epochs
+    predicting = costs.predict * predictions
+    total = network + predicting + costs.decode
+    text = f"{images * total / 1e12:.3g} TFLOP, and what the rewards take; a step with backward is"
+    text += f" {costs.swept / costs.forward:.2f} forward"
+    share = predicting / total
+    if share > LARGE_SHARE:
+        text += f"; {100 * share:.0f} % of it decode predictions"
+        text += "" if args.baseline_vae else ", which --baseline_vae does for less"
+    return text
 
 
 def gather_scores(accelerator, scorers):

@@ -34,14 +34,11 @@ from accelerate.utils import (
     compile_regions,
     parse_flag_from_env,
 )
-from reward_models.loading import first_line
 from torch._functorch import config as functorch_config
 
 import diffusers
 
-from .chains import size_of
 from .cuda_graphs import GraphedNetwork
-from .errors import is_out_of_memory
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -191,50 +188,6 @@ def compiled(accelerator, network):
         return network
     compiling = compile_regions if plugin.use_regional_compilation else torch.compile
     return compiling(network, **plugin.to_kwargs())
-
-
-@torch.no_grad()
-def try_model(args, model, chain, baseline_vae):
-    """Call network and decoders once, so that a model that cannot draw is refused before anything is written.
-
-    Raises:
-        ValueError: naming the model, or --baseline_vae.
-    """
-    decoders = {f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}": None}
-    if baseline_vae is not None:
-        decoders[f"--baseline_vae {args.baseline_vae!r}"] = baseline_vae
-    x = torch.zeros(model.latents_shape(1, size_of(args)), device=chain.timesteps.device)
-    for name, vae in decoders.items():
-        try:
-            images = model.decode(chain.mean(chain.num_steps, x), vae)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"{name} cannot draw an image: {type(error).__name__}: {first_line(error)}") from error
-        if not images.isfinite().all():
-            raise ValueError(
-                f"{name} draws images that are not finite: its weights are damaged, or overflow with --mixed_precision"
-                f" {args.mixed_precision}"
-            )
-
-
-def compiles(args, model, chain, schedule):
-    """Whether the compiler manages the calls that rollout and sweep will make on the chain."""
-    shape = model.latents_shape(args.train_batch_size, size_of(args))
-    x = torch.zeros(shape, device=chain.timesteps.device)
-    passed_on = schedule.mixing[2 : schedule.stop_after + 1]
-    try:
-        with torch.no_grad():
-            chain.mean(chain.num_steps, x)
-        chain.mean(chain.num_steps, x.requires_grad_(args.keep_graphs > 0 or any(passed_on))).sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a compiler may raise anything
-        logger.warning(f"the network cannot be compiled and runs as it is: {first_line(error)}")
-        return False
-    finally:
-        model.network.zero_grad()
-    return True
 
 
 def generators_of(args, accelerator, step, index):

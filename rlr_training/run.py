@@ -54,9 +54,10 @@ from .hub import (
 from .metrics import print_plan, start_trackers, trim_metrics
 from .optimizer import Optimization, images_of_a_step, make_optimization
 from .output_dir import check_output_dir, check_writable, write_configuration
-from .processes import compiles, frozen_dtype, make_accelerator, to_device, try_model
+from .processes import frozen_dtype, make_accelerator, to_device
 from .prompts import PromptSampler, load_training_prompts, warn_of_long_prompts
-from .scoring import BatchScorer, check_score_frames, load_reward_sum
+from .scoring import BatchScorer, check_score_frames, load_reward_sum, settle_batch_sizes
+from .trial import compiles, try_model
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -130,13 +131,14 @@ def prepare(args, script, tracker, families, defaults):
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
         schedule = rlr.draw_schedule()
         network = to_device(args, accelerator, model, baseline_vae)
+        settle_batch_sizes(args, model, [rewards, *([] if heldout is None else heldout.sums)], prompts[0])
         chain = make_training_chain(args, accelerator, model, network, rlr, schedule)
         embeds = PromptEmbeds(model, accelerator.device)
         sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
-        chain_of = make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae)
+        chain_of, costs = make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae)
         draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
@@ -156,7 +158,7 @@ def prepare(args, script, tracker, families, defaults):
         repo_id=repo_id,
         first_step=first_step,
     )
-    begin(args, run, config, tracker, schedule, embeds)
+    begin(args, run, config, tracker, schedule, embeds, costs)
     return run
 
 
@@ -173,7 +175,7 @@ def load_run_rewards(args, prompts, accelerator):
     Raises:
         ValueError: for a reward that cannot be loaded, or that does not go with the estimator.
     """
-    device, batch_size = accelerator.device, args.reward_batch_size or args.decode_batch_size
+    device, batch_size = accelerator.device, args.reward_batch_size
     rewards, heldout = load_reward_sum(args, args.reward, prompts, device, batch_size), None
     if args.heldout_reward is not None and accelerator.is_main_process:
         with naming("--feature_model"):
@@ -278,7 +280,7 @@ def make_training_chain(args, accelerator, model, network, rlr, schedule):
 
 
 def make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae):
-    """`chain_of(prompts) -> DenoisingChain` of a batch; a network that cannot be compiled runs as it is.
+    """(`chain_of(prompts) -> DenoisingChain` of a batch, `Costs` of its calls); what cannot be compiled runs as it is.
 
     Args:
         chain: without prompts.
@@ -291,16 +293,17 @@ def make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseli
     Raises:
         ValueError: if the model cannot draw an image, or --baseline_vae cannot decode it.
     """
-    chain_of = conditioned(args, chain, embeds)
-    if not is_compiled_module(network):
-        try_model(args, model, chain_of(prompts[:1]), baseline_vae)
-    elif not compiles(args, model, chain_of(prompts[:1] * args.train_batch_size), schedule):
-        chain = make_chain(args, model, model.network, chain.timesteps.device, sampling_options(args, model))
-        return conditioned(args, chain, embeds)
-    return chain_of
+    plain = make_chain(args, model, model.network, chain.timesteps.device, sampling_options(args, model))
+    plain_of, chain_of = (conditioned(args, one, embeds) for one in (plain, chain))
+    costs = try_model(args, model, plain_of(prompts[:1]), baseline_vae)
+    if is_compiled_module(network) and not compiles(
+        args, model, chain_of(prompts[:1] * args.train_batch_size), schedule
+    ):
+        return plain_of, costs
+    return chain_of, costs
 
 
-def begin(args, run, config, tracker, schedule, embeds):
+def begin(args, run, config, tracker, schedule, embeds, costs):
     """Start the trackers, print the plan of the run, encode its prompts, and score the base model's held-out images.
 
     Args:
@@ -308,13 +311,14 @@ def begin(args, run, config, tracker, schedule, embeds):
         config, tracker: of `prepare`.
         schedule: of the sweep.
         embeds: `PromptEmbeds`.
+        costs: `Costs`.
     """
     accelerator, heldout = run.accelerator, run.heldout
     start_trackers(accelerator, config, tracker, run.first_step)
     if accelerator.is_main_process:
         trim_metrics(args.output_dir, run.first_step)
     chain = run.chain_of(run.sampler.prompts[:1])
-    print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable)
+    print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable, costs)
     drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
     steps_left, show_progress = args.max_train_steps - run.first_step, accelerator.is_local_main_process
     encode_prompts_of_run(args, embeds, run.sampler, drawn, steps_left, show_progress)

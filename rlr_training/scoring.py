@@ -13,18 +13,26 @@
 # limitations under the License.
 """The rewards of latents: decoded and scored, a few images at a time."""
 
-import torch
-from reward_models import load_rewards, parse_reward, parse_reward_paths
+from contextlib import contextmanager
 
-from diffusers.training_utils import offload_models
+import torch
+from accelerate.logging import get_logger
+from reward_models import load_rewards, parse_reward, parse_reward_paths
+from reward_models.base import deferred_checks
+
+from diffusers.training_utils import free_memory, offload_models
 
 from .chains import size_of
-from .errors import RunError
+from .errors import RunError, bad_input_ends_the_run
 from .optimizer import loss_scale
 
 
+logger = get_logger(__name__, log_level="INFO")
+
 # --score_frames for one random chunk of the frames that the decoder gives together.
 CHUNK = "chunk"
+# More images at a time keep no GPU busier.
+MOST_DECODED = 16
 
 
 def load_reward_sum(args, text, prompts, device, batch_size):
@@ -91,6 +99,42 @@ def decoder_of(args, model):
     return lambda latents, vae: model.decode_chunk(latents, torch.multinomial(lengths, 1).item())
 
 
+def settle_batch_sizes(args, model, sums, prompt):
+    """Set --decode_batch_size where it is auto, and how many images the rewards score at a time where no flag says it.
+
+    On a GPU one image is decoded and scored, to see what it takes.
+
+    Args:
+        model: `DiffusionModel`, on the device.
+        sums: each `WeightedSum` of the run, the first of which is trained for.
+        prompt: any.
+    """
+    device = model.network.device
+    if args.decode_batch_size == "auto":
+        args.decode_batch_size = 1
+        if device.type == "cuda":
+            args.decode_batch_size = images_that_fit(lambda: score_one(args, model, sums[0], prompt), device)
+    for one in sums:
+        one.batch_size = one.batch_size or args.decode_batch_size
+
+
+def score_one(args, model, rewards, prompt):
+    """Decode and score some image or video, with its gradient if there is one."""
+    latents = torch.zeros(model.latents_shape(1, size_of(args)), device=model.network.device)
+    with offload_models(*rewards.modules, device=latents.device, offload=args.reward_offload):
+        score_latents(decoder_of(args, model), rewards, latents, [prompt], 1, rewards.has_gradient)
+
+
+def images_that_fit(run_one, device):
+    """How many images at a time fit into half of a GPU's free memory, from what run_one() takes for one of them."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before, (free, _) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - before
+    run_one()
+    taken = torch.cuda.max_memory_allocated(device) - before
+    return max(1, min(MOST_DECODED, int(free / 2 / taken)))
+
+
 def score_latents(decode, rewards, latents, prompts, decode_batch_size, with_gradient=False, scale=1.0, vae=None):
     """Decode latents (B, ...) and score the images or videos, a few at a time.
 
@@ -117,6 +161,17 @@ def score_latents(decode, rewards, latents, prompts, decode_batch_size, with_gra
     return scores, torch.cat(reward_grad) if with_gradient else None
 
 
+@contextmanager
+def checking_rewards():
+    """Within it, the numbers that rewards get and return are checked at its end, all at once, so that no device waits.
+
+    Raises:
+        RunError: when a reward fails.
+    """
+    with bad_input_ends_the_run(), deferred_checks():
+        yield
+
+
 class BatchScorer:
     """The `score` of `RLRStep.rollout` for a batch of prompts.
 
@@ -141,16 +196,32 @@ class BatchScorer:
         self.scores = None
 
     def __call__(self, x_0, with_gradient):
-        args, device, scale = self.args, self.accelerator.device, loss_scale(self.accelerator)
-        prompts = self.prompts * (len(x_0) // len(self.prompts))
-        try:
-            with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
-                scores, reward_grad = score_latents(
-                    *(self.decode, self.rewards, x_0, prompts, args.decode_batch_size, with_gradient, scale),
-                    vae=self.vae,
-                )
-        except ValueError as error:
-            raise RunError(str(error)) from error
+        while True:
+            try:
+                scores, reward_grad = self._score(x_0, with_gradient)
+            except ValueError as error:
+                raise RunError(str(error)) from error
+            except torch.OutOfMemoryError:
+                if self.args.decode_batch_size == 1:
+                    raise
+            else:
+                break
+            self._halve()
         black_box = scores.pop("black_box")
         self.scores = scores if self.scores is None else self.scores
         return scores["total"], reward_grad, black_box
+
+    def _score(self, x_0, with_gradient):
+        args, device, scale = self.args, self.accelerator.device, loss_scale(self.accelerator)
+        prompts = self.prompts * (len(x_0) // len(self.prompts))
+        with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
+            return score_latents(
+                *(self.decode, self.rewards, x_0, prompts, args.decode_batch_size, with_gradient, scale), vae=self.vae
+            )
+
+    def _halve(self):
+        """Decode and score half as many images at a time from now on."""
+        self.args.decode_batch_size //= 2
+        self.rewards.batch_size = min(self.rewards.batch_size or 1, self.args.decode_batch_size)
+        logger.warning(f"out of memory: from now on --decode_batch_size {self.args.decode_batch_size}")
+        free_memory()

@@ -68,21 +68,3 @@ def prompt_numbers(prompts, device):
     """B strings -> (B,) int64 that are equal for equal strings, on every rank."""
     digests = [hashlib.sha256(prompt.encode()).digest() for prompt in prompts]
     return torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests], device=device)
-
-
-def checked_rewards(rewards, name, x_0):
-    """What a `score` returned for latents (B, ...), as floating-point numbers (B,) on their device, detached.
-
-    Raises:
-        ValueError: if it is not a tensor of B finite numbers; `name` says what it is.
-    """
-    if not isinstance(rewards, torch.Tensor):
-        raise ValueError(f"score returned {name} that is a {type(rewards).__name__}, not a tensor")
-    if rewards.shape != x_0.shape[:1]:
-        raise ValueError(f"score returned {name} of shape {tuple(rewards.shape)} for a batch of {len(x_0)}")
-    rewards = rewards.detach().to(x_0.device, torch.promote_types(rewards.dtype, torch.float32))
-    finite = rewards.isfinite()
-    if not finite.all():
-        i = (~finite).nonzero()[0].item()
-        raise ValueError(f"score returned {name} that is {rewards[i].item()} for image {i} of the batch")
-    return rewards

@@ -61,7 +61,8 @@ class Settings:
         kl_weight: reward per nat that a step's divergence from the base model costs.
         base_model: for kl_weight, a function that returns a context manager within which the chain's means are those of
             the base model, such as `partial(diffusion_models.adapters.lora_disabled, model)`.
-        keep_graphs: keep the graphs of the last so many steps for the sweep: memory for time.
+        keep_graphs: keep the graphs of the last so many steps for the sweep: memory for time. "auto" for as many as memory
+            holds that would lie idle, see `KeptGraphs`.
         trained_steps: the steps whose network has parameters to train, such as those of one of two experts; `None` for all.
         parameters: the trainable parameters; needed for rest="zeroth_order" and subchain_sampling="grad_norm".
         gather: for several ranks, `gather(tensor) -> tensor`, the tensors of all ranks concatenated in rank order along
@@ -85,7 +86,7 @@ class Settings:
     ppo_clip_range: float = 0.2
     kl_weight: float = 0.0
     base_model: Callable[[], Any] = nullcontext
-    keep_graphs: int = 0
+    keep_graphs: Union[int, str] = 0
     trained_steps: Optional[Sequence[int]] = None
     parameters: Sequence[Any] = ()
     gather: Callable[[Any], Any] = lambda tensor: tensor
@@ -97,6 +98,11 @@ class Settings:
     def sweeps_the_rollout(self):
         """Whether the sweep runs over the chain of the rollout; DRaFT-LV and branches run steps of their own."""
         return self.estimator != "draft_lv" and self.branches == 0
+
+    @property
+    def can_keep_graphs(self):
+        """Whether the sweep can use graphs of the rollout."""
+        return self.sweeps_the_rollout and not self.perturbs_weights
 
     @property
     def perturbs_weights(self):
@@ -125,8 +131,9 @@ def check_settings(settings, num_steps, name=str):
                 f"unknown {name(keyword)} {getattr(settings, keyword)!r}, known are: {', '.join(choices)}"
             )
     for keyword, least in AT_LEAST.items():
-        if getattr(settings, keyword) < least:
-            raise ValueError(f"{name(keyword)} {getattr(settings, keyword)} must be at least {least}")
+        value = getattr(settings, keyword)
+        if value != "auto" and value < least:
+            raise ValueError(f"{name(keyword)} {value} must be at least {least}")
     for keyword in ("zo_scale", "ppo_clip_range"):
         if getattr(settings, keyword) <= 0:
             raise ValueError(f"{name(keyword)} {getattr(settings, keyword)} must be positive")
@@ -153,7 +160,7 @@ def _check_combinations(settings, name):
         raise ValueError(
             f"{name('branches')} {settings.branches} needs {name('estimator')} rlr, not {settings.estimator}"
         )
-    if settings.keep_graphs and not (settings.sweeps_the_rollout and not settings.perturbs_weights):
+    if settings.keep_graphs not in (0, "auto") and not settings.can_keep_graphs:
         raise ValueError(
             f"{name('keep_graphs')} {settings.keep_graphs} needs a sweep of the rollout's own graphs, which draft_lv,"
             f" {name('branches')} and the perturbed weights of {name('rest')} zeroth_order do not have"

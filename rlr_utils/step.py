@@ -14,18 +14,21 @@
 """The RLR step for any training loop: rollout, scores, advantages, sweep and statistics in one object."""
 
 import random
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from . import estimators
-from .advantages import PARTS, Advantages
-from .batch import Batch, checked_rewards, prompt_numbers
+from .advantages import Advantages
+from .batch import Batch, prompt_numbers
 from .branching import branch
+from .kept_graphs import KeptGraphs
 from .kl import GaussianKL
 from .mixing import AdaptiveMixing, Transport
 from .policy_gradient import ClippedRatio
 from .rollout import renoise, rollout
+from .scores import Scorer
 from .settings import Settings, check_inputs, check_reward, check_settings
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
@@ -73,6 +76,8 @@ class RLRStep:
             by_gradient_norm=self.settings.subchain_sampling == "grad_norm",
         )
         self.advantages = Advantages(self.settings, num_steps)
+        self.scored = Scorer(self.differentiable, self.black_box)
+        self.kept = KeptGraphs(self.settings.keep_graphs if self.settings.can_keep_graphs else 0, num_steps)
         self._schedule = None
 
     # The schedule of an optimizer step
@@ -141,7 +146,7 @@ class RLRStep:
             whole = schedule._replace(stop_after=num_steps).probabilities
             probabilities = {k: (num_steps - k + 1) / num_steps * p for k, p in whole.items()}
             swept = sum(probabilities.values())
-        kept = sum(p for k, p in probabilities.items() if k <= settings.keep_graphs)
+        kept = sum(p for k, p in probabilities.items() if k <= self.kept.steps)
         return Calls(num_steps - kept + (swept if settings.kl_weight > 0 else 0), swept)
 
     def noisy_steps(self, schedule):
@@ -203,60 +208,30 @@ class RLRStep:
         check_inputs(self.settings, len(x_T), prompts)
         if self._schedule is None:
             self._schedule = self.draw_schedule()
+            self.kept.begin(x_T)
+        self.check_chain(chain, self._schedule)
+        run = partial(self._rollout, chain, x_T, score, generator, prompts, score_predictions)
+        return self.kept.rolled_out(run, generator, x_T)
+
+    def _rollout(self, chain, x_T, score, generator, prompts, score_predictions):
+        """`rollout`, checked."""
         settings, schedule = self.settings, self._schedule
-        self.check_chain(chain, schedule)
         predict = self.predicted_steps(schedule) if hasattr(chain, "predict") else []
         perturbation = WeightPerturbation(
             settings.parameters, settings.zo_scale, random.getrandbits(62), schedule.perturbed
         )
         schedule = schedule.draw()
-        keep = [k for k in schedule.swept if k <= settings.keep_graphs and schedule.weights[k] > 0]
-        run = PerturbedChain(chain, perturbation) if schedule.perturbed else chain
-        trajectory = rollout(run, x_T, generator, predict, keep)
+        keep = [k for k in schedule.swept if k <= self.kept.steps and schedule.weights[k] > 0]
+        perturbed = PerturbedChain(chain, perturbation) if schedule.perturbed else chain
+        trajectory = rollout(perturbed, x_T, generator, predict, keep)
         # DRaFT-LV takes its gradient at other noises of the same images.
         with_gradient = self.differentiable and settings.estimator not in ("ddpo", "draft_lv")
-        rewards, black_box, reward_grad = self._scored(score, trajectory.latents[0], with_gradient)
-        predicted = self._predicted(trajectory, score, score_predictions) if predict else None
+        rewards, black_box, reward_grad = self.scored(score, trajectory.latents[0], with_gradient)
+        predicted = self.scored.predictions(trajectory, score, score_predictions) if predict else None
         groups = prompt_numbers(prompts, rewards.device) if settings.baseline == "per_prompt" else None
         return Batch(
             chain, score, trajectory, schedule, rewards, black_box, reward_grad, predicted, groups, perturbation
         )
-
-    def _scored(self, score, x_0, with_gradient=False):
-        """(rewards (B,), those of the part without a gradient (B,), dR/dx_0 (B, ...) or `None`), detached.
-
-        Raises:
-            ValueError: if `score` does not return what it should.
-        """
-        with torch.enable_grad():
-            rewards, reward_grad, *rest = score(x_0, with_gradient)
-        rewards = checked_rewards(rewards, "rewards", x_0)
-        if with_gradient and (reward_grad is None or reward_grad.shape != x_0.shape):
-            found = None if reward_grad is None else tuple(reward_grad.shape)
-            raise ValueError(f"score returned a gradient of shape {found} for latents of {tuple(x_0.shape)}")
-        if self.differentiable and self.black_box and not rest:
-            raise ValueError("score returned no third result, the rewards of the part without a gradient")
-        if rest:
-            black_box = checked_rewards(rest[0], "a third result", x_0)
-        else:
-            black_box = rewards if self.black_box else torch.zeros_like(rewards)
-        return rewards, black_box, reward_grad.detach() if with_gradient else None
-
-    def _predicted(self, trajectory, score, score_predictions):
-        """The rewards of the images predicted at each step, {"total", "black_box"} -> (B, T + 1), NaN where none was."""
-        x_0 = trajectory.latents[0]
-        steps, predictions = list(trajectory.predictions), list(trajectory.predictions.values())
-        trajectory.predictions.clear()
-        if score_predictions is None:
-            total, black_box = map(torch.cat, zip(*(self._scored(score, x)[:2] for x in predictions)))
-        else:
-            total, black_box, _ = self._scored(score_predictions, torch.cat(predictions))
-        dtype = torch.promote_types(x_0.dtype, torch.float32)
-        shape = self.num_steps + 1, len(x_0)
-        predicted = {part: torch.full(shape, torch.nan, dtype=dtype, device=x_0.device) for part in PARTS}
-        for part, scores in (("total", total), ("black_box", black_box)):
-            predicted[part][steps] = scores.view(len(steps), len(x_0)).to(dtype)
-        return {part: by_step.T for part, by_step in predicted.items()}
 
     # reward -> advantages -> sweep
 
@@ -273,8 +248,12 @@ class RLRStep:
         Returns:
             {"gamma_mean", "predicted_steps", "swept_steps"} of the schedule; with `kl_weight` also "kl", nats per image of
             all swept steps, and with inner epochs "clip_fraction". The last two are means over all ranks.
+
+        Raises:
+            ValueError: if a reward is not finite.
         """
         self._schedule = None
+        self.scored.check()
         if batches[0].advantages is None:
             self.advantages.compare(batches)
         num_images = sum(len(batch.rewards) for batch in batches)
@@ -297,6 +276,8 @@ class RLRStep:
             if penalty is not None:
                 weights = batch.schedule.weights
                 kls.append(share * sum(weights[k] * value for k, value in penalty.divergences.items()))
+        self.scored.check()
+        self.kept.settle(batches)
         self._learn(seen)
         return self._metrics(batches[0], kls, clipped)
 
@@ -331,7 +312,7 @@ class RLRStep:
         samples = self.settings.lv_samples
         for _ in range(samples):
             renoised = renoise(batch.chain, batch.x_0)
-            _, _, reward_grad = self._scored(batch.score, renoised.latents[0], with_gradient=True)
+            _, _, reward_grad = self.scored(batch.score, renoised.latents[0], with_gradient=True)
             mixing = batch.schedule.mixing
             backward_sweep(batch.chain, renoised, mixing, reward_grad=scale / samples * reward_grad, stop_after=1)
 
@@ -339,7 +320,7 @@ class RLRStep:
         branch(
             batch.chain,
             batch.trajectory,
-            lambda x_0: self._scored(batch.score, x_0)[0],
+            lambda x_0: self.scored(batch.score, x_0)[0],
             self.settings.branches,
             scale,
         )

@@ -58,7 +58,8 @@ def test_defaults_are_those_of_the_documentation():
 
 def test_settings_have_the_same_defaults_as_those_of_rlrstep():
     settings = rlr_settings(parse_args([]))
-    assert Settings(**settings) == Settings()
+    # Only a script knows what else its GPU has to hold.
+    assert Settings(**settings) == Settings(keep_graphs="auto")
     assert all(flag_of(name).removeprefix("--") in vars(parse_args([])) for name in settings)
 
 
@@ -211,7 +212,7 @@ def test_flags_that_there_are_not_are_refused(capsys, flag):
         (["--reward", "aesthetic:much"], "reward 'aesthetic:much': the weight 'much' is not a finite number"),
         (["--reward_path", "aesthetic"], "'aesthetic' is not of the form NAME=DIR"),
         (
-            ["--reward_batch_size", "2"],
+            ["--reward_batch_size", "2", "--decode_batch_size", "1"],
             "--reward_batch_size 2 is more than --decode_batch_size 1: raise --decode_batch",
         ),
         # Flags that do not go together

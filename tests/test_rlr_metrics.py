@@ -26,8 +26,12 @@ from rlr_training.checks import rlr_settings
 from rlr_training.metrics import Progress, gather_scores, log_metrics, print_plan, trim_metrics
 from rlr_training.metrics import metrics_of as line_of
 from rlr_training.run import load_run_rewards, set_num_steps
+from rlr_training.trial import Costs
 from rlr_utils import RLRStep, ddim_steps
 from train_rlr_sd import parse_args
+
+
+COSTS = Costs(forward=2 * 10**12, swept=5 * 10**12, decode=4 * 10**12, predict=3 * 10**12)
 
 
 def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1, guided=True):
@@ -41,7 +45,7 @@ def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1, gu
     )
     levels = [(1 - sigma, sigma) for sigma in (1.0, 0.8, 0.5, 0.1, 0.0)]
     chain = SimpleNamespace(steps=ddim_steps(levels, "flow_prediction", eta=0.0), guided=guided)
-    print_plan(accelerator, args, rlr, rlr.draw_schedule(), chain, sampler, parameters)
+    print_plan(accelerator, args, rlr, rlr.draw_schedule(), chain, sampler, parameters, COSTS)
     return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
@@ -95,6 +99,24 @@ def test_the_plan_says_how_often_the_network_is_called(capsys, flags, calls):
     guided = "--guidance_scale" not in flags
     rows = plan_of(capsys, "--num_inference_steps", "6", "--train_batch_size", "4", *flags, guided=guided)
     assert rows["network calls per step"] == calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "differentiable", "work"),
+    [
+        # Of 2 images, 4 forwards of 2 TFLOP, 3 + 1 / 2 swept steps of 5 and a decoding of 4 each.
+        ([], True, "59 TFLOP, and what the rewards take; a step with backward is 2.50 forward"),
+        # A black box sweeps all four, and predicts four images of 3 TFLOP.
+        ([], False, "88 TFLOP, .* 2.50 forward; 27 % of it decode predictions, which --baseline_vae does for less"),
+        (["--baseline_vae", "taesd"], False, "88 TFLOP, .* 2.50 forward; 27 % of it decode predictions"),
+        (["--gradient_estimator", "ddpo", "--num_inner_epochs", "2"], False, "104 TFLOP, .* 2.50 forward"),
+        (["--gradient_estimator", "full_bp", "--keep_graphs", "4"], True, "48 TFLOP, .* 2.50 forward"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_plan_prices_the_calls_by_count(capsys, flags, differentiable, work):
+    rows = plan_of(capsys, "--num_inference_steps", "4", *flags, differentiable=differentiable)
+    assert re.fullmatch(work, rows["work per step"])
 
 
 def test_the_plan_counts_all_steps_of_a_black_box(capsys):

@@ -20,11 +20,15 @@ import pytest
 import rlr_training.evaluation
 import rlr_training.scoring
 import torch
+from accelerate import PartialState
 from reward_models import load_rewards, parse_reward
+from rlr_models import chain_of
 from rlr_testing import LORA, TINY_AESTHETIC, TINY_CLIP, same_adapter, tiny_model, train
 from rlr_training.errors import RunError
-from rlr_training.scoring import BatchScorer, score_latents
+from rlr_training.scoring import BatchScorer, checking_rewards, score_latents
+from rlr_utils import RLRStep
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers import AutoencoderTiny
 
@@ -86,6 +90,94 @@ def test_a_reward_that_fails_ends_the_run(model):
     broken.modules[0].head.layers[-1].bias.data.fill_(float("nan"))
     with pytest.raises(RunError, match="reward 'aesthetic' returned nan for prompt 'a red one'"):
         scorer_of(model, broken)(torch.randn(3, 4, 8, 8), False)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is asked for that is on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_scores_are_checked_once_for_all_images(model):
+    """Neither the rewards nor the RLR step ask for a number before that."""
+    smooth = tiny_rewards("aesthetic,clip_score:5")
+    latents = torch.randn(3, 4, 8, 8)
+    with Waits() as waits:
+        scorer_of(model, smooth)(latents, True)
+    assert waits.number > 6
+    with checking_rewards():
+        with Waits() as waits:
+            scorer_of(model, smooth)(latents, True)
+        assert waits.number == 0
+    rlr, chain = RLRStep(3), chain_of(model, 3)
+    scorer = scorer_of(model, smooth)
+    chain = chain.conditioned_on(model.embed(PROMPTS), model.embed([""]))
+    with checking_rewards(), Waits() as waits:
+        rlr.rollout(chain, latents, scorer)
+    assert waits.number == 0
+
+
+@pytest.mark.parametrize("later_fails", [False, True])
+def test_what_failed_first_is_named_at_the_end(model, later_fails):
+    """Also if something else fails because of it."""
+    broken = tiny_rewards("aesthetic,clip_score")
+    broken.modules[0].head.layers[-1].bias.data.fill_(float("nan"))
+    scored = []
+    with pytest.raises(RunError, match="reward 'aesthetic' returned nan for prompt 'a red one'"), checking_rewards():
+        scored.append(scorer_of(model, broken)(torch.randn(3, 4, 8, 8), False))
+        scored.append(scorer_of(model, tiny_rewards("clip_score"))(torch.randn(3, 4, 8, 8), False))
+        if later_fails:
+            raise KeyError("something else")
+    assert len(scored) == 2
+    # Afterwards checks are made at once again.
+    with pytest.raises(RunError, match="reward 'aesthetic' returned nan"):
+        scorer_of(model, broken)(torch.randn(3, 4, 8, 8), False)
+
+
+def test_what_has_the_wrong_form_fails_at_once(model):
+    rewards, reached = tiny_rewards("aesthetic"), False
+    rewards.members["aesthetic"] = (1.0, lambda images, prompts: images.mean((2, 3)))
+    rewards.members["aesthetic"][1].differentiable = True
+    with pytest.raises(RunError, match=r"reward 'aesthetic' returned a tensor of shape \(2, 3\)"), checking_rewards():
+        scorer_of(model, rewards)(torch.randn(3, 4, 8, 8), False)
+        reached = True
+    assert not reached
+
+
+def test_if_memory_runs_out_fewer_images_are_decoded_at_a_time(model, caplog):
+    """The decoder's own error, as of a GPU that holds one image at a time."""
+    PartialState(cpu=True)  # for the warning
+    smooth, latents, sizes = tiny_rewards("aesthetic"), torch.randn(5, 4, 8, 8), []
+    scorer = scorer_of(model, smooth)
+    scorer.prompts = [*PROMPTS, *PROMPTS[:2]]
+    expected = scorer(latents, True)
+    scorer.args.decode_batch_size = smooth.batch_size = 4
+
+    def decode(x_0, vae):
+        sizes.append(len(x_0))
+        if len(x_0) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model.decode(x_0, vae)
+
+    scorer.decode = decode
+    total, gradient, _ = scorer(latents, True)
+    assert sizes == [4, 2, 1, 1, 1, 1, 1] and scorer.args.decode_batch_size == smooth.batch_size == 1
+    assert "out of memory: from now on --decode_batch_size 1" in caplog.text
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(total, expected[0], rtol=1e-4, atol=1e-4)
+
+    def never(x_0, vae):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    scorer.decode = never
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer(latents, True)
 
 
 def test_a_tiny_autoencoder_decodes_the_predicted_images(tmp_path):

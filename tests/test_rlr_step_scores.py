@@ -43,7 +43,6 @@ def test_whole_numbers_are_rewards():
     "rewards, message",
     [
         ([1.0, 2.0], "rewards that is a list, not a tensor"),
-        (torch.tensor([1.0, float("nan")]), "rewards that is nan for image 1 of the batch"),
         (torch.zeros(2, 1), r"rewards of shape \(2, 1\) for a batch of 2"),
     ],
 )
@@ -53,6 +52,25 @@ def test_other_results_are_refused_and_leave_no_trace(rewards, message):
     with pytest.raises(ValueError, match=message):
         rlr.rollout(chain_of(2), latents(2), lambda x_0, _: (rewards, None))
     assert rlr.state_dict() == before
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+def test_a_reward_that_is_not_finite_is_refused_before_it_is_compared(predicted):
+    """Once for all batches, those of predicted images too, and the next step is as if it had not been."""
+    rlr, calls = RLRStep(T, differentiable=False), []
+    before = rlr.state_dict()
+
+    def score(x_0, with_gradient):
+        calls.append(len(x_0))
+        rewards = torch.ones(len(x_0))
+        rewards[1] = float("nan") if len(calls) == (2 if predicted else 1) else 1.0
+        return rewards, None
+
+    batches = [rlr.rollout(chain_of(2), latents(2), score) for _ in range(2)]
+    with pytest.raises(ValueError, match="score returned rewards that is nan for image 1 of the batch"):
+        rlr.backward(batches)
+    assert rlr.state_dict() == before
+    rlr.backward([rlr.rollout(chain_of(2), latents(2), score)])
 
 
 def test_predicted_images_of_all_steps_are_scored_at_once_by_a_scorer_of_their_own():

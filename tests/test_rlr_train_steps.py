@@ -71,7 +71,7 @@ def test_the_sweep_computes_the_steps_that_were_drawn(tmp_path, monkeypatch):
     metrics = train(tmp_path, *flags, "--keep_graphs", "4")
     kept, swept = (sum(w > 0 for weights in drawn for w in weights[:end]) for end in (4, 6))
     assert len(drawn) == 3 and 9 <= kept < swept < 18
-    assert calls == {True: swept, False: 18 - kept + 1}  # and one at the start, which tries the model
+    assert calls == {True: swept + 1, False: 18 - kept}  # one more at the start tries the model
     assert metrics[0]["swept_steps"] == 4.5
 
 

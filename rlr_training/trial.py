@@ -1,0 +1,117 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The first calls of a model: whether it can draw, what its calls cost, and whether the compiler manages them."""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+from reward_models.loading import first_line
+from torch.utils.flop_counter import FlopCounterMode
+
+from .chains import size_of
+from .errors import is_out_of_memory
+
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+class Costs(NamedTuple):
+    """Floating-point operations of the calls for one image or video, as torch counts them.
+
+    Attributes:
+        forward, swept: of the network, guided: a forward pass, and one with its vector-Jacobian product.
+        decode: of the decoder, without a gradient.
+        predict: of the decoder of predicted images.
+    """
+
+    forward: int
+    swept: int
+    decode: int
+    predict: int
+
+
+def try_model(args, model, chain, baseline_vae):
+    """Call network and decoders once, so that a model that cannot draw is refused before anything is written.
+
+    Args:
+        model: `DiffusionModel`.
+        chain: of one prompt, with the network that is not compiled.
+        baseline_vae: that decodes predicted images, or `None` for the model's own.
+
+    Returns:
+        `Costs`.
+
+    Raises:
+        ValueError: naming the model, or --baseline_vae.
+    """
+    x = torch.zeros(model.latents_shape(1, size_of(args)), device=chain.timesteps.device, requires_grad=True)
+    name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}"
+    with drawing_with(name), FlopCounterMode(display=False) as counter:
+        mean = chain.mean(chain.num_steps, x)
+        forward = counter.get_total_flops()
+        mean.sum().backward()
+    model.network.zero_grad()
+    decode = predict = try_decoder(args, name, model, mean.detach())
+    if baseline_vae is not None:
+        predict = try_decoder(args, f"--baseline_vae {args.baseline_vae!r}", model, mean.detach(), baseline_vae)
+    return Costs(forward, counter.get_total_flops(), decode, predict)
+
+
+@torch.no_grad()
+def try_decoder(args, name, model, latents, vae=None):
+    """The operations of decoding latents (1, ...).
+
+    Raises:
+        ValueError: naming what holds the decoder, if it cannot.
+    """
+    with drawing_with(name), FlopCounterMode(display=False) as counter:
+        images = model.decode(latents, vae)
+    if not images.isfinite().all():
+        raise ValueError(
+            f"{name} draws images that are not finite: its weights are damaged, or overflow with --mixed_precision"
+            f" {args.mixed_precision}"
+        )
+    return counter.get_total_flops()
+
+
+@contextmanager
+def drawing_with(name):
+    """Within it, an error but for want of memory is a ValueError that says what cannot draw."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{name} cannot draw an image: {type(error).__name__}: {first_line(error)}") from error
+
+
+def compiles(args, model, chain, schedule):
+    """Whether the compiler manages the calls that rollout and sweep will make on the chain."""
+    shape = model.latents_shape(args.train_batch_size, size_of(args))
+    x = torch.zeros(shape, device=chain.timesteps.device)
+    passed_on = schedule.mixing[2 : schedule.stop_after + 1]
+    try:
+        with torch.no_grad():
+            chain.mean(chain.num_steps, x)
+        chain.mean(chain.num_steps, x.requires_grad_(args.keep_graphs != 0 or any(passed_on))).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler may raise anything
+        logger.warning(f"the network cannot be compiled and runs as it is: {first_line(error)}")
+        return False
+    finally:
+        model.network.zero_grad()
+    return True

@@ -37,6 +37,9 @@ import diffusers
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Forward passes that a swept step of the U-Net of SD 1.4 is worth, counted by operators.py.
+FORWARDS_PER_SWEPT = 2.23
+
 ASSETS = os.path.join(ROOT, "assets")
 TINY_SD = os.path.join(ASSETS, "tiny-sd")
 TINY_AESTHETIC = os.path.join(ASSETS, "tiny-aesthetic")

@@ -30,6 +30,7 @@ from dataclasses import replace
 import torch
 from bench_common import (
     DIGITS,
+    FORWARDS_PER_SWEPT,
     TINY_AESTHETIC,
     TINY_SD,
     VERSIONS,
@@ -89,7 +90,7 @@ class Estimator:
         )
 
     def cost(self, decode):
-        """Cost for one image in forward passes of the network, of which a step of the sweep takes three.
+        """Cost for one image in forward passes of the network, see `FORWARDS_PER_SWEPT`.
 
         Args:
             decode: forward passes that take as long as decoding and scoring an image.
@@ -97,7 +98,7 @@ class Estimator:
         schedule = self.rlr.draw_schedule()
         calls = self.rlr.expected_calls(schedule)
         scored = len(self.rlr.predicted_steps(schedule)) + 2 * self.rlr.settings.branches
-        return calls.forward + 3 * calls.swept + decode * scored
+        return calls.forward + FORWARDS_PER_SWEPT * calls.swept + decode * scored
 
 
 def estimators_for(num_steps, kind, parameters=()):

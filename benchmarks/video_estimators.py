@@ -35,6 +35,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from bench_common import (
     ASSETS,
+    FORWARDS_PER_SWEPT,
     TINY_AESTHETIC,
     TINY_CLIP,
     VERSIONS,
@@ -79,7 +80,6 @@ ESTIMATORS = {
 }
 CASES = [f"{name}, {reward}" for reward in REWARDS for name in ESTIMATORS]
 LOSS = 0.05  # of the frames in which the digit is read, at which gains are compared
-SWEPT = 2.23  # forward passes that a swept step takes, see docs/cost.md
 
 
 def flags_of(case):
@@ -93,7 +93,7 @@ def work_of(case, num_steps):
     args = parse_args([*flags_of(case), "--num_inference_steps", str(num_steps)])
     rlr = RLRStep(num_steps, True, **rlr_settings(args))
     calls = rlr.expected_calls(rlr.draw_schedule())
-    return calls.forward + SWEPT * calls.swept
+    return calls.forward + FORWARDS_PER_SWEPT * calls.swept
 
 
 def run(case, rate, seed, num_steps, steps, videos, heldout):
@@ -225,17 +225,26 @@ def is_number(value):
 
 
 def plot(rows, rates, path):
-    """The mean reward of the training videos over all seeds by work, a row for each rate and a column for each reward."""
-    figure = Figure(figsize=(4.8 * len(REWARDS), 3.4 * len(rates)), layout="constrained")
-    grid = figure.subplots(len(rates), len(REWARDS), squeeze=False)
+    """The mean over all seeds of the reward of the training videos by work, and of the smooth reward's gain by digits.
+
+    A row for each rate.
+    """
+    figure = Figure(figsize=(4.8 * (1 + len(REWARDS)), 3.4 * len(rates)), layout="constrained")
+    grid = figure.subplots(len(rates), 1 + len(REWARDS), squeeze=False)
     for (case, rate), of_case in by_case(rows).items():
         name, _, reward = case.rpartition(", ")
-        axes = grid[rates.index(rate)][list(REWARDS).index(reward)]
+        axes, *_, last = [grid[rates.index(rate)][i] for i in (list(REWARDS).index(reward), -1)]
         curve = torch.tensor([row["rewards"] for row in of_case]).mean(0)
         work = [(i + 1) * of_case[0]["work_per_step"] for i in range(len(curve))]
         axes.plot(work, curve, label=name)
         axes.set(title=f"{reward}, rate {rate:g}", xlabel="forward passes of a video", ylabel="reward in training")
         axes.legend(fontsize=8)
+        if reward == "smooth":
+            digits, gain, _ = torch.tensor([row["path"] for row in of_case]).mean(0).T
+            last.plot(digits, gain, marker=".", label=name)
+            last.set(title="smooth, what it costs", xlabel="frames with the digit", ylabel="gain, fixed seeds")
+    for row in grid:
+        row[-1].invert_xaxis()
     figure.savefig(path, dpi=110)
 
 

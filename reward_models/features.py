@@ -64,7 +64,7 @@ def mean_over_frames(features):
 
 
 def video_figures(videos, features):
-    """How videos (N, F, 3, H, W) in [0, 1] change in time, {figure: mean over the videos}; empty for images and single frames.
+    """How videos (N, F, 3, H, W) in [0, 1] change in time, {figure: (N,)}; empty for images and single frames.
 
     `flicker` is the mean absolute difference of consecutive frames, and `subject_consistency` the mean over frames of the
     cosines with the frame before and with the first, both as in VBench (huggingface.co/papers/2311.17982), but from 0 for
@@ -78,9 +78,9 @@ def video_figures(videos, features):
     with_previous = (features[:, 1:] * features[:, :-1]).sum(2)
     with_first = (features[:, 1:] * features[:, :1]).sum(2)
     return {
-        "flicker": (videos[:, 1:] - videos[:, :-1]).abs().mean().item(),
-        "motion": motion(videos, [""] * len(videos)).mean().item(),
-        "subject_consistency": ((with_previous + with_first) / 2).mean().item(),
+        "flicker": (videos[:, 1:] - videos[:, :-1]).abs().flatten(1).mean(1),
+        "motion": motion(videos, [""] * len(videos)),
+        "subject_consistency": ((with_previous + with_first) / 2).mean(1),
     }
 
 

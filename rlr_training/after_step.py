@@ -41,8 +41,8 @@ def after_step(args, run, step, line, progress):
     accelerator, reason = run.accelerator, None
     if args.heldout_reward is not None and step % args.heldout_steps == 0:
         with averaged(run.optimization):
-            figures, is_best, reason = score_held_out(run.heldout, run.stopping, run.draw, step)
-            if is_best:
+            figures, is_best, reason = score_held_out(accelerator, run.heldout, run.stopping, run.draw, step)
+            if is_best and accelerator.is_main_process:
                 place_adapter(run.model, args.output_dir, "best")
         line.update(figures)
     log_metrics(accelerator, args.output_dir, line)
@@ -58,14 +58,13 @@ def after_step(args, run, step, line, progress):
         return reason
     if stopped:
         return STOPPED
-    if accelerator.is_main_process:
-        if args.validation_prompts and (step % args.validation_steps == 0 or is_last):
-            with averaged(run.optimization):
-                log_validation(run.draw, args, accelerator, step)
-        if pushing:
-            save_result(args, run, step)
-            try:
-                push(args, run.repo_id, f"Step {step}")
-            except ValueError as error:
-                logger.warning(str(error))
+    if args.validation_prompts and (step % args.validation_steps == 0 or is_last):
+        with averaged(run.optimization):
+            log_validation(run.draw, args, accelerator, step)
+    if pushing and accelerator.is_main_process:
+        save_result(args, run, step)
+        try:
+            push(args, run.repo_id, f"Step {step}")
+        except ValueError as error:
+            logger.warning(str(error))
     return None

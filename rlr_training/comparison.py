@@ -90,4 +90,5 @@ def measure(images, prompts, rewards, features, base, real, device):
     summary["frechet_to_base"] = frechet_distance(embeds, base_embeds)
     if real is not None:
         summary["frechet_to_real"] = frechet_distance(embeds, real)
-    return summary | video_figures(images, by_frame), {"scores": scores, "embeds": embeds}
+    summary |= {name: values.mean().item() for name, values in video_figures(images, by_frame).items()}
+    return summary, {"scores": scores, "embeds": embeds}

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Images of fixed seeds: validation, held-out rewards, and the comparison with the base model."""
 
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusion_models import FAMILIES, load_model
-from diffusion_models.adapters import files_of, load_adapter, lora_disabled
+from diffusion_models.adapters import lora_disabled
 from diffusion_models.loading import load_vae
 from diffusion_models.video import VideoModel
 from reward_models.features import diversity, drift, mean_over_frames, video_figures
@@ -34,11 +33,11 @@ from diffusers.training_utils import offload_models
 from diffusers.utils import is_wandb_available
 
 from .chains import drawing_chain_of, kind_of, size_of
-from .display import evenly_spaced, rows_of, scores_shown, shortened, shown, without_files
-from .errors import RunError, naming, one_line, saving
+from .display import shown
+from .errors import RunError, naming, saving
 from .output_dir import VALIDATION_FOLDER
-from .plots import plot_before_after
-from .videos import animate, plot_strips, save_image, strips
+from .shares import Share
+from .videos import save_image, strips
 
 
 if is_wandb_available():
@@ -88,7 +87,7 @@ def generate(args, model, chain_of, prompts, batch_size, desc=None, first_seed=E
 def log_validation(draw, args, accelerator, step):
     """Draw images of the validation prompts, from the same seeds each time, as files and for every tracker.
 
-    Images are PNG files. Videos are GIF files, of which TensorBoard gets the frames beside each other.
+    All processes draw. Images are PNG files. Videos are GIF files, of which TensorBoard gets the frames beside each other.
 
     Raises:
         RunError: if the files cannot be written.
@@ -98,7 +97,11 @@ def log_validation(draw, args, accelerator, step):
         f"Running validation: {args.num_validation_images} {kind_of(args)}s of each validation prompt, in {folder}"
     )
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    images, paths = draw(prompts, args.train_batch_size), []
+    share, paths = Share(accelerator, len(prompts)), []
+    drawn = draw(share.of(prompts), args.train_batch_size, first_seed=EVALUATION_SEED + share.first)
+    images = share.gathered(drawn)
+    if not accelerator.is_main_process:
+        return
     with saving(folder):
         os.makedirs(folder, exist_ok=True)
         for number, (image, prompt) in enumerate(zip(images, prompts), 1):
@@ -125,15 +128,15 @@ class HeldOut:
 
     Args:
         args: of the script.
+        accelerator: accelerate's, all of whose processes draw and score.
         rewards, heldout: `WeightedSum` of the reward that is trained on, and of the held-out one.
         features: from `reward_models.features.load_features`.
         prompts: of the run.
-        device: of the rewards.
     """
 
-    def __init__(self, args, rewards, heldout, features, prompts, device):
+    def __init__(self, args, accelerator, rewards, heldout, features, prompts):
         self.args, self.rewards, self.heldout, self.features = args, rewards, heldout, features
-        self.device = device
+        self.accelerator = accelerator
         self.modules = (*rewards.modules, *heldout.modules, features)
         pool = args.validation_prompts or prompts
         self.prompts = heldout_prompts(pool, args.num_heldout_images)
@@ -145,25 +148,29 @@ class HeldOut:
 
     def _measure(self, draw):
         """The figures of the model as it is, {name: number}, and the embeddings (N, D) of its images."""
-        args = self.args
+        args, device = self.args, self.accelerator.device
+        share = Share(self.accelerator, len(self.prompts))
+        prompts = share.of(self.prompts)
         try:
-            images = draw(self.prompts, args.train_batch_size, first_seed=HELDOUT_SEED)
-            with offload_models(*self.modules, device=self.device, offload=args.reward_offload):
+            images = draw(prompts, args.train_batch_size, first_seed=HELDOUT_SEED + share.first)
+            with offload_models(*self.modules, device=device, offload=args.reward_offload):
                 by_frame = self.features(images, args.decode_batch_size)
-                trained = self.rewards(images, self.prompts, device=self.device).total
-                held = self.heldout(images, self.prompts, device=self.device).total
+                trained = self.rewards(images, prompts, device=device).total
+                held = self.heldout(images, prompts, device=device).total
         except ValueError as error:
             raise RunError(f"held-out images: {error}") from error
-        embeds, figures = (
-            mean_over_frames(by_frame),
-            {
-                "heldout_mean": held.mean().item(),
-                "heldout_std": held.std().item(),
-                "heldout_trained_mean": trained.mean().item(),
-            },
+        changes = video_figures(images, by_frame)
+        embeds, trained, held, *changes_of_all = (
+            share.gathered(values) for values in (mean_over_frames(by_frame), trained, held, *changes.values())
         )
-        figures["diversity"] = diversity(embeds, self.prompts)
-        return figures | video_figures(images, by_frame), embeds
+        figures = {
+            "heldout_mean": held.mean().item(),
+            "heldout_std": held.std().item(),
+            "heldout_trained_mean": trained.mean().item(),
+            "diversity": diversity(embeds, self.prompts),
+            **{name: values.mean().item() for name, values in zip(changes, changes_of_all)},
+        }
+        return figures, embeds
 
     def measure_base(self, model, draw):
         """Keep the embeddings of the base model's images, and log the rest; returns its held-out reward."""
@@ -227,23 +234,20 @@ class EarlyStopping:
         self.best_step, self.waited = state["best_step"], state["waited"]
 
 
-def score_held_out(heldout, stopping, draw, step):
-    """Score the held-out reward on the main process, for all ranks.
+def score_held_out(accelerator, heldout, stopping, draw, step):
+    """Score the held-out reward, on all processes; the main one decides what follows.
 
     Args:
-        heldout: `HeldOut`, or `None` on the other ranks.
-        stopping: `EarlyStopping`.
+        heldout: `HeldOut`.
+        stopping: `EarlyStopping`, of which that of the main process counts.
         draw: from `make_draw`.
 
     Returns:
-        (figures {name: number}, whether they are the best so far, why to stop or `None`), the first two empty and false on
-        the other ranks.
+        (figures {name: number}, whether they are the best so far, why to stop or `None`).
     """
-    figures, is_best, reason = {}, False, None
-    if heldout is not None:
-        figures = heldout.measure(draw)
-        is_best, reason = stopping.update(step, figures["heldout_mean"])
-    return figures, is_best, broadcast_object_list([reason])[0]
+    figures = heldout.measure(draw)
+    decision = [stopping.update(step, figures["heldout_mean"]) if accelerator.is_main_process else None]
+    return figures, *broadcast_object_list(decision)[0]
 
 
 def load_base(args, dtype, families=FAMILIES):
@@ -300,100 +304,3 @@ def check_family_flags(args, model):
                 f"--max_sequence_length {tokens}: a {model.pipeline_class} reads at most {model.longest_sequence}"
             )
         model.max_sequence_length = tokens
-
-
-def compare_with_base(args, rewards, heldout, prompts, model):
-    """Base against tuned model on fixed seeds, the adapter loaded from disk into a plain pipeline; on one process.
-
-    Args:
-        rewards, heldout: `WeightedSum` of the reward that is trained on, and of the held-out one or `None`.
-        model: without an adapter, on the device of the rewards.
-
-    Returns:
-        (results, failures). The results are {"num_images", "base": {"mean", "std"}, "tuned": {...}, "gain": {"mean",
-        "standard_error"}} of the reward; "members", {name: the same three}; and with a held-out reward "heldout", the same
-        three. They are also written to evaluation.json, with images in before_after.png, of videos also in before_after.gif.
-        The failures are a list of texts.
-    """
-    pool = args.validation_prompts or prompts
-    prompts = [pool[i % len(pool)] for i in range(args.num_eval_images)]
-    draw = make_draw(args, model)
-    images = {"base": draw(prompts, args.train_batch_size, desc=f"base {kind_of(args)}s")}
-    load_adapter(model.pipeline, args.output_dir, "tuned")
-    images["tuned"] = draw(prompts, args.train_batch_size, desc=f"tuned {kind_of(args)}s")
-
-    def scores_of(rewards):
-        device = model.network.device
-        with offload_models(*rewards.modules, device=device, offload=args.reward_offload):
-            return {name: rewards(drawn, prompts, device=device) for name, drawn in images.items()}
-
-    scores, failures = scores_of(rewards), []
-    totals = {name: result.total.cpu() for name, result in scores.items()}
-    results = {"num_images": len(prompts), **compared(totals), "members": {}}
-    for member in rewards.members:
-        results["members"][member] = compared({name: result.members[member] for name, result in scores.items()})
-    if heldout is not None:
-        try:
-            results["heldout"] = compared({name: result.total for name, result in scores_of(heldout).items()})
-        except ValueError as error:  # a prompt that a custom reward was not tried on
-            failures.append(f"the held-out reward has failed in the comparison with the base model: {one_line(error)}")
-    with open(os.path.join(args.output_dir, "evaluation.json"), "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
-    plot_comparison(args, images, totals, prompts, footer_lines(args, results))
-    return results, failures
-
-
-def plot_comparison(args, images, totals, prompts, lines):
-    """Write before_after.png, and for videos before_after.gif, with frames of videos beside each other in the former.
-
-    Args:
-        images: {"base", "tuned"} -> (N, 3, H, W) or (N, F, 3, H, W).
-        totals: their rewards, {"base", "tuned"} -> (N,).
-        lines: at the foot of the plot.
-    """
-    path = os.path.join(args.output_dir, "before_after")
-
-    def plot(images, file):
-        plot_before_after(images, totals, prompts, file, lines)
-
-    if images["base"].dim() == 4:
-        plot(images, f"{path}.png")
-        return
-    few = evenly_spaced(len(prompts), 8)
-    animate(plot, images, f"{path}.gif", args.fps)
-    plot_strips({name: videos[few] for name, videos in images.items()}, [prompts[i] for i in few], f"{path}.png")
-
-
-def compared(scores):
-    """Means and standard deviations of the scores {"base", "tuned"} -> (N,), and the gain of the second over the first."""
-    gain = scores["tuned"] - scores["base"]
-    figures = {name: {"mean": values.mean().item(), "std": values.std().item()} for name, values in scores.items()}
-    error = gain.std().item() / len(gain) ** 0.5
-    return {**figures, "gain": {"mean": gain.mean().item(), "standard_error": error}}
-
-
-def footer_lines(args, results):
-    """One line for each reward, with the means of both models, for the foot of before_after.png."""
-    lines = []
-    for name, row in rows_of(results, without_files(args.reward), without_files(args.heldout_reward or "")).items():
-        base, tuned = (scores_shown(row[model], results["num_images"])[0] for model in ("base", "tuned"))
-        lines.append(f"mean {shortened(name)}: base {base}, tuned {tuned}")
-    return lines
-
-
-def print_result(args, model, command):
-    """Print where the adapter of a run is, and the command that evaluates it."""
-    paths = [os.path.join(args.output_dir, name) for name in files_of(model).values()]
-    print(f"the adapter is {' and '.join(paths)}; README.md beside it shows how to use it")
-    print(f"to evaluate it: {command}")
-
-
-def print_comparison(args, results):
-    """Print the results of `compare_with_base`."""
-    for reward, row in rows_of(results, args.reward, args.heldout_reward).items():
-        for name in ("base", "tuned"):
-            mean, deviation = scores_shown(row[name], results["num_images"])
-            print(f"{name:>6} {reward}: {mean} mean, {deviation} standard deviation")
-        gain, error = row["gain"]["mean"], row["gain"]["standard_error"]
-        print(f"  gain {reward}: {shown(gain, error, '+')} mean, {shown(error, error)} standard error")
-    print(f"over {results['num_images']} {kind_of(args)}s of the same prompts and seeds")

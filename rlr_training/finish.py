@@ -16,16 +16,25 @@
 import os
 
 import torch
+from accelerate.utils import gather_object
 
 from diffusers.training_utils import free_memory
 
+from .before_after import (
+    compare_with_base,
+    drawn_and_scored,
+    evaluation_prompts,
+    print_comparison,
+    print_result,
+)
 from .errors import RunError, RunStopped, naming, one_line, saving
-from .evaluation import compare_with_base, load_base, print_comparison, print_result
+from .evaluation import load_base
 from .hub import push
 from .optimizer import averaged
 from .output_dir import METRICS_FILE, place_adapter
 from .plots import plot_reward_curve
 from .processes import frozen_dtype
+from .shares import Share
 
 
 STOPPED = "stopped"
@@ -68,10 +77,12 @@ def finish(args, run, step, end):
     if accelerator.is_main_process:
         with naming(f"step {step}:"):
             save_result(args, run, step)
-        run.model.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
-        free_memory()
-        # The adapter is already saved; later failures are reported at the end.
-        failures = compare_at_the_end(args, run, step)
+    accelerator.wait_for_everyone()  # all load what one has saved
+    run.model.pipeline.to("cpu", silence_dtype_warnings=True)  # in fp16 it is only kept there
+    free_memory()
+    # The adapter is already saved; later failures are reported at the end.
+    failures = compare_at_the_end(args, run, step)
+    if accelerator.is_main_process:
         print_result(args, run.model, run.evaluation_command)
         failures += push_at_the_end(args, run)
     accelerator.end_training()
@@ -80,16 +91,33 @@ def finish(args, run, step, end):
 
 
 def compare_at_the_end(args, run, step):
-    """Compare the adapter with the base model, for the card and on stdout; returns what went wrong, a list."""
+    """Compare the adapter with the base model on all processes, for the card and on stdout.
+
+    Returns:
+        What went wrong, a list of texts, on the main process.
+    """
     if args.num_eval_images == 0:
         return []
+    prompts, part, failure = evaluation_prompts(args, run.sampler.prompts), None, None
+    share = Share(run.accelerator, len(prompts))
     try:
         base = load_base(args, frozen_dtype(args.mixed_precision))
         base.pipeline.to(run.accelerator.device)
         heldout = None if run.heldout is None else run.heldout.heldout
-        results, failures = compare_with_base(args, run.rewards, heldout, run.sampler.prompts, base)
-        run.save_card(step, results)
+        part = drawn_and_scored(args, share, run.rewards, heldout, share.of(prompts), base)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        failure = one_line(error)
+    # Also of a process that has failed, or the others would wait for it.
+    parts = gather_object([(part, failure)])
+    if not run.accelerator.is_main_process:
+        return []
+    failed = [failure for _, failure in parts if failure is not None]
+    if failed:
+        return [f"the comparison with the base model has failed: {failed[0]}"]
+    try:
+        results, failures = compare_with_base(args, share, [part for part, _ in parts], prompts)
+        run.save_card(step, results)
+    except (ValueError, OSError) as error:
         return [f"the comparison with the base model has failed: {one_line(error)}"]
     print_comparison(args, results)
     return failures

@@ -72,7 +72,7 @@ def make_accelerator(args):
         cpu=not torch.accelerator.is_available(),
         dynamo_backend="inductor" if args.compile else None,
         kwargs_handlers=[
-            # The other ranks wait while the first draws images or talks to the Hub; the default is ten minutes.
+            # The other ranks wait while the first talks to the Hub; the default is ten minutes.
             InitProcessGroupKwargs(timeout=datetime.timedelta(hours=4)),
             # A likelihood ratio's cotangents reach 20 to 90 where they enter the U-Net: at the default of 2^16 they
             # overflow float16, and each halving costs a step. The gradients of rewards are large enough at 2^10.

@@ -76,7 +76,7 @@ class Run(NamedTuple):
         prediction_scorer_of: the same for predicted images, with --baseline_vae.
         sampler: `PromptSampler`.
         optimization: `Optimization` of the adapter.
-        heldout: `HeldOut`, or `None`, also on all ranks but the first.
+        heldout: `HeldOut`, or `None`.
         stopping: `EarlyStopping`.
         rewards: `WeightedSum` that is trained for.
         save_card: `save_card(step, results=None)` writes the model card.
@@ -170,18 +170,18 @@ def set_num_steps(args, accelerator, num_prompts):
 
 
 def load_run_rewards(args, prompts, accelerator):
-    """The reward, and on the main process, which alone draws held-out images, `HeldOut`, or `None`.
+    """The reward, and `HeldOut` or `None`.
 
     Raises:
         ValueError: for a reward that cannot be loaded, or that does not go with the estimator.
     """
     device, batch_size = accelerator.device, args.reward_batch_size
     rewards, heldout = load_reward_sum(args, args.reward, prompts, device, batch_size), None
-    if args.heldout_reward is not None and accelerator.is_main_process:
+    if args.heldout_reward is not None:
         with naming("--feature_model"):
             features = load_features(args.feature_model, device)
         held = load_reward_sum(args, args.heldout_reward, prompts, device, batch_size)
-        heldout = HeldOut(args, rewards, held, features, prompts, device)
+        heldout = HeldOut(args, accelerator, rewards, held, features, prompts)
     if args.reward_offload:  # not before: custom rewards are tried on the device that they will be called on
         for module in rewards.modules if heldout is None else heldout.modules:
             module.to("cpu")

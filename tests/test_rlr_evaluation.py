@@ -17,6 +17,7 @@ import io
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import evaluate_rlr
 import numpy as np
@@ -25,11 +26,13 @@ import torch
 from PIL import Image
 from reward_models import load_rewards, parse_reward
 from rlr_testing import BASE, LORA, TINY_CLIP, same_adapter, tiny_model, tiny_pipeline, train
+from rlr_training.before_after import footer_lines, print_comparison
 from rlr_training.chains import set_size
 from rlr_training.display import shown
-from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, HeldOut, footer_lines, make_draw, print_comparison
+from rlr_training.evaluation import HELDOUT_SEED, EarlyStopping, HeldOut, make_draw
 from rlr_training.hub import EVALUATION_FLAGS
 from rlr_training.plots import plot_before_after
+from rlr_training.shares import Share
 from train_rlr_sd import parse_args
 
 
@@ -39,7 +42,7 @@ HELD_OUT += ["--feature_model", TINY_CLIP]
 
 def draw_of(model, *flags):
     """The `draw` of a run on a model."""
-    args = parse_args([*BASE, *flags])
+    args = parse_args([*BASE, "--decode_batch_size", "1", *flags])
     set_size(args, model)
     return make_draw(args, model)
 
@@ -119,8 +122,20 @@ def test_held_out_images_are_of_prompts_from_the_whole_list(count, picks):
         load_rewards(parse_reward("jpeg_compressibility"), {}),
     )
     args = parse_args([*BASE, "--num_heldout_images", str(count)])
-    held_out = HeldOut(args, rewards, rewards, torch.nn.Identity(), prompts, "cpu")
+    held_out = HeldOut(args, None, rewards, rewards, torch.nn.Identity(), prompts)
     assert held_out.prompts == [prompts[i] for i in picks for _ in range(4)]
+
+
+@pytest.mark.parametrize(("count", "num_processes"), [(1, 1), (1, 3), (4, 3), (5, 2), (6, 3), (7, 4), (3, 8)])
+def test_the_processes_draw_each_image_and_equally_many(count, num_processes):
+    items, shares = list(range(count)), []
+    for rank in range(num_processes):
+        shares.append(Share(SimpleNamespace(num_processes=num_processes, process_index=rank), count))
+    parts = [share.of(items) for share in shares]
+    assert {len(part) for part in parts} == {-(-count // num_processes)}
+    assert [share.first for share in shares] == [part[0] for part in parts]
+    for share in shares:
+        assert share.in_order([torch.tensor(part) for part in parts]).tolist() == items
 
 
 def test_early_stopping_counts_scorings_below_the_best():

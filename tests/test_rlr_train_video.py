@@ -13,6 +13,7 @@
 # limitations under the License.
 """train_rlr_video.py on tiny random models of every family."""
 
+import json
 import re
 import shutil
 
@@ -162,12 +163,37 @@ def test_one_of_two_transformers_is_trained(tmp_path, prompts, estimator):
 
 
 def test_two_ranks_take_the_steps_of_one(tmp_path, prompts):
+    """And draw its videos of fixed seeds: three are shared out as two and two."""
     where = ["--pretrained_model_name_or_path", str(tiny_wan()), *prompts, "--gradient_estimator", "full_bp"]
+    where += [
+        "--heldout_reward",
+        RED,
+        "--num_heldout_images",
+        "4",
+        "--heldout_steps",
+        "1",
+        "--feature_model",
+        TINY_CLIP,
+    ]
+    where += ["--validation_prompts", "a red seven", "--num_validation_images", "3", "--num_eval_images", "3"]
+    where += ["--decode_batch_size", "1"]
     run_two_ranks(tmp_path / "two", *BASE, *where, "--train_batch_size", "1", script="train_rlr_video")
     train_video(tiny_wan(), tmp_path / "one", *where)
+    names = ("reward_mean", "heldout_mean", "heldout_std", "heldout_trained_mean", "diversity", "flicker", "motion")
     for one, two in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")):
-        assert one["reward_mean"] == pytest.approx(two["reward_mean"], abs=1e-5)
+        for name in (*names, "subject_consistency", "drift"):
+            assert one[name] == pytest.approx(two[name], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert two["num_images"] == 3 and two["heldout"]["gain"]["mean"] == pytest.approx(
+        one["heldout"]["gain"]["mean"], abs=1e-5
+    )
+    for model in ("base", "tuned"):
+        assert two[model]["mean"] == pytest.approx(one[model]["mean"], abs=1e-5)
+        assert two[model]["std"] == pytest.approx(one[model]["std"], abs=1e-5)
+    files = [sorted(path.name for path in (tmp_path / name).rglob("validation/*/*")) for name in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 3
+    assert (tmp_path / "two" / "best").exists() == (tmp_path / "one" / "best").exists()
 
 
 def test_the_evaluation_shows_videos_and_how_they_move(tmp_path, prompts):

@@ -25,6 +25,7 @@ class AnimateDiff(VideoModel, UNetModel):
 
     pipeline_class = "AnimateDiffPipeline"
     name = "animatediff"
+    repeated_blocks = ("BasicTransformerBlock",)
     guidance_scale = 7.5
     fps = 8
     vae_in_half_precision = True

@@ -38,6 +38,7 @@ class DiffusionModel:
         vae_in_half_precision: whether the VAE may run in half precision though its configuration asks for float32.
         num_inference_steps, guidance_scale, lora_layers: what the flags of these names are by default.
         sampling_options: arguments of `make_chain` beside the guidance scale that flags set.
+        repeated_blocks: names of the classes of blocks that the network repeats, where diffusers does not say them.
         missing: the optional components that this pipeline lacks.
     """
 
@@ -52,6 +53,7 @@ class DiffusionModel:
     guidance_scale = 5.0
     lora_layers = "to_k,to_q,to_v,to_out.0"
     sampling_options = ("eta",)
+    repeated_blocks = ()
 
     def __init__(self, pipeline):
         self.pipeline = pipeline

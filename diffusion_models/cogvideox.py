@@ -36,6 +36,7 @@ class CogVideoX(VideoModel, DiffusionModel):
 
     pipeline_class = "CogVideoXPipeline"
     name = "cogvideox"
+    repeated_blocks = ("CogVideoXBlock",)
     trained = "transformer"
     vae_in_half_precision = True
     guidance_scale = 6.0

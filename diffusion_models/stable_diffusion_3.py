@@ -21,6 +21,7 @@ class StableDiffusion3(FlowModel):
 
     pipeline_class = "StableDiffusion3Pipeline"
     name = "sd3"
+    repeated_blocks = ("JointTransformerBlock",)
     optional = ("text_encoder_3", "tokenizer_3")
     num_inference_steps = 28
     guidance_scale = 7.0

@@ -229,6 +229,7 @@ class Experts(ModelMixin):
 
     _supports_gradient_checkpointing = True
     _keep_in_fp32_modules = WanTransformer3DModel._keep_in_fp32_modules
+    _repeated_blocks = WanTransformer3DModel._repeated_blocks
 
     def __init__(self, transformer, transformer_2, boundary):
         super().__init__()

@@ -271,7 +271,7 @@ def add_training_flags(parser, output_dir):
         " the memory of as many more steps of all images of an optimizer step on a device. auto: on a GPU as many as fit into"
         " what the first step has left free, else 0.",
     )
-    add("--compile", action="store_true", help="Compile the network with torch.compile.")
+    add("--compile", action="store_true", help="Compile the blocks that the network repeats with torch.compile.")
     add(
         "--cuda_graphs",
         action="store_true",

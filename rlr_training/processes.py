@@ -27,11 +27,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
-    DynamoBackend,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
-    compile_regions,
     parse_flag_from_env,
 )
 from torch._functorch import config as functorch_config
@@ -155,10 +153,12 @@ def frozen_dtype(mixed_precision):
 def to_device(args, accelerator, model, baseline_vae):
     """Move the networks to the device; returns the trained one as rollout and sweep call it.
 
+    accelerate's own `prepare` would add autocast, under which weights and activations are cast at every layer, and
+    DistributedDataParallel, which would synchronise at each of a sweep's T backward calls. The network is in the precision
+    of --mixed_precision already, and gradients are averaged over the ranks once a step, see `average_gradients`.
+
     Raises:
         ValueError: for --cuda_graphs without an NVIDIA GPU.
-
-    The pipeline keeps the network as it was before it was compiled.
     """
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -173,21 +173,7 @@ def to_device(args, accelerator, model, baseline_vae):
         if accelerator.device.type != "cuda":
             raise ValueError(f"--cuda_graphs needs an NVIDIA GPU, and this run is on {accelerator.device.type}")
         return GraphedNetwork(model.network)
-    return compiled(accelerator, model.network)
-
-
-def compiled(accelerator, network):
-    """The network under accelerate's settings for the compiler, or as it is without any.
-
-    accelerate's own `prepare` would add autocast, under which weights and activations are cast at every layer, and
-    DistributedDataParallel, which would synchronise at each of a sweep's T backward calls. The network is in the precision
-    of --mixed_precision already, and gradients are averaged over the ranks once a step, see `average_gradients`.
-    """
-    plugin = accelerator.state.dynamo_plugin
-    if plugin.backend == DynamoBackend.NO:
-        return network
-    compiling = compile_regions if plugin.use_regional_compilation else torch.compile
-    return compiling(network, **plugin.to_kwargs())
+    return model.network
 
 
 def generators_of(args, accelerator, step, index):

@@ -26,8 +26,6 @@ from reward_models.features import load_features
 from rlr_utils import RLRStep, Settings
 from rlr_utils.settings import NEED_GRADIENT, check_reward
 
-from diffusers.utils.torch_utils import is_compiled_module
-
 from .chains import (
     conditioned,
     encode_prompts_of_run,
@@ -57,7 +55,7 @@ from .output_dir import check_output_dir, check_writable, write_configuration
 from .processes import frozen_dtype, make_accelerator, to_device
 from .prompts import PromptSampler, load_training_prompts, warn_of_long_prompts
 from .scoring import BatchScorer, check_score_frames, load_reward_sum, settle_batch_sizes
-from .trial import compiles, try_model
+from .trial import compile_blocks, try_model
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -138,7 +136,7 @@ def prepare(args, script, tracker, families, defaults):
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
-        chain_of, costs = make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae)
+        chain_of, costs = make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, baseline_vae)
         draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
         repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
@@ -279,12 +277,11 @@ def make_training_chain(args, accelerator, model, network, rlr, schedule):
     return chain
 
 
-def make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseline_vae):
-    """(`chain_of(prompts) -> DenoisingChain` of a batch, `Costs` of its calls); what cannot be compiled runs as it is.
+def make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, baseline_vae):
+    """(`chain_of(prompts) -> DenoisingChain` of a batch, `Costs` of its calls), with a compiled network if one is asked for.
 
     Args:
         chain: without prompts.
-        network: of the chain.
         schedule: of the sweep, which the compiler is tried on.
         embeds: `PromptEmbeds`.
         prompts: of the run.
@@ -293,13 +290,11 @@ def make_chain_of(args, model, chain, network, schedule, embeds, prompts, baseli
     Raises:
         ValueError: if the model cannot draw an image, or --baseline_vae cannot decode it.
     """
+    # The calls of one image are no CUDA graphs.
     plain = make_chain(args, model, model.network, chain.timesteps.device, sampling_options(args, model))
     plain_of, chain_of = (conditioned(args, one, embeds) for one in (plain, chain))
     costs = try_model(args, model, plain_of(prompts[:1]), baseline_vae)
-    if is_compiled_module(network) and not compiles(
-        args, model, chain_of(prompts[:1] * args.train_batch_size), schedule
-    ):
-        return plain_of, costs
+    compile_blocks(args, accelerator, model, chain_of(prompts[:1] * args.train_batch_size), schedule)
     return chain_of, costs
 
 

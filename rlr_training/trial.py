@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend
 from reward_models.loading import first_line
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,10 +99,22 @@ def drawing_with(name):
         raise ValueError(f"{name} cannot draw an image: {type(error).__name__}: {first_line(error)}") from error
 
 
-def compiles(args, model, chain, schedule):
-    """Whether the compiler manages the calls that rollout and sweep will make on the chain."""
-    shape = model.latents_shape(args.train_batch_size, size_of(args))
-    x = torch.zeros(shape, device=chain.timesteps.device)
+def compile_blocks(args, accelerator, model, chain, schedule):
+    """Compile the blocks that the network repeats, if accelerate is set to a compiler; where that fails they stay as they are.
+
+    All blocks of a class share one compilation, where one of the whole network would take minutes.
+
+    Args:
+        chain: of a batch, with the calls that rollout and sweep will make.
+        schedule: of the sweep.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    blocks = blocks_of(model)
+    for block in blocks:
+        block.compile(**plugin.to_kwargs())
+    x = torch.zeros(model.latents_shape(args.train_batch_size, size_of(args)), device=chain.timesteps.device)
     passed_on = schedule.mixing[2 : schedule.stop_after + 1]
     try:
         with torch.no_grad():
@@ -111,7 +124,13 @@ def compiles(args, model, chain, schedule):
         raise
     except Exception as error:  # a compiler may raise anything
         logger.warning(f"the network cannot be compiled and runs as it is: {first_line(error)}")
-        return False
+        for block in blocks:
+            block._compiled_call_impl = None
     finally:
         model.network.zero_grad()
-    return True
+
+
+def blocks_of(model):
+    """The blocks that the network of a `DiffusionModel` repeats."""
+    named = getattr(model.network, "_repeated_blocks", None) or model.repeated_blocks
+    return [module for module in model.network.modules() if type(module).__name__ in named]

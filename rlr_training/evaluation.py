@@ -30,7 +30,6 @@ from rlr_utils import rollout
 from tqdm.auto import tqdm
 
 from diffusers.training_utils import offload_models
-from diffusers.utils import is_wandb_available
 
 from .chains import drawing_chain_of, kind_of, size_of
 from .display import shown
@@ -39,9 +38,6 @@ from .output_dir import VALIDATION_FOLDER
 from .shares import Share
 from .videos import save_image, strips
 
-
-if is_wandb_available():
-    import wandb
 
 logger = get_logger(__name__, log_level="INFO")
 
@@ -112,6 +108,8 @@ def log_validation(draw, args, accelerator, step):
             shown = images if images.dim() == 4 else strips(images)
             tracker.writer.add_images("validation", shown.numpy(), step)
         if tracker.name == "wandb":
+            import wandb
+
             kind = wandb.Image if images.dim() == 4 else wandb.Video
             tracker.log(
                 {"validation": [kind(path, caption=prompt) for path, prompt in zip(paths, prompts)]}, step=step

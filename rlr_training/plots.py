@@ -19,7 +19,6 @@ import unicodedata
 import warnings
 
 import torch
-from matplotlib.figure import Figure
 
 from .display import evenly_spaced, shown
 
@@ -35,6 +34,13 @@ def caption(text, width=20, lines=3):
     return wrapped.replace("\0", "").replace("$", r"\$")
 
 
+def new_figure(figsize):
+    """A figure of matplotlib, which is imported here so that no run waits for it at its beginning."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=figsize, layout="constrained")
+
+
 def save(figure, path, dpi):
     """Write a figure as PNG. Characters that the font lacks are drawn as boxes, without a warning for each."""
     with warnings.catch_warnings():
@@ -47,7 +53,7 @@ def plot_reward_curve(metrics_file, path):
     with open(metrics_file, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     steps, mean, std = ([line[key] for line in lines] for key in ("step", "reward_mean", "reward_std"))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure((7, 4))
     axes = figure.subplots()
     axes.fill_between(steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2, lw=0)
     axes.plot(steps, mean)
@@ -71,7 +77,7 @@ def plot_before_after(images, scores, prompts, path, below=(), columns=8):
     picks = evenly_spaced(len(prompts), columns)
     columns = len(picks)
     height, width = images["base"].shape[2:]
-    figure = Figure(figsize=(max(1.5 * columns, 5), 3 * height / width + 1.3 + 0.2 * len(below)), layout="constrained")
+    figure = new_figure((max(1.5 * columns, 5), 3 * height / width + 1.3 + 0.2 * len(below)))
     axes = figure.subplots(2, columns, squeeze=False)
     spread = torch.cat(list(scores.values())).std().item()
     for row, name in enumerate(("base", "tuned")):
@@ -92,7 +98,7 @@ def plot_grid(images, prompts, path):
     height, width = images["base"].shape[2:]
     side = 1.8 * max(width / height / 3, 1)  # in inches; frames beside each other need room
     height *= side / width
-    figure = Figure(figsize=(side * len(images) + 1.2, height * len(prompts) + 0.6), layout="constrained")
+    figure = new_figure((side * len(images) + 1.2, height * len(prompts) + 0.6))
     cells = figure.subplots(len(prompts), len(images), squeeze=False)
     for column, (name, drawn) in enumerate(images.items()):
         cells[0][column].set_title(caption(name), fontsize=9)
@@ -112,7 +118,7 @@ def plot_gains(results, path):
     """
     models = {name: summary for name, summary in results["models"].items() if name != "base"}
     rewards = list(results["models"]["base"]["rewards"])
-    figure = Figure(figsize=((1.6 + 0.6 * len(results["models"])) * (len(rewards) + 1), 3.8), layout="constrained")
+    figure = new_figure(((1.6 + 0.6 * len(results["models"])) * (len(rewards) + 1), 3.8))
     *cells, last = figure.subplots(1, len(rewards) + 1)
     for axes, reward in zip(cells, rewards):
         gains, errors = gains_of(models, reward)
@@ -142,7 +148,7 @@ def plot_scales(results, path):
         results: of evaluate_rlr.py with --lora_scales.
     """
     rewards = list(results["models"]["base"]["rewards"])
-    figure = Figure(figsize=(4.2 * len(rewards), 3.6), layout="constrained")
+    figure = new_figure((4.2 * len(rewards), 3.6))
     for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards):
         for name, by_scale in results["lora_scales"].items():
             x = [summary["drift"] for summary in by_scale.values()]

@@ -21,7 +21,6 @@ import signal
 import time
 from contextlib import contextmanager
 
-import datasets
 import torch
 import transformers
 from accelerate import Accelerator
@@ -116,11 +115,13 @@ def set_up_logging(is_main_process):
     logging.getLogger().setLevel(logging.WARNING)  # accelerate's get_logger has set it to that of our own
     for package in ("rlr_training", "diffusion_models", "reward_models"):
         logging.getLogger(package).setLevel(logging.INFO)
-    for library in (datasets, transformers, diffusers):
+    for library in (transformers, diffusers):
         if is_main_process:
             library.utils.logging.set_verbosity_warning()
         else:
             library.utils.logging.set_verbosity_error()
+    # It is imported where it is needed, which takes a while, and then reads this.
+    os.environ.setdefault("DATASETS_VERBOSITY", "warning" if is_main_process else "error")
 
 
 def _check_precision(args):

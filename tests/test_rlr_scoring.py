@@ -17,7 +17,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import rlr_training.evaluation
+import rlr_training.before_after
 import rlr_training.scoring
 import torch
 from accelerate import PartialState
@@ -222,7 +222,7 @@ def test_rewards_are_kept_on_the_cpu_and_score_in_parts_to_the_same_result(tmp_p
             asked.append(offload)
         return really(*modules, device=device, offload=offload)
 
-    for module in (rlr_training.scoring, rlr_training.evaluation):
+    for module in (rlr_training.scoring, rlr_training.before_after):
         monkeypatch.setattr(module, "offload_models", noted)
     flags = ["--reward", "aesthetic,clip_score:3", "--decode_batch_size", "2", "--num_eval_images", "3"]
     plain = train(tmp_path / "plain", *flags)

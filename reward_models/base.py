@@ -43,6 +43,9 @@ def deferred_checks():
         ValueError: at the end, of the first check that has failed; also if something else has failed after it.
     """
     global _waiting
+    if _waiting is not None:  # they wait already
+        yield
+        return
     _waiting = []
     try:
         yield

@@ -16,6 +16,7 @@
 import pytest
 import torch
 from reward_models import WeightedSum, load_reward, load_rewards, parse_reward
+from reward_models.base import check_batch, deferred_checks
 from rlr_testing import TINY_AESTHETIC, TINY_CLIP
 
 
@@ -69,6 +70,21 @@ def test_scores_of_any_real_type_are_summed_in_float32(dtype):
     scores = WeightedSum({"mine": (0.5, reward)})(torch.rand(2, 3, 8, 8), ["a", "b"])
     assert scores.members["mine"].dtype == scores.total.dtype == torch.float32
     assert scores.total.tolist() == [0, 0.5] and scores.members["mine"].tolist() == [0, 1]
+
+
+def test_checks_within_deferred_checks_wait_for_the_outermost():
+    reached = []
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\], but their values range from 2 to 2"):
+        with deferred_checks():
+            check_batch(torch.full((1, 3, 8, 8), 2.0), ["a"])
+            with deferred_checks():
+                check_batch(torch.full((1, 3, 8, 8), 3.0), ["a"])
+            reached.append(check_batch(torch.full((1, 3, 8, 8), 4.0), ["a"]))
+    assert reached == [None]
+    with deferred_checks():
+        check_batch(torch.ones(1, 3, 8, 8), ["a"])
+    with pytest.raises(ValueError, match="range from 3 to 3"):
+        check_batch(torch.full((1, 3, 8, 8), 3.0), ["a"])
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,24 @@ def test_a_chain_without_a_method_that_is_needed_is_refused(method, reward, sett
     refused_rollout(RLRStep(5, **reward, **settings), chain, x_T, score, f"a chain without `{method}` cannot be used")
 
 
+@pytest.mark.parametrize(
+    ("settings", "trained", "calls"),
+    [
+        ({"estimator": "full_bp"}, [1, 2], (6, 2)),  # the sweep ends with them
+        ({"estimator": "full_bp"}, [5, 6], (6, 6)),  # the others pass the gradient on
+        ({"estimator": "ddpo"}, [5, 6], (6, 2)),  # each step has its own
+        ({"estimator": "ddpo"}, [2, 4], (6, 2)),
+        ({"estimator": "alignprop"}, [1, 2], (6, 1 + 5 / 6)),
+        ({"estimator": "truncated_bp", "truncation_steps": 4}, [3, 4, 5, 6], (6, 4)),
+        ({"sweep_fraction": 0.5}, [5, 6], (6, 3 + 3 / 2)),
+        ({"estimator": "full_bp"}, None, (6, 6)),
+    ],
+)
+def test_only_steps_whose_cotangent_reaches_trained_ones_are_swept(settings, trained, calls):
+    rlr = RLRStep(6, trained_steps=trained, **settings)
+    assert rlr.expected_calls(rlr.draw_schedule()) == pytest.approx(calls)
+
+
 def scores(rewards=(3,), gradient=(3, 3, 2, 1), black_box=None):
     """A score that returns results of these shapes."""
     shapes = [rewards, gradient] + ([] if black_box is None else [black_box])

@@ -103,8 +103,8 @@ def _describe_work(args, rlr, schedule, costs, images):
     network = costs.forward * calls.forward + costs.swept * calls.swept * args.num_inner_epochs
     predicting = costs.predict * predictions
     total = network + predicting + costs.decode
-    text = f"{images * total / 1e12:.3g} TFLOP, and what the rewards take; a step with backward is"
-    text += f" {costs.swept / costs.forward:.2f} forward"
+    text = f"{images * total / 1e12:.3g} TFLOP, and what the rewards take; a step with backward takes"
+    text += f" {costs.swept / costs.forward:.2f} times as much as a forward pass"
     share = predicting / total
     if share > LARGE_SHARE:
         text += f"; {100 * share:.0f} % of it decode predictions"

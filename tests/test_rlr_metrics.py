@@ -105,12 +105,32 @@ def test_the_plan_says_how_often_the_network_is_called(capsys, flags, calls):
     ("flags", "differentiable", "work"),
     [
         # Of 2 images, 4 forwards of 2 TFLOP, 3 + 1 / 2 swept steps of 5 and a decoding of 4 each.
-        ([], True, "59 TFLOP, and what the rewards take; a step with backward is 2.50 forward"),
+        (
+            [],
+            True,
+            "59 TFLOP, and what the rewards take; a step with backward takes 2.50 times as much as a forward pass",
+        ),
         # A black box sweeps all four, and predicts four images of 3 TFLOP.
-        ([], False, "88 TFLOP, .* 2.50 forward; 27 % of it decode predictions, which --baseline_vae does for less"),
-        (["--baseline_vae", "taesd"], False, "88 TFLOP, .* 2.50 forward; 27 % of it decode predictions"),
-        (["--gradient_estimator", "ddpo", "--num_inner_epochs", "2"], False, "104 TFLOP, .* 2.50 forward"),
-        (["--gradient_estimator", "full_bp", "--keep_graphs", "4"], True, "48 TFLOP, .* 2.50 forward"),
+        (
+            [],
+            False,
+            "88 TFLOP, .* 2.50 times as much as a forward pass; 27 % of it decode predictions, which --baseline_vae does for less",
+        ),
+        (
+            ["--baseline_vae", "taesd"],
+            False,
+            "88 TFLOP, .* 2.50 times as much as a forward pass; 27 % of it decode predictions",
+        ),
+        (
+            ["--gradient_estimator", "ddpo", "--num_inner_epochs", "2"],
+            False,
+            "104 TFLOP, .* 2.50 times as much as a forward pass",
+        ),
+        (
+            ["--gradient_estimator", "full_bp", "--keep_graphs", "4"],
+            True,
+            "48 TFLOP, .* 2.50 times as much as a forward pass",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

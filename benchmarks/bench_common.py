@@ -30,6 +30,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_complet
 from contextlib import contextmanager
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -199,6 +200,19 @@ def _rows_of_ended_runs(path):
     with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return {(row["estimator"], row["learning_rate"], row["seed"]): row for row in rows}
+
+
+def forget_earlier_run():
+    """Set this process to one thread, without the accelerator of a run that it has made before."""
+    torch.set_num_threads(1)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def metrics_of(folder):
+    """The lines of a run's metrics.jsonl."""
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def best_rates(rows, estimators):

@@ -26,14 +26,14 @@ import platform
 import statistics
 import tempfile
 
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from bench_common import (
     ASSETS,
     VERSIONS,
     add_workers_flag,
     best_rates,
+    forget_earlier_run,
     make_parser,
+    metrics_of,
     parse_benchmark,
     plot_seeds,
     rows_of_runs,
@@ -79,9 +79,7 @@ def run(name, rate, seed, num_steps, steps, images):
         steps: optimizer steps.
         images: on which base and tuned model are compared.
     """
-    torch.set_num_threads(1)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_earlier_run()
     reward, flags = CASES[name]
     numbers = {"num_inference_steps": num_steps, "max_train_steps": steps, "num_eval_images": images, "seed": seed}
     numbers |= {"learning_rate": rate, "reward": reward}
@@ -91,8 +89,7 @@ def run(name, rate, seed, num_steps, steps, images):
         train(parse_args([*flags, "--output_dir", output_dir]))
         with open(os.path.join(output_dir, "evaluation.json"), encoding="utf-8") as file:
             results = json.load(file)
-        with open(os.path.join(output_dir, "metrics.jsonl"), encoding="utf-8") as file:
-            seconds = [json.loads(line)["seconds"] for line in file]
+        seconds = [line["seconds"] for line in metrics_of(output_dir)]
     return {
         **{"estimator": name, "learning_rate": rate, "seed": seed},
         **{"base": results["base"]["mean"], "base_std": results["base"]["std"]},

@@ -29,7 +29,6 @@ Writes study_prices.csv, study_cells.csv (a row per run) and study_curves.csv (t
 runs, and from them study.csv (the table) and study.png; prints the tables of docs/results.md.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -45,6 +44,7 @@ from bench_common import (
     add_workers_flag,
     append_csv,
     make_parser,
+    metrics_of,
     parse_benchmark,
     read_csv,
     seconds_in_turns,
@@ -126,8 +126,7 @@ def run_cell(cell, settings, steps):
                 flags += estimator_flags(cell.estimator, settings.num_steps)
                 flags += [f"--learning_rate={cell.learning_rate}", f"--seed={cell.seed}", f"--max_train_steps={steps}"]
                 train(folder, flags)
-                with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8") as file:
-                    metrics = [json.loads(line) for line in file]
+                metrics = metrics_of(folder)
                 base_model.model.pipeline.load_lora_weights(folder)
             summary, details = base_model.measure(base_model.draw())
     scores = details["scores"]

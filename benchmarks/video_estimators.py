@@ -24,7 +24,6 @@ reward by work.
 """
 
 import functools
-import json
 import math
 import os
 import platform
@@ -32,7 +31,6 @@ import statistics
 import tempfile
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from bench_common import (
     ASSETS,
     FORWARDS_PER_SWEPT,
@@ -40,7 +38,9 @@ from bench_common import (
     TINY_CLIP,
     VERSIONS,
     add_workers_flag,
+    forget_earlier_run,
     make_parser,
+    metrics_of,
     parse_benchmark,
     rows_of_runs,
     write_csv,
@@ -107,9 +107,7 @@ def run(case, rate, seed, num_steps, steps, videos, heldout):
         videos: number of those on which base and tuned model are compared.
         heldout: number of those that the run scores while it trains.
     """
-    torch.set_num_threads(1)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_earlier_run()
     reward = case.rpartition(", ")[2]
     work = work_of(case, num_steps)
     steps = max(1, round(steps * work_of(f"rlr, {reward}", num_steps) / work))
@@ -121,8 +119,7 @@ def run(case, rate, seed, num_steps, steps, videos, heldout):
     with tempfile.TemporaryDirectory() as folder:
         args = parse_args([*flags, "--output_dir", os.path.join(folder, "out")])
         train(args)
-        with open(os.path.join(args.output_dir, "metrics.jsonl"), encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
+        lines = metrics_of(args.output_dir)
         judge = judged(args.reward, num_steps, videos, heldout)
         base, tuned = judge.base, judge.tuned(args.output_dir)
     gain = tuned["total"] - base["total"]

@@ -209,7 +209,8 @@ def save_lora(model, directory):
 
     That of a second transformer is `SECOND_FILE`, for `load_lora_weights(..., load_into_transformer_2=True)`.
     """
-    for component, network in model.networks.items():
+    for component, name in files_of(model).items():
+        network = model.networks[component]
         layers = get_peft_model_state_dict(network)
         if model.trained == "unet":
             # All layers in the same names: of a mixture diffusers would take those of its first key only.
@@ -219,7 +220,7 @@ def save_lora(model, directory):
             }
         model.pipeline.save_lora_weights(
             directory,
-            weight_name=files_of(model)[component],
+            weight_name=name,
             **{f"{model.trained}_lora_layers": layers},
             **_collate_lora_metadata({model.trained: network}),
         )

@@ -35,8 +35,8 @@ FIRST_ORDER = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas
 class Wan(VideoModel, FlowModel):
     """`WanPipeline`; its condition is "prompt_embeds" (B, L, D), which is zero behind the end of a prompt.
 
-    Wan 2.2 A14B has two transformers, see `Experts`, which both get a LoRA, or one of them: `train_only`. Of Wan 2.2 TI2V 5B the network is told a
-    timestep for each patch.
+    Wan 2.2 A14B has two transformers, see `Experts`, which both get a LoRA, or one of them: `train_only`. Of Wan 2.2 TI2V
+    5B the network is told a timestep for each patch.
 
     Attributes:
         experts: `Experts`, or `None` for a model with one transformer.

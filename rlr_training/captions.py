@@ -20,7 +20,7 @@ import datasets
 from datasets import load_dataset, load_from_disk
 from reward_models.loading import first_line
 
-from .prompts import DATASET_FILES, DEFAULT_SPLIT, SAVED_DATASET, SAVED_SPLITS, unique_prompts
+from .prompts import DATASET_FILES, DEFAULT_SPLIT, SAVED_DATASET, SAVED_SPLITS, ending_of, unique_prompts
 
 
 def load_captions(args):
@@ -52,7 +52,7 @@ def _open_dataset(args):
         return _open_saved(name, args.dataset_split)
     if not os.path.isfile(name):
         return load_dataset(name, args.dataset_config_name, **options)
-    kind = DATASET_FILES.get(os.path.splitext(name)[1].lower())
+    kind = DATASET_FILES.get(ending_of(name))
     if kind is None:
         raise ValueError(f"a file of this kind cannot be read, only {', '.join(DATASET_FILES)}")
     return load_dataset(kind, data_files=name, **options)

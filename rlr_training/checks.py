@@ -102,8 +102,7 @@ def _check_adapter(args, default_of):
 def _check_rewards(args):
     if args.heldout_reward is not None:
         parse_reward(args.heldout_reward)
-    at_a_time = args.reward_batch_size, args.decode_batch_size
-    if None not in at_a_time and "auto" not in at_a_time and at_a_time[0] > at_a_time[1]:
+    if args.decode_batch_size != "auto" and (args.reward_batch_size or 0) > args.decode_batch_size:
         raise ValueError(
             f"--reward_batch_size {args.reward_batch_size} is more than --decode_batch_size {args.decode_batch_size}:"
             f" raise --decode_batch_size {args.decode_batch_size} with it"

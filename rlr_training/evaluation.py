@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Images of fixed seeds: validation, held-out rewards, and the comparison with the base model."""
+"""Images of fixed seeds: validation and held-out rewards."""
 
 import math
 import os

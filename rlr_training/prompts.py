@@ -98,7 +98,7 @@ def load_levels(source):
     Raises:
         ValueError: naming a prompt that has only some of them, or is a template.
     """
-    if source in BUILT_IN or _ending(source) not in (".jsonl", ".json"):
+    if source in BUILT_IN or ending_of(source) not in (".jsonl", ".json"):
         return {}
     levels = {}
     for entry in _entries(source):
@@ -174,7 +174,8 @@ def warn_of_long_prompts(source, prompts, tokenizer, limit):
         )
 
 
-def _ending(path):
+def ending_of(path):
+    """The extension of a file's name, with its dot, in small letters."""
     return os.path.splitext(path)[1].lower()
 
 
@@ -182,13 +183,13 @@ def _entries(source):
     """The prompts of a file as dictionaries with a "prompt"."""
     _check_kind(source)
     text = _text(source)
-    if _ending(source) == ".json":
+    if ending_of(source) == ".json":
         numbered = enumerate(_json_list(text), 1)
         return [_entry({"prompt": one} if isinstance(one, str) else one, f"entry {i}", source) for i, one in numbered]
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     if not lines[-1]:
         lines.pop()  # after the end of the last line
-    if _ending(source) == ".jsonl":
+    if ending_of(source) == ".jsonl":
         return [_entry(_json_line(line, i), f"line {i}", source) for i, line in enumerate(lines, 1) if line]
     for kind, start in ((".json", text), (".jsonl", next(filter(None, lines), ""))):
         if _holds_json(start):
@@ -201,8 +202,8 @@ def _check_kind(source):
         raise ValueError(f"it is a folder; {_dataset_remedy(source)}")
     if not os.path.isfile(source):
         raise ValueError(f"no such file, nor a built-in list ({', '.join(BUILT_IN)})")
-    if _ending(source) not in ("", ".txt", ".jsonl", ".json"):
-        remedy = f"; {_dataset_remedy(source)}" if _ending(source) in DATASET_FILES else ""
+    if ending_of(source) not in ("", ".txt", ".jsonl", ".json"):
+        remedy = f"; {_dataset_remedy(source)}" if ending_of(source) in DATASET_FILES else ""
         raise ValueError(f"prompts are in .txt files (one a line), .json or .jsonl files{remedy}")
 
 

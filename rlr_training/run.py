@@ -129,7 +129,7 @@ def prepare(args, script, tracker, families, defaults):
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
         schedule = rlr.draw_schedule()
         network = to_device(args, accelerator, model, baseline_vae)
-        settle_batch_sizes(args, model, [rewards, *([] if heldout is None else heldout.sums)], prompts[0])
+        settle_batch_sizes(args, model, [rewards] if heldout is None else heldout.sums, prompts[0])
         chain = make_training_chain(args, accelerator, model, network, rlr, schedule)
         embeds = PromptEmbeds(model, accelerator.device)
         sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)

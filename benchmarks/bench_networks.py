@@ -22,6 +22,7 @@ from bench_common import TINY_AESTHETIC, TINY_SD
 from diffusion_models import load_model
 from diffusion_models.adapters import add_lora
 from diffusion_models.base import DiffusionModel
+from diffusion_models.decoders import recompute_blocks
 from diffusion_models.stable_diffusion import StableDiffusion
 from reward_cost import cases as reward_cases
 from reward_models import load_reward
@@ -138,6 +139,6 @@ def _prepare(model, accelerator, checkpointing):
     add_lora(model, rank=args.rank, alpha=args.rank, layers=args.lora_layers.split(","))
     if checkpointing:
         model.network.enable_gradient_checkpointing()
-    model.pipeline.vae.enable_gradient_checkpointing()
+    recompute_blocks(model.pipeline.vae.decoder)
     model.pipeline.vae.to(accelerator.device)
     return model.network.to(accelerator.device)

@@ -29,6 +29,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from bench_common import VERSIONS, make_parser, parse_benchmark, write_csv
 from diffusion_models.cogvideox import CogVideoX
+from diffusion_models.decoders import recompute_blocks
 from diffusion_models.ltx import LTX
 from diffusion_models.wan import Wan
 from memory import GIB, copy_lora, peak_of, room_on
@@ -106,8 +107,7 @@ class VideoModel(NamedTuple):
         transformer, vae = in_bf16(self.transformer), in_bf16(self.vae)
         add_run_lora(transformer, self.family)
         copy_lora(transformer)
-        if vae._supports_gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
+        recompute_blocks(vae.decoder)
         parts = {"transformer": transformer, "vae": vae, "scheduler": self.scheduler}
         return self.family(self.pipeline(**parts, text_encoder=None, tokenizer=None))
 

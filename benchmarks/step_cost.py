@@ -48,6 +48,7 @@ from bench_common import (
     write_csv,
 )
 from bench_networks import PROMPT, load, runs_on_cpu
+from diffusion_models.decoders import decoder_blocks, recompute_blocks
 from reward_models.base import WeightedSum
 from rlr_training.scoring import score_latents
 from rlr_utils import RLRStep
@@ -146,7 +147,8 @@ class Step:
     def bare(self):
         """The calls of `run`, after one, with nothing between them, and with a decoder that computes nothing twice."""
         networks, latents = self.networks, self.trajectory.latents
-        networks.vae.disable_gradient_checkpointing()
+        for block in decoder_blocks(networks.vae.decoder):
+            del block.forward
         with torch.no_grad():
             for k in range(self.case.num_steps, 0, -1):
                 if k not in self.kept:
@@ -160,7 +162,7 @@ class Step:
             prediction = self._predict(k, latents[k].detach().requires_grad_(with_input_grad))
             torch.autograd.backward(prediction, prediction.detach())
         self.optimizer.zero_grad()
-        networks.vae.enable_gradient_checkpointing()
+        recompute_blocks(networks.vae.decoder)
 
     def _predict(self, k, x):
         embeds, timestep = self.networks.embeds, self.chain.timesteps[self.case.num_steps - k]

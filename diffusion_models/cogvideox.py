@@ -20,6 +20,7 @@ import torch
 from rlr_utils import ddim_steps, draw_noise
 
 from .base import DiffusionModel, check_vocabularies
+from .decoders import computed_again
 from .schedulers import check_noise_schedule
 from .video import VideoModel, to_videos
 
@@ -190,8 +191,14 @@ class CogVideoX(VideoModel, DiffusionModel):
         if vae is not None:
             raise ValueError("the VAE of CogVideoX can be replaced by no other")
         vae = self.pipeline.vae
-        latents = latents[:, :, self.padding :] / vae.config.scaling_factor
-        return to_videos(vae.decode(latents.to(vae.dtype), return_dict=False)[0])
+        latents = (latents[:, :, self.padding :] / vae.config.scaling_factor).to(vae.dtype)
+        pairs, length = latents.shape[2] // 2, latents.shape[2]
+        lengths = [2] * pairs if length % 2 == 0 else [3] + [2] * (pairs - 1) if pairs else [1]
+        pieces, memory = [], None
+        for piece in latents.split(lengths, 2):
+            frames, memory = computed_again(decoded_piece, vae, piece, memory)
+            pieces.append(frames)
+        return to_videos(torch.cat(pieces, 2))
 
     def scheduler_code(self, name):
         return "CogVideoXDDIMScheduler", {}
@@ -201,3 +208,10 @@ class CogVideoX(VideoModel, DiffusionModel):
 
     def pipeline_arguments(self, *given, **options):
         return {**super().pipeline_arguments(*given), "max_sequence_length": self.max_sequence_length}
+
+
+def decoded_piece(vae, latents, memory):
+    """Two or three latent frames and what the decoder remembers of those before -> their frames, and what it remembers then."""
+    if vae.post_quant_conv is not None:
+        latents = vae.post_quant_conv(latents)
+    return vae.decoder(latents, conv_cache=memory)

@@ -16,11 +16,11 @@
 import math
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from diffusers import DPMSolverMultistepScheduler, ModelMixin, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 
+from .decoders import computed_again
 from .flow import FlowModel
 from .lora_files import SECOND
 from .schedulers import make_flow_scheduler
@@ -296,8 +296,3 @@ def decoded_frame(vae, latent, *memory):
     memory = list(memory)
     frames = vae.decoder(latent, feat_cache=memory, feat_idx=[0], first_chunk=memory[0] is None)
     return unpatchify(frames, vae.config.patch_size or 1), *memory
-
-
-def computed_again(function, *args):
-    """function(*args), of which the backward pass computes again what it needs."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -31,6 +31,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     parse_flag_from_env,
 )
+from diffusion_models.decoders import recompute_blocks
 from torch._functorch import config as functorch_config
 
 import diffusers
@@ -165,9 +166,8 @@ def to_device(args, accelerator, model, baseline_vae):
         torch.backends.cuda.matmul.allow_tf32 = True
     if args.gradient_checkpointing:
         model.network.enable_gradient_checkpointing()
-    # Costs one more decoding per image, as much as one or two steps of its chain. Decoders of videos do not have it.
-    if model.pipeline.vae._supports_gradient_checkpointing:
-        model.pipeline.vae.enable_gradient_checkpointing()
+    # Costs one more decoding per image, as much as one or two steps of its chain.
+    recompute_blocks(model.pipeline.vae.decoder)
     for module in (model.network, model.pipeline.vae, *([] if baseline_vae is None else [baseline_vae])):
         module.to(accelerator.device)
     if args.cuda_graphs:

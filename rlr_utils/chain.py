@@ -32,6 +32,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .rollout import draw_noise
 
@@ -159,9 +160,15 @@ class DenoisingChain:
         add_noise: `add_noise(x_0, noise) -> x_1`, the forward process up to the last step, for `renoise`.
         init_noise_sigma: standard deviation of x_T.
 
+    Attributes:
+        split_guidance: whether the two halves of guidance are two calls, of whose graphs a sweep holds one at a time: half the
+            memory, for another forward pass of one half in each swept step. Default: `False`.
+
     Raises:
         ValueError: for a list of conditions or scales that are not T.
     """
+
+    split_guidance = False
 
     def __init__(
         self,
@@ -234,9 +241,17 @@ class DenoisingChain:
         conditions, model_input = self.conditions[i], self.steps[i].input_scale * x
         if not self.guided:
             return self.call(model_input, self.timesteps[i], conditions).to(x.dtype)
-        both = joined([self.negative, conditions])
-        predictions = self.call(torch.cat([model_input, model_input]), self.timesteps[i], both).to(x.dtype)
-        return self.guide(*predictions.chunk(2), self.guidance_scales[i])
+        halves = (self._two_calls if self.split_guidance else self._one_call)(model_input, self.timesteps[i], conditions)
+        return self.guide(*(half.to(x.dtype) for half in halves), self.guidance_scales[i])
+
+    def _one_call(self, x, timestep, conditions):
+        """The predictions for the negative and for the other prompts, of one call."""
+        return self.call(torch.cat([x, x]), timestep, joined([self.negative, conditions])).chunk(2)
+
+    def _two_calls(self, x, timestep, conditions):
+        """As `_one_call`. A backward pass uses up the second graph before it computes the first one again."""
+        first = checkpoint(self.call, x, timestep, self.negative, use_reentrant=False, preserve_rng_state=False)
+        return first, self.call(x, timestep, conditions)
 
     def renoise(self, x_0, noise):
         """x_1 as the forward process draws it from x_0 and a noise of unit variance, (B, ...) each."""

@@ -50,6 +50,7 @@ def parse_args(input_args=None):
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model files, such as fp16.")
     add("--cache_dir", help="Folder for downloaded models.")
+    add("--quantize", choices=["nf4", "int8", "fp8"], help="Hold the weights of the network in four or eight bits.")
     add("--lora_scales", type=numbers, default=[], help="Strengths of the adapter to compare, such as 0,.25,.5,.75,1.")
 
     add = parser.add_argument_group("rewards").add_argument

@@ -26,7 +26,6 @@ new prompts. Prints tables and writes memory.csv and memory.png. Videos are coun
 
 import os
 import platform
-import weakref
 from types import SimpleNamespace
 
 import torch
@@ -34,47 +33,13 @@ from bench_common import VERSIONS, in_own_process, make_parser, parse_benchmark,
 from bench_networks import load
 from matplotlib.figure import Figure
 from reward_models.clip import image_embeds
+from rlr_training.memory import GIB, LiveBytes
 from step_cost import Case, memory
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 
-GIB = 2**30
 CARDS = (8, 12, 16, 24, 80)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations create, until they are released.
-
-    Attributes:
-        now, peak: bytes at the moment, and at most so far.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.storages = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return out
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given | self.storages:
-                    self.storages.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
-        return out
-
-    def release(self, key, size):
-        self.storages.remove(key)
-        self.now -= size
 
 
 def peak_of(run):

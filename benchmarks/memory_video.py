@@ -32,12 +32,13 @@ from diffusion_models.cogvideox import CogVideoX
 from diffusion_models.decoders import recompute_blocks
 from diffusion_models.ltx import LTX
 from diffusion_models.wan import Wan
-from memory import GIB, copy_lora, peak_of, room_on
+from memory import copy_lora, peak_of, room_on
 from operators import WAN_SMALL, add_run_lora, in_bf16
 from reward_cost import PROMPT
 from reward_cost import cases as reward_cases
 from reward_models.base import WeightedSum
 from reward_models.videos import PerFrame
+from rlr_training.memory import GIB
 from rlr_training.scoring import score_latents
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm

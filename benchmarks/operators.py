@@ -36,7 +36,7 @@ from diffusion_models.base import DiffusionModel
 from diffusion_models.stable_diffusion import StableDiffusion
 from diffusion_models.stable_diffusion_3 import StableDiffusion3
 from diffusion_models.stable_diffusion_xl import StableDiffusionXL
-from memory import GIB, LiveBytes
+from rlr_training.memory import GIB, LiveBytes
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

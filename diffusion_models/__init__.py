@@ -83,7 +83,16 @@ def as_model(pipeline):
 
 
 def load_model(
-    source, *, dtype=None, scheduler=None, vae=None, revision=None, variant=None, cache_dir=None, families=FAMILIES
+    source,
+    *,
+    dtype=None,
+    scheduler=None,
+    vae=None,
+    quantize=None,
+    revision=None,
+    variant=None,
+    cache_dir=None,
+    families=FAMILIES,
 ):
     """Load a pipeline as a `DiffusionModel`: frozen, its sampler replaced, its family found out from the model.
 
@@ -92,6 +101,7 @@ def load_model(
         dtype: of the networks; default: torch.float32. A VAE that overflows in half precision stays in float32.
         scheduler: a key of `SCHEDULERS` for a model that was trained on a schedule of betas; default: DDIM.
         vae: a VAE in float32, to use instead of the model's own.
+        quantize: a key of `quantize.LIBRARIES`, for the frozen weights of the network that gets the LoRA; not of a file.
         revision, variant, cache_dir: as for `from_pretrained`; a file has neither revision nor variant.
         families: those that may be loaded, such as `FLOW_FAMILIES`.
 
@@ -108,10 +118,12 @@ def load_model(
         if is_single_file(source):
             if revision is not None or variant is not None:
                 raise ValueError("revision and variant are for folders and repositories, not for a single file")
+            if quantize is not None:
+                raise ValueError("a single file cannot be quantized: convert it to a folder with save_pretrained")
             folder = download_configuration(source, cache_dir)
             family = family_of(read_index(folder)["_class_name"], families)
             pipeline = load_single_file(family, source, folder, dtype, vae)
         else:
             family = family_of(read_index(source, **hub)["_class_name"], families)
-            pipeline = load_pipeline(family, source, dtype, vae, variant, **hub)
+            pipeline = load_pipeline(family, source, dtype, vae, variant, quantize, **hub)
         return family(finish_pipeline(family, pipeline, dtype, scheduler))

@@ -206,6 +206,12 @@ class DiffusionModel:
         return {self.trained: self.network}
 
     @property
+    def blocks(self):
+        """The blocks that the network repeats, none part of another."""
+        named = getattr(self.network, "_repeated_blocks", None) or self.repeated_blocks
+        return [module for module in self.network.modules() if type(module).__name__ in named]
+
+    @property
     def text_encoders(self):
         """The pipeline's text encoders."""
         names = [name for name in self.pipeline.components if name.startswith("text_encoder")]

@@ -28,6 +28,8 @@ from transformers import PreTrainedTokenizerBase
 import diffusers
 from diffusers import DiffusionPipeline
 
+from .quantize import quantization_config
+
 
 # Components that images are drawn without.
 NOT_NEEDED = {"feature_extractor": None, "image_encoder": None}
@@ -90,7 +92,7 @@ def read_index(source, **hub):
     return index
 
 
-def load_pipeline(family, source, dtype, vae, variant=None, **hub):
+def load_pipeline(family, source, dtype, vae, variant=None, quantize=None, **hub):
     """The pipeline of a `DiffusionModel` subclass, of a folder or Hub repository, the VAE in float32.
 
     Raises:
@@ -120,7 +122,11 @@ def load_pipeline(family, source, dtype, vae, variant=None, **hub):
                 with _naming(name):
                     annotation = parameters[name].annotation
                     _check_class(component_class, *(get_args(annotation)[:1] or (annotation,)))  # of "... | None"
-    components = {**_load_components(classes, folder, dtype, variant), **given}
+    options = {}
+    if quantize is not None:
+        config = quantization_config(quantize, dtype)
+        options = {name: {"quantization_config": config} for name in classes if name.startswith(family.trained)}
+    components = {**_load_components(classes, folder, dtype, variant, options), **given}
     _check_scheduler(components["scheduler"], folder, family.scheduler_entries)
     settings = {name: index[name] for name in parameters if name in index and name not in components}
     return pipeline_class(**components, **settings)
@@ -168,8 +174,8 @@ def _check_class(component_class, expected):
         raise ValueError(f"model_index.json says {component_class.__name__}, and {expected.__name__} is needed")
 
 
-def _load_components(classes, folder, dtype, variant):
-    """{name: component} of a pipeline's folder, of the classes {name: class, or `None`}.
+def _load_components(classes, folder, dtype, variant, options):
+    """{name: component} of a pipeline's folder, of the classes {name: class, or `None`}; `options` are {name: {...}}.
 
     They are not left to the pipeline: of weights that lack a tensor, of a tokenizer without a vocabulary and of a
     configuration without an entry the libraries warn at most.
@@ -183,18 +189,20 @@ def _load_components(classes, folder, dtype, variant):
     for name, component_class in classes.items():
         with _naming(name):
             precision = torch.float32 if name == "vae" else dtype
-            components[name] = component_class and _load_part(component_class, folder, name, precision, variant)
+            own = options.get(name, {})
+            components[name] = component_class and _load_part(component_class, folder, name, precision, variant, **own)
     return components
 
 
-def _load_part(component_class, folder, name, dtype, variant):
+def _load_part(component_class, folder, name, dtype, variant, **options):
     """A component of a pipeline's folder, with what its configuration and its vocabulary must hold."""
     path = os.path.join(folder, name)
     if issubclass(component_class, PreTrainedTokenizerBase):
         _check_vocabulary(component_class, path)
         return load_component(component_class, path)
     written = _read_configuration(path, getattr(component_class, "config_name", "config.json"))
-    options = {"variant": variant} if variant is not None and _has_variant(path, variant) else {}
+    if variant is not None and _has_variant(path, variant):
+        options["variant"] = variant
     component = load_component(component_class, path, dtype, **options)
     kind = getattr(component.config, "model_type", "")
     entries = ENTRIES_OF_T5 if kind in ("t5", "umt5") else ENTRIES_OF_QWEN if kind.startswith("qwen") else ()

@@ -29,10 +29,16 @@ class LoraLinear(Linear):
     products. Here they are cast instead, see `LoraCopies`.
 
     Attributes:
-        copies: (A, B) in the dtype of W, or `None` where A and B themselves have it.
+        copies: (A, B) in the dtype of W x, or `None` where A and B themselves have it.
     """
 
     copies = None
+
+    @property
+    def dtype(self):
+        """The dtype of W x, which is not that of quantized weights."""
+        base = self.base_layer
+        return getattr(base, "compute_dtype", base.weight.dtype)
 
     def forward(self, x, *args, **kwargs):
         is_alone = self.active_adapters == [TRAINED_ADAPTER] and not (self.disable_adapters or self.merged)
@@ -62,7 +68,7 @@ class LoraCopies:
     """
 
     def __init__(self, layers):
-        self.layers, self.dtype = layers, layers[0].base_layer.weight.dtype
+        self.layers, self.dtype = layers, layers[0].dtype
         self.matrices = [matrix for layer in layers for matrix in layer.matrices]
         self.state = None
 
@@ -131,7 +137,7 @@ def lora_linears(network):
 
 def cast_in_forward(network):
     """Have a network in half precision, whose LoRA is in float32, make `LoraCopies` for its calls."""
-    layers = [layer for layer in lora_linears(network) if layer.base_layer.weight.dtype != layer.matrices[0].dtype]
+    layers = [layer for layer in lora_linears(network) if layer.dtype != layer.matrices[0].dtype]
     if layers:
         network.register_forward_pre_hook(LoraCopies(layers))
 

@@ -50,6 +50,12 @@ def add_model_flags(parser, default, files="", lora_layers=None):
     add("--variant", help="Variant of the model files, such as fp16.")
     add("--cache_dir", help="Folder for downloaded models and datasets.")
     add(
+        "--quantize",
+        choices=["nf4", "int8", "fp8"],
+        help="Hold the frozen weights of the network in four bits (bitsandbytes, needs a GPU) or in eight (torchao). The LoRA"
+        " is trained in float32 all the same.",
+    )
+    add(
         "--adapter_path",
         help="Train this LoRA further (folder, file or Hub name), with its rank, scale and layers.",
     )
@@ -260,8 +266,26 @@ def add_training_flags(parser, output_dir):
     )
     add(
         "--gradient_checkpointing",
+        nargs="?",
+        const="on",
+        default="auto",
+        choices=["on", "off", "auto"],
+        help="Checkpoint the blocks of the network: far less memory, a sweep slower by a third. The decoder always is. auto: on"
+        " a GPU if a batch does not fit otherwise.",
+    )
+    add(
+        "--guidance_batching",
+        default="auto",
+        choices=["joint", "split", "auto"],
+        help="Call the network once for both halves of guidance, or twice: half the memory of a swept step, which is slower by a"
+        " fifth. auto: on a GPU split if a batch does not fit otherwise, before --gradient_checkpointing.",
+    )
+    add("--vae_offload", action="store_true", help="Keep the VAE on the CPU except while it decodes.")
+    add(
+        "--offload_blocks",
         action="store_true",
-        help="Checkpoint the network: less memory from a batch of 2 on, a sweep slower by a third. The decoder always is.",
+        help="Keep the frozen weights of the network's blocks on the CPU except while each of them computes. Needs"
+        " --gradient_checkpointing, which it sets.",
     )
     add(
         "--keep_graphs",
@@ -338,8 +362,10 @@ def parse_training_args(parser, input_args):
         parser.set_defaults(**LOW_MEMORY)
         args = parser.parse_args(input_args)
     del args.preset_low_memory  # the run is what it stands for
-    if args.cuda_graphs and args.keep_graphs == "auto":
-        args.keep_graphs = 0  # they overwrite their activations at each call
+    if args.offload_blocks:  # graphs that are kept would hold the weights
+        _set_where_auto(args, gradient_checkpointing="on", keep_graphs=0)
+    if args.cuda_graphs:  # which overwrite their activations at each call
+        _set_where_auto(args, gradient_checkpointing="off", guidance_batching="joint", keep_graphs=0)
     from .checks import check_args
 
     try:
@@ -347,3 +373,9 @@ def parse_training_args(parser, input_args):
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _set_where_auto(args, **values):
+    for name, value in values.items():
+        if getattr(args, name) == "auto":
+            setattr(args, name, value)

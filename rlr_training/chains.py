@@ -93,12 +93,14 @@ def make_chain(args, model, network, device, options):
     Args:
         options: from `sampling_options`, or from `DiffusionModel.drawing_options`.
     """
-    return model.make_chain(
+    chain = model.make_chain(
         *(network, args.num_inference_steps, size_of(args)),
         guidance_scale=args.guidance_scale,
         device=device,
         **options,
     )
+    chain.split_guidance = getattr(args, "guidance_batching", "joint") == "split"
+    return chain
 
 
 def conditioned(args, chain, embeds):
@@ -127,18 +129,21 @@ def drawing_chain_of(args, model, embeds=None):
     return conditioned(args, chain, embeds or PromptEmbeds(model, device))
 
 
-def encode_prompts_of_run(args, embeds, sampler, others, num_steps, show_progress):
+def encode_prompts_of_run(args, embeds, sampler, others, first_step, show_progress):
     """Encode all prompts that a run will meet and free the text encoders, unless there are very many.
 
     Args:
         embeds: `PromptEmbeds`.
-        sampler: `PromptSampler`, where the run begins; it is left unchanged.
+        sampler: `PromptSampler`, as at the beginning of the run; it is left unchanged.
         others: prompts beside those of training.
-        num_steps: optimizer steps that are left.
+        first_step: the step that the run starts after.
         show_progress: whether this process shows a bar.
     """
-    upcoming, ahead = {}, copy.copy(sampler)
-    for _ in range(num_steps * args.gradient_accumulation_steps):
+    # The first is what the first calls are made with.
+    upcoming, ahead = dict.fromkeys(sampler.prompts[:1]), copy.copy(sampler)
+    for _ in range(first_step * args.gradient_accumulation_steps):
+        ahead.next_batch(args.train_batch_size)
+    for _ in range((args.max_train_steps - first_step) * args.gradient_accumulation_steps):
         upcoming.update(dict.fromkeys(ahead.next_batch(args.train_batch_size)))
         if len(upcoming) > MAX_ENCODED_BEFORE:
             return

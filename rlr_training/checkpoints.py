@@ -42,6 +42,7 @@ MAY_CHANGE = (
     *("num_eval_images", "validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
     *("push_to_hub", "push_every", "hub_token", "hub_model_id", "export_kohya"),
     *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing", "keep_graphs"),
+    *("guidance_batching", "vae_offload", "offload_blocks"),
 )
 
 

@@ -34,6 +34,7 @@ from diffusers.training_utils import offload_models
 from .chains import drawing_chain_of, kind_of, size_of
 from .display import shown
 from .errors import RunError, naming, saving
+from .offload import decoding
 from .output_dir import VALIDATION_FOLDER
 from .shares import Share
 from .videos import save_image, strips
@@ -76,7 +77,8 @@ def generate(args, model, chain_of, prompts, batch_size, desc=None, first_seed=E
         chain = chain_of(batch)
         x_T = model.draw_latents(chain, len(batch), size_of(args), generators)
         latents = rollout(chain, x_T, generators).latents[0]
-        images += [model.decode(part).cpu() for part in latents.split(args.decode_batch_size)]
+        with decoding(args, model, latents.device):
+            images += [model.decode(part).cpu() for part in latents.split(args.decode_batch_size)]
     return torch.cat(images)
 
 
@@ -266,6 +268,7 @@ def load_base(args, dtype, families=FAMILIES):
             dtype=dtype,
             scheduler=getattr(args, "scheduler", None),
             vae=vae,
+            quantize=args.quantize,
             revision=args.revision,
             variant=args.variant,
             cache_dir=args.cache_dir,

@@ -37,7 +37,7 @@ logger = get_logger(__name__, log_level="INFO")
 LARGE_SHARE = 0.2
 
 
-def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable, costs):
+def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable, costs, expected):
     """Print the arithmetic of the run as one table.
 
     Args:
@@ -47,6 +47,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable, cost
         sampler: `PromptSampler`.
         trainable: the parameters that are trained.
         costs: `Costs`.
+        expected: `Footprint`.
     """
     images, num_prompts, kind = images_of_a_step(args, accelerator), len(sampler.prompts), kind_of(args)
     epochs = args.max_train_steps * images / (num_prompts * args.images_per_prompt)
@@ -67,6 +68,7 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable, cost
         + (f" = {images}" if any(extra.values()) else "")
         + "".join(f" + {number} {what} of each" for what, number in extra.items() if number),
         "work per step": _describe_work(args, rlr, schedule, costs, images),
+        "memory per device": expected,
         "weight of the steps": _describe_weights(chain),
         "steps": f"{args.max_train_steps} = {epochs:.1f} passes over the prompts",
         "trainable parameters": f"{sum(p.numel() for p in trainable):,}",

@@ -37,6 +37,7 @@ from torch._functorch import config as functorch_config
 import diffusers
 
 from .cuda_graphs import GraphedNetwork
+from .offload import offload_blocks
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -164,12 +165,17 @@ def to_device(args, accelerator, model, baseline_vae):
     """
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing == "on":
         model.network.enable_gradient_checkpointing()
     # Costs one more decoding per image, as much as one or two steps of its chain.
     recompute_blocks(model.pipeline.vae.decoder)
-    for module in (model.network, model.pipeline.vae, *([] if baseline_vae is None else [baseline_vae])):
-        module.to(accelerator.device)
+    if args.offload_blocks:
+        offload_blocks(model.network, model.blocks, accelerator.device)
+    else:
+        model.network.to(accelerator.device)
+    decoders = ([] if args.vae_offload else [model.pipeline.vae]) + ([] if baseline_vae is None else [baseline_vae])
+    for decoder in decoders:
+        decoder.to(accelerator.device)
     if args.cuda_graphs:
         if accelerator.device.type != "cuda":
             raise ValueError(f"--cuda_graphs needs an NVIDIA GPU, and this run is on {accelerator.device.type}")

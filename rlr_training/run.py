@@ -49,13 +49,14 @@ from .hub import (
     save_model_card,
     typed_flags,
 )
+from .memory import footprint, warn_if_too_much
 from .metrics import print_plan, start_trackers, trim_metrics
 from .optimizer import Optimization, images_of_a_step, make_optimization
 from .output_dir import check_output_dir, check_writable, write_configuration
 from .processes import frozen_dtype, make_accelerator, to_device
 from .prompts import PromptSampler, load_training_prompts, warn_of_long_prompts
 from .scoring import BatchScorer, check_score_frames, load_reward_sum, settle_batch_sizes
-from .trial import compile_blocks, try_model
+from .trial import compile_blocks, settle_memory, try_model
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -128,18 +129,20 @@ def prepare(args, script, tracker, families, defaults):
         trainable = add_adapter(args, model)
         rlr = make_rlr_step(args, accelerator, model, rewards, trainable)
         schedule = rlr.draw_schedule()
-        network = to_device(args, accelerator, model, baseline_vae)
-        settle_batch_sizes(args, model, [rewards] if heldout is None else heldout.sums, prompts[0])
-        chain = make_training_chain(args, accelerator, model, network, rlr, schedule)
-        embeds = PromptEmbeds(model, accelerator.device)
+        check_output_dir(args, resume_path)
         sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)
+        embeds = encode_prompts(args, accelerator, model, sampler, heldout, first_step)
+        network = to_device(args, accelerator, model, baseline_vae)
+        chain = make_training_chain(args, accelerator, model, network, rlr, schedule, embeds, prompts[0])
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
         chain_of, costs = make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, baseline_vae)
+        scored_bytes = settle_batch_sizes(args, model, [rewards] if heldout is None else heldout.sums, prompts[0])
+        expected = footprint(args, model, rewards.modules, baseline_vae, costs.swept_bytes, scored_bytes)
         draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
-        repo_id, base_license = claim_output_dir(args, accelerator, config, resume_path, tracker)
+        repo_id, base_license = claim_output_dir(args, accelerator, config, tracker)
 
     command = command_of(flags, accelerator, script)
     run = Run(
@@ -156,7 +159,7 @@ def prepare(args, script, tracker, families, defaults):
         repo_id=repo_id,
         first_step=first_step,
     )
-    begin(args, run, config, tracker, schedule, embeds, costs)
+    begin(args, run, config, tracker, schedule, costs, expected)
     return run
 
 
@@ -264,8 +267,27 @@ def make_rlr_step(args, accelerator, model, rewards, trainable):
         )
 
 
-def make_training_chain(args, accelerator, model, network, rlr, schedule):
+def encode_prompts(args, accelerator, model, sampler, heldout, first_step):
+    """`PromptEmbeds` of the run, before its networks take the memory of the device.
+
+    Args:
+        sampler: `PromptSampler`, as at the beginning of the run; it is left unchanged.
+        heldout: `HeldOut`, or `None`.
+        first_step: the step that the run starts after.
+    """
+    embeds = PromptEmbeds(model, accelerator.device)
+    embeds.negative(args.negative_prompt)
+    drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
+    encode_prompts_of_run(args, embeds, sampler, drawn, first_step, accelerator.is_local_main_process)
+    return embeds
+
+
+def make_training_chain(args, accelerator, model, network, rlr, schedule, embeds, prompt):
     """The model's chain without prompts, under the sampling flags.
+
+    Args:
+        embeds: `PromptEmbeds`.
+        prompt: any, for the first call.
 
     Raises:
         ValueError: if the schedule cannot be swept on it.
@@ -274,6 +296,8 @@ def make_training_chain(args, accelerator, model, network, rlr, schedule):
     chain = make_chain(args, model, network, accelerator.device, sampling_options(args, model))
     with naming(f"{sampler_of(args)}, --reward {args.reward!r}:"):
         rlr.check_chain(chain, schedule)
+    batch = [prompt] * args.train_batch_size
+    settle_memory(args, model, chain, lambda chain: conditioned(args, chain, embeds)(batch))
     return chain
 
 
@@ -298,25 +322,23 @@ def make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, ba
     return chain_of, costs
 
 
-def begin(args, run, config, tracker, schedule, embeds, costs):
-    """Start the trackers, print the plan of the run, encode its prompts, and score the base model's held-out images.
+def begin(args, run, config, tracker, schedule, costs, expected):
+    """Start the trackers, print the plan of the run, and score the base model's held-out images.
 
     Args:
         run: `Run`.
         config, tracker: of `prepare`.
         schedule: of the sweep.
-        embeds: `PromptEmbeds`.
         costs: `Costs`.
+        expected: `Footprint`.
     """
     accelerator, heldout = run.accelerator, run.heldout
     start_trackers(accelerator, config, tracker, run.first_step)
     if accelerator.is_main_process:
         trim_metrics(args.output_dir, run.first_step)
     chain = run.chain_of(run.sampler.prompts[:1])
-    print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable, costs)
-    drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
-    steps_left, show_progress = args.max_train_steps - run.first_step, accelerator.is_local_main_process
-    encode_prompts_of_run(args, embeds, run.sampler, drawn, steps_left, show_progress)
+    print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable, costs, expected)
+    warn_if_too_much(expected, accelerator.device)
     if heldout is not None:
         run.stopping.start(heldout.measure_base(run.model, run.draw))
 
@@ -337,17 +359,16 @@ def make_sampler(args, accelerator, prompts):
     return PromptSampler(prompts, args.seed, rank, num_ranks, args.images_per_prompt)
 
 
-def claim_output_dir(args, accelerator, config, resume_path, tracker):
+def claim_output_dir(args, accelerator, config, tracker):
     """Make the output folder, and the repository on the Hub.
 
     Returns:
         (repository on the Hub, license of the base model), `None` where there is none, and on all ranks but the first.
 
     Raises:
-        ValueError: if the folder or the repository cannot be had.
+        ValueError: if the repository cannot be had.
     """
-    check_output_dir(args, resume_path)
-    # No rank may look into the output folder after another has begun to write there.
+    # All have found the output folder free by then.
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None, None

@@ -24,6 +24,8 @@ from diffusers.training_utils import free_memory, offload_models
 
 from .chains import size_of
 from .errors import RunError, bad_input_ends_the_run
+from .memory import LiveBytes
+from .offload import decoding
 from .optimizer import loss_scale
 
 
@@ -102,36 +104,38 @@ def decoder_of(args, model):
 def settle_batch_sizes(args, model, sums, prompt):
     """Set --decode_batch_size where it is auto, and how many images the rewards score at a time where no flag says it.
 
-    On a GPU one image is decoded and scored, to see what it takes.
-
     Args:
         model: `DiffusionModel`, on the device.
         sums: each `WeightedSum` of the run, the first of which is trained for.
         prompt: any.
+
+    Returns:
+        Bytes that one image takes while it is decoded and scored.
     """
-    device = model.network.device
+    taken = score_one(args, model, sums[0], prompt)
     if args.decode_batch_size == "auto":
-        args.decode_batch_size = 1
-        if device.type == "cuda":
-            args.decode_batch_size = images_that_fit(lambda: score_one(args, model, sums[0], prompt), device)
+        args.decode_batch_size = images_that_fit(taken, model.network.device)
     for one in sums:
         one.batch_size = one.batch_size or args.decode_batch_size
+    return taken
 
 
 def score_one(args, model, rewards, prompt):
-    """Decode and score some image or video, with its gradient if there is one."""
-    latents = torch.zeros(model.latents_shape(1, size_of(args)), device=model.network.device)
-    with offload_models(*rewards.modules, device=latents.device, offload=args.reward_offload):
-        score_latents(decoder_of(args, model), rewards, latents, [prompt], 1, rewards.has_gradient)
+    """Decode and score some image or video, with its gradient if there is one; returns the bytes that this takes."""
+    device = model.network.device
+    latents = torch.zeros(model.latents_shape(1, size_of(args)), device=device)
+    with decoding(args, model, device), offload_models(*rewards.modules, device=device, offload=args.reward_offload):
+        with LiveBytes() as live:
+            score_latents(decoder_of(args, model), rewards, latents, [prompt], 1, rewards.has_gradient)
+    return live.peak
 
 
-def images_that_fit(run_one, device):
-    """How many images at a time fit into half of a GPU's free memory, from what run_one() takes for one of them."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before, (free, _) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - before
-    run_one()
-    taken = torch.cuda.max_memory_allocated(device) - before
+def images_that_fit(taken, device):
+    """How many images of so many bytes fit at a time into half of a GPU's free memory; 1 on other devices."""
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(1, min(MOST_DECODED, int(free / 2 / taken)))
 
 
@@ -191,8 +195,8 @@ class BatchScorer:
     """
 
     def __init__(self, args, accelerator, model, rewards, prompts, vae=None):
-        self.args, self.accelerator, self.decode, self.rewards = args, accelerator, decoder_of(args, model), rewards
-        self.prompts, self.vae = prompts, vae
+        self.args, self.accelerator, self.model, self.rewards = args, accelerator, model, rewards
+        self.decode, self.prompts, self.vae = decoder_of(args, model), prompts, vae
         self.scores = None
 
     def __call__(self, x_0, with_gradient):
@@ -214,7 +218,10 @@ class BatchScorer:
     def _score(self, x_0, with_gradient):
         args, device, scale = self.args, self.accelerator.device, loss_scale(self.accelerator)
         prompts = self.prompts * (len(x_0) // len(self.prompts))
-        with offload_models(*self.rewards.modules, device=device, offload=args.reward_offload):
+        with (
+            decoding(args, self.model, device, self.vae),
+            offload_models(*self.rewards.modules, device=device, offload=args.reward_offload),
+        ):
             return score_latents(
                 *(self.decode, self.rewards, x_0, prompts, args.decode_batch_size, with_gradient, scale), vae=self.vae
             )

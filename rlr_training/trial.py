@@ -14,34 +14,86 @@
 """The first calls of a model: whether it can draw, what its calls cost, and whether the compiler manages them."""
 
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend
 from reward_models.loading import first_line
+from rlr_utils.kept_graphs import spare_bytes
 from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers.training_utils import free_memory
 
 from .chains import size_of
 from .errors import is_out_of_memory
+from .memory import LiveBytes
+from .offload import decoding
 
 
 logger = get_logger(__name__, log_level="INFO")
 
 
 class Costs(NamedTuple):
-    """Floating-point operations of the calls for one image or video, as torch counts them.
+    """Floating-point operations of the calls for one image or video, as torch counts them, and bytes.
 
     Attributes:
         forward, swept: of the network, guided: a forward pass, and one with its vector-Jacobian product.
         decode: of the decoder, without a gradient.
         predict: of the decoder of predicted images.
+        swept_bytes: that a swept step takes.
     """
 
     forward: int
     swept: int
     decode: int
     predict: int
+    swept_bytes: int
+
+
+def settle_memory(args, model, chain, chain_of):
+    """Set --guidance_batching and --gradient_checkpointing where they are auto.
+
+    They are joint and off, or on a GPU the first of the slower ones with which a swept step of a batch leaves a tenth of the
+    memory free.
+
+    Args:
+        model: `DiffusionModel`, on the device.
+        chain: of the run, without prompts, which gets the setting of guidance.
+        chain_of: `chain_of(chain) -> DenoisingChain` of a batch.
+    """
+    for checkpointing in ("off", "on") if args.gradient_checkpointing == "auto" else [args.gradient_checkpointing]:
+        for batching in ("joint", "split") if args.guidance_batching == "auto" else [args.guidance_batching]:
+            chain.split_guidance = batching == "split"
+            if checkpointing == "on" and not model.network.is_gradient_checkpointing:
+                model.network.enable_gradient_checkpointing()
+            if has_room(partial(sweep_once, args, model, chain_of(chain)), chain.timesteps.device):
+                break
+        else:
+            continue
+        break
+    args.gradient_checkpointing, args.guidance_batching = checkpointing, batching
+
+
+def has_room(run, device):
+    """Whether run() leaves a tenth of a GPU's memory free; on other devices it is not called, and the answer is yes."""
+    if device.type != "cuda":
+        return True
+    free_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return False
+    return spare_bytes(device) > 0
+
+
+def sweep_once(args, model, chain):
+    """Take a step of some latents with its gradient."""
+    x = torch.zeros(model.latents_shape(args.train_batch_size, size_of(args)), device=chain.timesteps.device)
+    chain.mean(chain.num_steps, x.requires_grad_()).sum().backward()
+    model.network.zero_grad()
 
 
 def try_model(args, model, chain, baseline_vae):
@@ -60,7 +112,7 @@ def try_model(args, model, chain, baseline_vae):
     """
     x = torch.zeros(model.latents_shape(1, size_of(args)), device=chain.timesteps.device, requires_grad=True)
     name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}"
-    with drawing_with(name), FlopCounterMode(display=False) as counter:
+    with drawing_with(name), FlopCounterMode(display=False) as counter, LiveBytes() as live:
         mean = chain.mean(chain.num_steps, x)
         forward = counter.get_total_flops()
         mean.sum().backward()
@@ -68,7 +120,7 @@ def try_model(args, model, chain, baseline_vae):
     decode = predict = try_decoder(args, name, model, mean.detach())
     if baseline_vae is not None:
         predict = try_decoder(args, f"--baseline_vae {args.baseline_vae!r}", model, mean.detach(), baseline_vae)
-    return Costs(forward, counter.get_total_flops(), decode, predict)
+    return Costs(forward, counter.get_total_flops(), decode, predict, live.peak)
 
 
 @torch.no_grad()
@@ -78,7 +130,7 @@ def try_decoder(args, name, model, latents, vae=None):
     Raises:
         ValueError: naming what holds the decoder, if it cannot.
     """
-    with drawing_with(name), FlopCounterMode(display=False) as counter:
+    with drawing_with(name), FlopCounterMode(display=False) as counter, decoding(args, model, latents.device, vae):
         images = model.decode(latents, vae)
     if not images.isfinite().all():
         raise ValueError(
@@ -111,7 +163,7 @@ def compile_blocks(args, accelerator, model, chain, schedule):
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
         return
-    blocks = blocks_of(model)
+    blocks = model.blocks
     for block in blocks:
         block.compile(**plugin.to_kwargs())
     x = torch.zeros(model.latents_shape(args.train_batch_size, size_of(args)), device=chain.timesteps.device)
@@ -128,9 +180,3 @@ def compile_blocks(args, accelerator, model, chain, schedule):
             block._compiled_call_impl = None
     finally:
         model.network.zero_grad()
-
-
-def blocks_of(model):
-    """The blocks that the network of a `DiffusionModel` repeats."""
-    named = getattr(model.network, "_repeated_blocks", None) or model.repeated_blocks
-    return [module for module in model.network.modules() if type(module).__name__ in named]

@@ -241,7 +241,9 @@ class DenoisingChain:
         conditions, model_input = self.conditions[i], self.steps[i].input_scale * x
         if not self.guided:
             return self.call(model_input, self.timesteps[i], conditions).to(x.dtype)
-        halves = (self._two_calls if self.split_guidance else self._one_call)(model_input, self.timesteps[i], conditions)
+        halves = (self._two_calls if self.split_guidance else self._one_call)(
+            model_input, self.timesteps[i], conditions
+        )
         return self.guide(*(half.to(x.dtype) for half in halves), self.guidance_scales[i])
 
     def _one_call(self, x, timestep, conditions):

@@ -270,6 +270,22 @@ def test_the_gradient_flows_through_both_halves_of_the_guided_call(steps):
     assert torch.autograd.gradcheck(lambda x: chain.predict(2, x), x)
 
 
+def test_guidance_may_be_two_calls_of_the_same_gradient(steps):
+    """The first half is called once more by the backward pass, after the second half's graph has been used up."""
+    chain, given = toy_chain(steps, conditions_of(), conditions_of(), guidance_scale=4.0), []
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    for is_split in (False, True):
+        chain.split_guidance = is_split
+        chain.call.batch_sizes.clear()
+        mean, x_0 = chain.conditioned_on(chain.conditions, chain.negative).predict(2, x)
+        given.append([mean, x_0, *torch.autograd.grad(mean.square().sum() + x_0.sum(), (x, chain.call.weight))])
+        assert chain.call.batch_sizes == ([3, 3, 3] if is_split else [6])
+    for joint, split in zip(*given):
+        torch.testing.assert_close(split, joint, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(chain.mean(2, x), given[1][0])
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_every_step_can_have_its_own_conditions(steps, guidance_scale):
     by_step, negative = [conditions_of() for _ in range(3)], conditions_of()

@@ -18,7 +18,6 @@ import csv
 import memory_video
 import pytest
 import torch
-from memory import GIB, LiveBytes
 from memory_video import (
     CHECKPOINTING,
     CHUNK,
@@ -33,6 +32,7 @@ from memory_video import (
     recipes,
     video_models,
 )
+from rlr_training.memory import GIB, LiveBytes
 
 
 # A video whose whole decoding is the largest part, without and with checkpointing.

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from rlr_testing import BASE, metrics_of, train
 from rlr_training.checks import rlr_settings
+from rlr_training.memory import GIB, Footprint
 from rlr_training.metrics import Progress, gather_scores, log_metrics, print_plan, trim_metrics
 from rlr_training.metrics import metrics_of as line_of
 from rlr_training.run import load_run_rewards, set_num_steps
@@ -31,7 +32,8 @@ from rlr_utils import RLRStep, ddim_steps
 from train_rlr_sd import parse_args
 
 
-COSTS = Costs(forward=2 * 10**12, swept=5 * 10**12, decode=4 * 10**12, predict=3 * 10**12)
+COSTS = Costs(forward=2 * 10**12, swept=5 * 10**12, decode=4 * 10**12, predict=3 * 10**12, swept_bytes=GIB)
+EXPECTED = Footprint(weights=3 * GIB, latents=2**20, sweep=2 * GIB, scoring=GIB)
 
 
 def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1, guided=True):
@@ -45,7 +47,7 @@ def plan_of(capsys, *flags, differentiable=True, num_prompts=10, num_ranks=1, gu
     )
     levels = [(1 - sigma, sigma) for sigma in (1.0, 0.8, 0.5, 0.1, 0.0)]
     chain = SimpleNamespace(steps=ddim_steps(levels, "flow_prediction", eta=0.0), guided=guided)
-    print_plan(accelerator, args, rlr, rlr.draw_schedule(), chain, sampler, parameters, COSTS)
+    print_plan(accelerator, args, rlr, rlr.draw_schedule(), chain, sampler, parameters, COSTS, EXPECTED)
     return dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
@@ -56,6 +58,8 @@ def test_the_plan_is_the_arithmetic_of_the_run(capsys):
     assert rows["steps"] == "5 = 6.0 passes over the prompts"
     assert (rows["trainable parameters"], rows["prompts"], rows["model"]) == ("1,234", "10", "x")
     assert (rows["reward"], rows["gradient estimator"]) == ("aesthetic", "rlr")
+    expected = "about 5.0 GiB = 3.0 GiB weights + 1.0 MiB latents + the larger of 2.0 GiB for a swept step and 1.0 GiB for scoring"
+    assert rows["memory per device"] == expected
     # Without noise a prediction counts as much as its step lowers sigma.
     assert rows["weight of the steps"] == "10 % the last, 50 % the last 2, 80 % the last 3"
 

@@ -59,26 +59,26 @@ def test_the_last_step_has_noise_where_the_estimator_needs_it(settings, differen
 
 
 def encoded(num_prompts, num_steps, rank=0):
-    """(the prompts that are encoded before training, those that the run meets)."""
+    """(the prompts that are encoded before training, those that the run meets from step 3 on)."""
     found = []
     embeds = SimpleNamespace(encode_all=lambda prompts, show_progress: found.extend(prompts))
-    args = SimpleNamespace(gradient_accumulation_steps=2, train_batch_size=3, prompts=None)
+    steps = {"max_train_steps": 2 + num_steps, "gradient_accumulation_steps": 2}
+    args = SimpleNamespace(**steps, train_batch_size=3, prompts=None)
     sampler = PromptSampler([f"prompt {i}" for i in range(num_prompts)], 0, rank, 2)
-    sampler.next_batch(3)  # as of a run that is resumed
-    encode_prompts_of_run(args, embeds, sampler, ["a held-out one"], num_steps, show_progress=False)
-    met = [prompt for _ in range(2 * num_steps) for prompt in sampler.next_batch(3)]
-    return found, met
+    encode_prompts_of_run(args, embeds, sampler, ["a held-out one"], first_step=2, show_progress=False)
+    met = [prompt for _ in range(2 * (2 + num_steps)) for prompt in sampler.next_batch(3)]
+    return found, met[12:]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_exactly_the_prompts_that_a_run_will_meet_are_encoded(rank):
     found, met = encoded(num_prompts=100, num_steps=4, rank=rank)
-    assert found == [*dict.fromkeys(met), "a held-out one"] and len(met) == 24
+    assert found == [*dict.fromkeys(["prompt 0", *met]), "a held-out one"] and len(met) == 24
     found, met = encoded(num_prompts=5, num_steps=1000, rank=rank)
     assert set(found) == {*met, "a held-out one"} and len(found) == 6
 
 
 def test_very_many_prompts_are_encoded_when_their_turn_comes(monkeypatch):
     monkeypatch.setattr(chains, "MAX_ENCODED_BEFORE", 20)
-    assert len(encoded(num_prompts=100, num_steps=3)[0]) == 19
+    assert len(encoded(num_prompts=100, num_steps=3)[0]) == 20
     assert encoded(num_prompts=100, num_steps=4)[0] == []

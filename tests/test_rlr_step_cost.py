@@ -20,8 +20,8 @@ import step_cost
 import torch
 from accelerate import Accelerator
 from bench_networks import bundle
-from memory import LiveBytes
 from rlr_testing import widened_norms
+from rlr_training.memory import LiveBytes
 from step_cost import Case, Step
 
 

@@ -24,7 +24,7 @@ from rlr_chains import gradients
 from rlr_flow_models import FLOW_FOLDERS
 from rlr_models import FOLDERS, PROMPTS, add_random_lora, chain_of
 from rlr_testing import TINY_SD, tiny_model
-from rlr_training.trial import blocks_of, compile_blocks, try_model
+from rlr_training.trial import compile_blocks, try_model
 from rlr_utils import full_bp
 from rlr_video_models import tiny_wan, tiny_wan_a14b
 from rlr_video_models_other import tiny_animatediff, tiny_cogvideox, tiny_ltx
@@ -64,7 +64,7 @@ def test_the_costs_are_those_of_the_calls():
 @pytest.mark.parametrize("name", [*FOLDERS, *FLOW_FOLDERS, *VIDEO_FOLDERS])
 def test_every_family_has_blocks_that_repeat(name):
     model = load_model(str({**FOLDERS, **FLOW_FOLDERS, **VIDEO_FOLDERS}[name]()))
-    blocks = blocks_of(model)
+    blocks = model.blocks
     assert blocks
     inside = [module for block in blocks for module in block.modules()]
     assert len(set(map(id, inside))) == len(inside)  # none is part of another
@@ -87,7 +87,7 @@ def test_blocks_of_a_class_share_a_compilation():
 
     expected = gradient()
     compile_blocks(args, accelerator_with(counter), model, chain, full_bp(3))
-    assert len(blocks_of(model)) == 2 and counter.frame_count == 2
+    assert len(model.blocks) == 2 and counter.frame_count == 2
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 2
 

@@ -1,0 +1,64 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Frozen weights in four or eight bits, by diffusers' own quantization."""
+
+from importlib.util import find_spec
+
+import torch
+
+from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+
+# {what it is called: the library that it needs}
+LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+
+
+def quantization_config(kind, dtype):
+    """The `quantization_config` of a network's `from_pretrained`.
+
+    Args:
+        kind: "nf4" for the four bits of QLoRA (huggingface.co/papers/2305.14314), "int8" or "fp8" for eight, with a scale for
+            each row.
+        dtype: that the network computes in.
+
+    Raises:
+        ValueError: if its library, or for nf4 a GPU, is missing.
+    """
+    library = LIBRARIES[kind]
+    if find_spec(library) is None:
+        raise ValueError(f"quantization to {kind} needs {library}: pip install {library}")
+    if kind == "nf4":
+        if not torch.accelerator.is_available():
+            raise ValueError("quantization to nf4 needs a GPU: without one use int8")
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+
+
+def stored_bytes(module):
+    """Bytes of the weights of a module as they are stored, the scales of quantized ones included."""
+    return sum(tensor.nbytes for weight in module.parameters() for tensor in _stored(weight))
+
+
+def _stored(weight):
+    """The tensors that hold a weight."""
+    if hasattr(weight, "__tensor_flatten__"):  # torchao
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _stored(getattr(weight, name))
+        return
+    yield weight
+    state = getattr(weight, "quant_state", None)  # bitsandbytes
+    if state is not None:
+        yield from (tensor for tensor in state.as_dict(packed=True).values())

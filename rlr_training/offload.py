@@ -1,0 +1,97 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What rests on the CPU: the frozen weights of a network's blocks but while their block computes, and the VAE."""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.training_utils import offload_models
+
+
+class Visit(ModelHook):
+    """Puts copies of a block's frozen weights on the device in their place for each call of the block.
+
+    The copies are tensors of their own: the graph of a call holds them as long as it needs them, and no longer. diffusers' own
+    group offloading changes the contents of the weights, and a backward pass would find those of the CPU.
+
+    Args:
+        block: with a LoRA, which stays on the device.
+        device: of the copies.
+    """
+
+    def __init__(self, block, device):
+        self.device = device
+        self.resting = [
+            (module, name, weight)
+            for module in block.modules()
+            for name, weight in module.named_parameters(recurse=False)
+            if not weight.requires_grad
+        ]
+
+    def pre_forward(self, module, *args, **kwargs):
+        for owner, name, weight in self.resting:
+            owner._parameters[name] = brought(weight, self.device)
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        for owner, name, weight in self.resting:
+            owner._parameters[name] = weight
+        return output
+
+
+def brought(weight, device):
+    """A copy of a frozen weight on a device."""
+    return torch.nn.Parameter(weight.to(device, non_blocking=True), requires_grad=False)
+
+
+def offload_blocks(network, blocks, device):
+    """Move a network to a device, but for the frozen weights of its blocks, which come for each call of their block.
+
+    A backward pass needs them once more. Each block is checkpointed, so its call is repeated then.
+
+    Args:
+        network: with a LoRA.
+        blocks: modules of the network, none part of another.
+        device: a `torch.device`.
+    """
+    resting = {id(weight) for block in blocks for weight in block.parameters() if not weight.requires_grad}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if id(tensor) not in resting:
+            tensor.data = tensor.data.to(device)
+        elif device.type == "cuda" and type(tensor.data) is torch.Tensor:
+            tensor.data = tensor.data.pin_memory()  # for faster copies
+    for block in blocks:
+        HookRegistry.check_if_exists_or_initialize(block).register_hook(Visit(block, device), "visit")
+    network.enable_gradient_checkpointing(repeated_whole)
+
+
+def repeated_whole(block, *args):
+    """A checkpointed block whose call is repeated to its end, or its weights would stay on the device."""
+    with set_checkpoint_early_stop(False):
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def decoding(args, model, device, vae=None):
+    """Within it, the VAE is on the device, which with --vae_offload it is not outside.
+
+    Args:
+        vae: the one that decodes, if not the model's own.
+    """
+    offload = getattr(args, "vae_offload", False) and vae is None  # an evaluation has no such flag
+    with offload_models(model.pipeline.vae, device=device, offload=offload):
+        yield

@@ -1,0 +1,197 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is not on the device all the time: the weights of blocks, the VAE; and what a run takes of its memory."""
+
+import re
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusion_models import load_model
+from diffusion_models.quantize import stored_bytes
+from rlr_chains import gradients
+from rlr_flow_models import FLOW_FOLDERS
+from rlr_models import FOLDERS, PROMPTS, add_random_lora, chain_of
+from rlr_testing import tiny_model, train
+from rlr_training import offload, trial
+from rlr_training.memory import Footprint, LiveBytes, footprint
+from rlr_training.offload import offload_blocks
+from rlr_training.trial import settle_memory
+from rlr_utils import backward_sweep, full_bp, rollout
+from rlr_video_models import tiny_wan, tiny_wan_a14b
+from rlr_video_models_other import tiny_animatediff, tiny_cogvideox, tiny_ltx
+
+
+VIDEO_FOLDERS = {make.__name__: make for make in (tiny_wan, tiny_wan_a14b, tiny_animatediff, tiny_cogvideox, tiny_ltx)}
+SIZES = {"tiny_cogvideox": (32, 32, 9), "tiny_ltx": (32, 32, 9)}
+
+
+@pytest.fixture
+def move_away(monkeypatch):
+    """`move_away(blocks)` stands in for the CPU of a machine with a GPU: there, weights are NaN, and those that are brought
+    are themselves. Returns weak references to all that has been brought."""
+
+    def move(blocks):
+        frozen, visits = [p for block in blocks for p in block.parameters() if not p.requires_grad], []
+        values = {id(weight): weight.detach().clone() for weight in frozen}
+        for weight in frozen:
+            weight.data.fill_(float("nan"))
+
+        def bring(weight, device):
+            copy = torch.nn.Parameter(values[id(weight)].clone(), requires_grad=False)
+            visits.append(weakref.ref(copy))
+            return copy
+
+        monkeypatch.setattr(offload, "brought", bring)
+        return visits
+
+    return move
+
+
+def swept(model, size):
+    chain = chain_of(model, 3, size=size)
+    x_T = torch.randn(model.latents_shape(len(PROMPTS), size), generator=torch.Generator().manual_seed(0))
+    trajectory = rollout(chain, x_T, torch.Generator().manual_seed(1))
+    backward_sweep(chain, trajectory, full_bp(3), reward_grad=torch.ones_like(x_T))
+    return trajectory.latents[0], gradients(model.network)
+
+
+@pytest.mark.parametrize("name", [*FOLDERS, *FLOW_FOLDERS, *VIDEO_FOLDERS])
+def test_blocks_whose_weights_rest_elsewhere_have_the_same_gradient(name, move_away):
+    """For every family; nothing that was brought is there after the sweep."""
+    folder = {**FOLDERS, **FLOW_FOLDERS, **VIDEO_FOLDERS}[name]()
+    size, results = SIZES.get(name, (32, 32, 5) if name in VIDEO_FOLDERS else (32, 32)), []
+    for is_offloaded in (False, True):
+        model = load_model(str(folder))
+        for network in model.networks.values():
+            add_random_lora(network)
+        if is_offloaded:
+            offload_blocks(model.network, model.blocks, torch.device("cpu"))
+            visits = move_away(model.blocks)
+        results.append(swept(model, size))
+    (x_0, expected), (x_0_again, found) = results
+    assert len(visits) > 0 and expected.norm() > 0
+    torch.testing.assert_close(x_0_again, x_0)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    frozen = [p for block in model.blocks for p in block.parameters() if not p.requires_grad]
+    assert all(p.isnan().all() for p in frozen) and all(copy() is None for copy in visits)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--offload_blocks"], ["--vae_offload"], ["--guidance_batching", "split"], ["--gradient_checkpointing"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_saves_memory_changes_no_number_of_a_run(tmp_path, flags, plain_run):
+    lines = train(tmp_path / "out", "--num_eval_images", "2", *flags)
+    for line, expected in zip(lines, plain_run, strict=True):
+        assert line["reward_mean"] == pytest.approx(expected["reward_mean"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("plain") / "out", "--num_eval_images", "2")
+
+
+# Memory
+
+
+def step_bytes(model, batch_size, is_split):
+    """Bytes that a swept step takes at most."""
+    chain = chain_of(model, 3, prompts=(PROMPTS * 3)[:batch_size])
+    chain.split_guidance = is_split
+    with LiveBytes() as live:
+        chain.mean(3, torch.zeros(batch_size, 4, 8, 8, requires_grad=True)).sum().backward()
+    model.network.zero_grad()
+    return live.peak
+
+
+def test_guidance_in_two_calls_takes_half_the_memory_and_a_batch_takes_that_of_its_images():
+    model = tiny_model()
+    add_random_lora(model.network)
+    one, two, split = step_bytes(model, 1, False), step_bytes(model, 2, False), step_bytes(model, 2, True)
+    assert two == pytest.approx(2 * one, rel=0.1)
+    assert split < 0.6 * two
+
+
+@pytest.mark.parametrize(
+    ("asked", "fitting", "settled"),
+    [
+        (("auto", "auto"), 0, ("off", "joint")),
+        (("auto", "auto"), 1, ("off", "split")),
+        (("auto", "auto"), 2, ("on", "joint")),
+        (("auto", "auto"), 3, ("on", "split")),
+        (("auto", "auto"), 4, ("on", "split")),  # the least that there is
+        (("off", "auto"), 5, ("off", "split")),
+        (("auto", "joint"), 1, ("on", "joint")),
+        (("on", "split"), 5, ("on", "split")),
+    ],
+)
+def test_of_the_settings_the_first_that_fits_is_taken(monkeypatch, asked, fitting, settled):
+    """Each is tried with the very call that a step makes, until memory suffices."""
+    model, tried = tiny_model(), []
+    add_random_lora(model.network)
+    args = SimpleNamespace(gradient_checkpointing=asked[0], guidance_batching=asked[1], train_batch_size=2)
+    args.height = args.width = 32
+
+    def has_room(run, device):
+        with LiveBytes() as live:
+            run()
+        tried.append(live.peak)
+        return len(tried) > fitting
+
+    monkeypatch.setattr(trial, "has_room", has_room)
+    chain = chain_of(model, prompts=PROMPTS[:2])
+    settle_memory(args, model, chain, lambda chain: chain.conditioned_on(chain.conditions, chain.negative))
+    assert (args.gradient_checkpointing, args.guidance_batching) == settled
+    assert chain.split_guidance == (settled[1] == "split")
+    assert model.network.is_gradient_checkpointing == (settled[0] == "on")
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_without_a_gpu_nothing_is_tried():
+    def never():
+        raise AssertionError
+
+    assert trial.has_room(never, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("vae_offload", [False, True])
+@pytest.mark.parametrize("reward_offload", [False, True])
+def test_the_footprint_is_that_of_the_flags(vae_offload, reward_offload):
+    model, judge = tiny_model(), torch.nn.Linear(1000, 1000)
+    args = SimpleNamespace(
+        **{"vae_offload": vae_offload, "reward_offload": reward_offload, "keep_graphs": 2, "height": 32, "width": 32},
+        **{"train_batch_size": 3, "gradient_accumulation_steps": 5, "num_inference_steps": 4, "decode_batch_size": 2},
+    )
+    expected = footprint(args, model, [judge], None, swept_bytes=10**6, scored_bytes=10**5)
+    network, vae, reward = map(stored_bytes, (model.network, model.pipeline.vae, judge))
+    assert reward == 4 * (1000 * 1000 + 1000)
+    moved = vae_offload * vae + reward_offload * reward
+    assert expected.weights == network + vae + reward - moved
+    assert expected.scoring == 2 * 10**5 + moved
+    assert expected.sweep == 3 * 10**6 * (1 + 5 * 2)
+    assert expected.latents == 5 * 3 * (2 * 4 + 1) * 4 * 8 * 8 * 4
+    assert Footprint(1, 2, 3, 4).peak == 7
+
+
+def test_the_plan_says_what_a_run_takes(tmp_path, capsys):
+    train(tmp_path / "out", "--max_train_steps", "1", "--num_eval_images", "0")
+    (row,) = re.findall(r"memory per device +(.*)", capsys.readouterr().out)
+    pattern = (
+        r"about ([\d.]+) MiB = ([\d.]+) MiB weights \+ ([\d.]+) MiB latents \+ the larger of ([\d.]+) MiB for a swept"
+    )
+    peak, weights, latents, sweep = map(float, re.match(pattern, row).groups())
+    assert peak == pytest.approx(weights + latents + sweep, abs=0.2) and sweep > 1 and weights > 1

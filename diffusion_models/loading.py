@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 import diffusers
 from diffusers import DiffusionPipeline
 
-from .quantize import quantization_config
+from .quantize import keep_quantized, quantization_config
 
 
 # Components that images are drawn without.
@@ -204,6 +204,8 @@ def _load_part(component_class, folder, name, dtype, variant, **options):
     if variant is not None and _has_variant(path, variant):
         options["variant"] = variant
     component = load_component(component_class, path, dtype, **options)
+    if "quantization_config" in options:
+        keep_quantized(component)
     kind = getattr(component.config, "model_type", "")
     entries = ENTRIES_OF_T5 if kind in ("t5", "umt5") else ENTRIES_OF_QWEN if kind.startswith("qwen") else ()
     _check_entries(component, written, entries or ENTRIES.get(name.rstrip("_23"), ()))

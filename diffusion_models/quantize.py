@@ -13,9 +13,11 @@
 # limitations under the License.
 """Frozen weights in four or eight bits, by diffusers' own quantization."""
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 
 from diffusers import BitsAndBytesConfig, TorchAoConfig
 
@@ -45,6 +47,32 @@ def quantization_config(kind, dtype):
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = W x + b, whose graph keeps W as it is stored, and not the copy in half precision that torchao multiplies with."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        y = F.linear(x, weight, bias)
+        return y.clone() if y._is_view() else y  # a LoRA adds to it in its place
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.dequantize().to(grad.dtype), None, None
+
+
+def keep_quantized(network):
+    """Have the frozen layers of a network that torchao has quantized keep nothing else for the backward pass."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Linear) and hasattr(layer.weight, "__tensor_flatten__"):
+            layer.forward = partial(_forward, layer)
+
+
+def _forward(layer, x):
+    return FrozenLinear.apply(x, layer.weight, layer.bias)
 
 
 def stored_bytes(module):

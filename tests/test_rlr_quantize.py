@@ -72,6 +72,22 @@ def test_the_gradient_is_that_of_the_same_weights_written_out(name, kind):
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_graph_keeps_the_weights_as_they_are_stored(kind):
+    """Not the copies in half precision with which they multiply: it is no larger than that of the plain model."""
+    kept = []
+    for quantize in (None, kind):
+        model = load_model(tiny_flux(), quantize=quantize)
+        chain, sizes = chain_of(model, 3), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x
+        ):
+            chain.mean(3, torch.randn(model.latents_shape(len(PROMPTS), (32, 32)), requires_grad=True))
+        own = {weight.data_ptr() for weight in model.network.parameters()}
+        kept.append(sum(size for pointer, size in sizes.items() if pointer not in own))
+    assert kept[1] <= 1.05 * kept[0]
+
+
 def test_in_half_precision_the_lora_stays_in_float32():
     """The error beside the weights written out is that of bfloat16."""
     model = load_model(tiny_flux(), dtype=torch.bfloat16, quantize="int8")

@@ -182,13 +182,14 @@ def plot_seeds(output_dir, grid, prompts, fps):
 def main(args):
     # Here and not above, so that --help and errors of the command line do not wait for heavy libraries.
     from accelerate import PartialState
+    from diffusion_models.embeddings import PromptEmbeds
     from reward_models.features import load_features
     from rlr_training.chains import set_defaults, set_size
     from rlr_training.comparison import load_adapters, load_real, measure
     from rlr_training.evaluation import load_base, make_draw
     from rlr_training.output_dir import check_writable
     from rlr_training.processes import frozen_dtype, refuse_engines, set_up_logging
-    from rlr_training.prompts import load_prompts, warn_of_long_prompts
+    from rlr_training.prompts import load_prompts, texts_of, warn_of_long_prompts
     from rlr_training.scoring import load_reward_sum
 
     with bad_input_ends_the_run():
@@ -205,18 +206,25 @@ def main(args):
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)
         model = load_base(args, frozen_dtype(args.mixed_precision))
-        model.pipeline.to(device)
         set_size(args, model)
         set_defaults(args, model)
         rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
         warn_of_long_prompts(args.prompts, [*prompts, args.negative_prompt], *model.prompt_reader)
         names = load_adapters(model.pipeline, args.adapters, args.cache_dir)
+        # The text encoders are gone before the network comes to the device.
+        embeds = PromptEmbeds(model, device)
+        embeds.negative(args.negative_prompt)
+        embeds.encode_all(texts_of(args.prompts, prompts))
+        for part in (model.network, model.pipeline.vae):
+            part.to(device)
         os.makedirs(args.output_dir, exist_ok=True)
 
         def measured(images, base):
             return measure(images, prompts, rewards, features, base, real, device)
 
-        results, grid, grid_prompts = draw_and_measure(args, model, make_draw(args, model), names, prompts, measured)
+        results, grid, grid_prompts = draw_and_measure(
+            args, model, make_draw(args, model, embeds), names, prompts, measured
+        )
         write(args.output_dir, results, grid, grid_prompts, args.fps)
     return results
 

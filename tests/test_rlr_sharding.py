@@ -32,10 +32,12 @@ from rlr_flow_models import tiny_sd3
 from rlr_models import seeded
 from rlr_processes import call_on_two_ranks, run_two_ranks
 from rlr_testing import ASSETS, BASE, LORA, ROOT, TINY_CLIP, metrics_of, refused, same_adapter, tiny_pipeline
-from rlr_training.checkpoints import check_same_run, read_state
+from rlr_training import finish
+from rlr_training.checkpoints import STATE_FILE, check_same_run, read_state
+from rlr_training.errors import RunError
 from rlr_training.optimizer import average_gradients
 from rlr_training.processes import refuse_engines
-from rlr_training.sharding import check_sharding, shard
+from rlr_training.sharding import check_sharding, gathered_at_once, shard
 from rlr_utils import RLRStep
 from rlr_video_models import tiny_wan, tiny_wan_a14b
 from safetensors.torch import load_file
@@ -169,6 +171,15 @@ def test_each_rank_has_about_half_of_the_weights(compared, case):
     assert 0.5 < compared[case]["bytes"] < 0.6
 
 
+def test_no_large_part_of_a_unet_is_gathered_for_a_whole_call():
+    """What is left to the network itself beside its blocks and levels."""
+    model = load_model(os.path.join(ASSETS, "tiny-emoji"))
+    *parts, network = gathered_at_once(model)
+    in_parts = {parameter for part in parts for parameter in part.parameters()}
+    assert network is model.network
+    assert sum(p.numel() for p in in_parts) > 0.9 * sum(p.numel() for p in network.parameters())
+
+
 # Draws
 
 
@@ -288,6 +299,30 @@ def test_a_sharded_run_is_resumed_to_the_same_adapter_which_the_pipeline_loads(t
     check_same_run(config, checkpoint)
     with pytest.raises(ValueError, match="shard was True and is False"):
         check_same_run({**config, "shard": False}, checkpoint)
+
+
+def test_a_checkpoint_of_a_version_without_the_flag_is_of_whole_networks(tmp_path):
+    (tmp_path / STATE_FILE).write_text(json.dumps({"config": {"heldout_reward": None}}))
+    config = {"heldout_reward": None, "cuda_graphs": False, "shard": False}
+    check_same_run(config, str(tmp_path))
+    with pytest.raises(ValueError, match="shard was False and is True$"):
+        check_same_run({**config, "shard": True}, str(tmp_path))
+
+
+def test_the_base_model_of_the_comparison_is_shared_too_and_a_rank_that_fails_in_it_ends(monkeypatch):
+    """The other ranks would wait for its calls."""
+
+    def failing(model, accelerator):
+        raise ValueError(f"the shards of {model} do not fit")
+
+    monkeypatch.setattr(finish, "load_base", lambda args, dtype: "the base model")
+    monkeypatch.setattr(finish, "shard", failing)
+    args = SimpleNamespace(num_eval_images=2, validation_prompts=None, shard=True, mixed_precision="no")
+    run = SimpleNamespace(
+        sampler=SimpleNamespace(prompts=["a two"]), accelerator=SimpleNamespace(num_processes=2, process_index=1)
+    )
+    with pytest.raises(RunError, match="^the comparison .* has failed: the shards of the base model do not fit$"):
+        finish.compare_at_the_end(args, run, 1)
 
 
 def test_a_rank_that_is_killed_ends_all(tmp_path):

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from diffusers import BitsAndBytesConfig, TorchAoConfig
 
@@ -76,12 +77,15 @@ def _forward(layer, x):
 
 
 def stored_bytes(module):
-    """Bytes of the weights of a module as they are stored, the scales of quantized ones included."""
+    """Bytes of the weights of a module as they are stored in this process, the scales of quantized ones included."""
     return sum(tensor.nbytes for weight in module.parameters() for tensor in _stored(weight))
 
 
 def _stored(weight):
-    """The tensors that hold a weight."""
+    """The tensors that hold a weight, or this process's part of it."""
+    if isinstance(weight, DTensor):
+        yield weight.to_local()
+        return
     if hasattr(weight, "__tensor_flatten__"):  # torchao
         for name in weight.__tensor_flatten__()[0]:
             yield from _stored(getattr(weight, name))

@@ -302,6 +302,12 @@ def add_training_flags(parser, output_dir):
         help="Launch each call of the network at once, as a CUDA graph: up to six times faster where the CPU is the brake, as"
         " with few images on a fast GPU. The memory of one call's graph stays taken.",
     )
+    add(
+        "--shard",
+        action="store_true",
+        help="Leave each of several processes a part of the network's frozen weights, which they gather block by block at"
+        " each call: for networks that are too large for one GPU.",
+    )
     add("--learning_rate", type=POSITIVE, default=1e-4, help="Learning rate after warm-up.")
     add("--scale_lr", action="store_true", help="Multiply the learning rate by the images per optimizer step.")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="Schedule of the learning rate.")
@@ -364,7 +370,9 @@ def parse_training_args(parser, input_args):
     del args.preset_low_memory  # the run is what it stands for
     if args.offload_blocks:  # graphs that are kept would hold the weights
         _set_where_auto(args, gradient_checkpointing="on", keep_graphs=0)
-    if args.cuda_graphs:  # which overwrite their activations at each call
+    # CUDA graphs overwrite their activations at each call. Ranks that share a network cannot each see what fits: one that
+    # runs out of memory within a call would leave the others waiting.
+    if args.cuda_graphs or args.shard:
         _set_where_auto(args, gradient_checkpointing="off", guidance_batching="joint", keep_graphs=0)
     from .checks import check_args
 

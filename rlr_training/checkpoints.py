@@ -44,8 +44,8 @@ MAY_CHANGE = (
     *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing", "keep_graphs"),
     *("guidance_batching", "vae_offload", "offload_blocks"),
 )
-
-
+# Flags that the script did not have before, and the values that stand for what it did then.
+NEW_FLAGS = {"cuda_graphs": False, "shard": False}
 # Flags that the script had before and their defaults; `...` where the value does not matter.
 FORMER_FLAGS = {
     **{"subchain_sampling": "uniform", "zo_scale": 0.02, "baseline_steps": None},
@@ -151,7 +151,7 @@ def check_same_run(config, resume_path):
     Raises:
         ValueError: naming what differs.
     """
-    before = read_state(resume_path)["config"]
+    before = {**NEW_FLAGS, **read_state(resume_path)["config"]}
     # Held-out images are of the validation prompts: of others they could not be compared with those so far.
     may_change = set(MAY_CHANGE) - ({"validation_prompts"} if config["heldout_reward"] else set())
     differing = [

@@ -129,12 +129,27 @@ def _check_run(args):
         )
     if args.report_to in ("wandb", "comet_ml") and find_spec(args.report_to) is None:
         raise ValueError(f"--report_to {args.report_to}: {args.report_to} is not installed")
+    _check_device(args)
+    if args.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise ValueError("--use_8bit_adam: bitsandbytes is not installed")
+    if args.push_every is not None and not args.push_to_hub:
+        raise ValueError(f"--push_every {args.push_every} needs --push_to_hub")
+    if args.overwrite_output_dir and args.resume_from_checkpoint is not None:
+        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint: give one of them")
+
+
+def _check_device(args):
+    """Refuse flags about memory and calls of the network that do not go together."""
     if args.cuda_graphs:
         given = {name: getattr(args, name) for name in ("compile", "keep_graphs", "kl_weight", "offload_blocks")}
         given["gradient_checkpointing"] = args.gradient_checkpointing == "on"
         given["guidance_batching"] = args.guidance_batching == "split"
         for name in (name for name, value in given.items() if value):
             raise ValueError(f"--cuda_graphs and --{name}: give one of them")
+    if args.shard:
+        others = ("compile", "cuda_graphs", "keep_graphs", "offload_blocks", "quantize")
+        for name in (name for name in others if getattr(args, name)):
+            raise ValueError(f"--shard and --{name}: give one of them")
     if args.offload_blocks:
         if args.gradient_checkpointing == "off":
             raise ValueError("--offload_blocks needs --gradient_checkpointing on, which brings the weights back")
@@ -144,9 +159,3 @@ def _check_run(args):
             raise ValueError("--offload_blocks cannot move weights of --quantize nf4: use int8 or fp8")
         if args.keep_graphs != 0 and args.keep_graphs != "auto":
             raise ValueError("--offload_blocks and --keep_graphs: give one of them")
-    if args.use_8bit_adam and find_spec("bitsandbytes") is None:
-        raise ValueError("--use_8bit_adam: bitsandbytes is not installed")
-    if args.push_every is not None and not args.push_to_hub:
-        raise ValueError(f"--push_every {args.push_every} needs --push_to_hub")
-    if args.overwrite_output_dir and args.resume_from_checkpoint is not None:
-        raise ValueError("--overwrite_output_dir and --resume_from_checkpoint: give one of them")

@@ -34,6 +34,7 @@ from .optimizer import averaged
 from .output_dir import METRICS_FILE, place_adapter
 from .plots import plot_reward_curve
 from .processes import frozen_dtype
+from .sharding import shard
 from .shares import Share
 
 
@@ -95,6 +96,9 @@ def compare_at_the_end(args, run, step):
 
     Returns:
         What went wrong, a list of texts, on the main process.
+
+    Raises:
+        RunError: with --shard, where this process has failed.
     """
     if args.num_eval_images == 0:
         return []
@@ -102,11 +106,15 @@ def compare_at_the_end(args, run, step):
     share = Share(run.accelerator, len(prompts))
     try:
         base = load_base(args, frozen_dtype(args.mixed_precision))
+        if args.shard:
+            shard(base, run.accelerator)
         base.pipeline.to(run.accelerator.device)
         heldout = None if run.heldout is None else run.heldout.heldout
         part = drawn_and_scored(args, share, run.rewards, heldout, share.of(prompts), base)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         failure = one_line(error)
+        if args.shard:  # the others may wait for this process in a call of the network, and end with it
+            raise RunError(f"the comparison with the base model has failed: {failure}") from error
     # Also of a process that has failed, or the others would wait for it.
     parts = gather_object([(part, failure)])
     if not run.accelerator.is_main_process:

@@ -38,6 +38,7 @@ import diffusers
 
 from .cuda_graphs import GraphedNetwork
 from .offload import offload_blocks
+from .sharding import check_sharding, shard
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -57,8 +58,8 @@ def make_accelerator(args):
     """The accelerator; --mixed_precision is set to what accelerate's configuration says.
 
     Raises:
-        ValueError: as `refuse_engines` does; if it does not see all processes, or its precision is too low to compare two
-            means of a step.
+        ValueError: as `refuse_engines` and `check_sharding` do; if it does not see all processes, or its precision is too
+            low to compare two means of a step.
     """
     refuse_engines(args.mixed_precision)
     # Without cpu=True two CPU processes under torchrun would each believe to be alone.
@@ -84,6 +85,7 @@ def make_accelerator(args):
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but accelerate sees {accelerator.num_processes} processes"
         )
     args.mixed_precision = accelerator.mixed_precision
+    check_sharding(args, accelerator)
     _check_precision(args)
     return accelerator
 
@@ -101,7 +103,8 @@ def refuse_engines(mixed_precision):
         if parse_flag_from_env(variable):
             raise ValueError(
                 f"accelerate is configured for {engine}, which is not supported: choose plain multi-GPU training in"
-                " `accelerate config`, or start with `accelerate launch --multi_gpu`"
+                " `accelerate config`, or start with `accelerate launch --multi_gpu`; --shard of the training scripts shares"
+                " the network out among the GPUs"
             )
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in PRECISIONS:
@@ -169,6 +172,8 @@ def to_device(args, accelerator, model, baseline_vae):
         model.network.enable_gradient_checkpointing()
     # Costs one more decoding per image, as much as one or two steps of its chain.
     recompute_blocks(model.pipeline.vae.decoder)
+    if args.shard:
+        shard(model, accelerator)
     if args.offload_blocks:
         offload_blocks(model.network, model.blocks, accelerator.device)
     else:

@@ -264,6 +264,7 @@ def make_rlr_step(args, accelerator, model, rewards, trainable):
             base_model=partial(lora_disabled, model),
             parameters=trainable,
             gather=accelerator.gather,
+            shared_seed=args.seed if args.shard else None,
         )
 
 
@@ -345,7 +346,7 @@ def begin(args, run, config, tracker, schedule, costs, expected):
 
 def start(args, accelerator, resume_path, stopping):
     """Seed this rank, and resume from a checkpoint, which brings its own random state."""
-    # What is drawn from here on, such as perturbations and branches, is each rank's own.
+    # What is drawn from here on, such as noise and perturbations, is each rank's own, but for `shared_seed`.
     set_seed(args.seed, device_specific=True)
     if resume_path is not None:
         load_checkpoint(accelerator, resume_path)

@@ -18,7 +18,7 @@ import random
 import torch
 
 
-def branch(chain, trajectory, score, pairs, scale=1.0):
+def branch(chain, trajectory, score, pairs, scale=1.0, rng=random):
     r"""Add the gradient of -(mean over the batch of R) to `.grad`, estimated at one random step of each image.
 
     From the x_k of an image the step k is taken with K pairs of noises +-z_i, and each of the 2K branches runs to its end
@@ -26,8 +26,8 @@ def branch(chain, trajectory, score, pairs, scale=1.0):
 
         c_{k-1} = T / (2 K) sum_i (R_i^+ - R_i^-) z_i / sigma_k,        grad -= J_theta(mu_k)^T c_{k-1} / B
 
-    k is uniform in 1..T, from Python's global generator, which makes this unbiased for the sum over all steps. It is the
-    likelihood ratio with its antithetic partner as a baseline, and one vector-Jacobian product serves all pairs.
+    k is uniform in 1..T, which makes this unbiased for the sum over all steps. It is the likelihood ratio with its
+    antithetic partner as a baseline, and one vector-Jacobian product serves all pairs.
 
     Args:
         chain: with `repeat`, see `rlr_utils.chain`.
@@ -35,13 +35,15 @@ def branch(chain, trajectory, score, pairs, scale=1.0):
         score: `score(x_0) -> (B,)`, the rewards of latents (B, ...), image i scored as image i of the batch.
         pairs: K.
         scale: a factor of the gradient.
+        rng: draws k, a `random.Random` or Python's global generator. Noise comes from torch's global generator.
     """
     num_images = len(trajectory.latents[0])
-    steps = []
-    ends = torch.stack([_run_branches(chain, trajectory, i, pairs, steps) for i in range(num_images)], dim=1)
+    drawn = [rng.randint(1, chain.num_steps) for _ in range(num_images)]
+    runs = [_run_branches(chain, trajectory, i, k, pairs) for i, k in enumerate(drawn)]
+    ends = torch.stack([x_0 for _, x_0 in runs], dim=1)
     with torch.no_grad():
         rewards = torch.stack([score(x_0) for x_0 in ends])  # (2K, B)
-    for i, (k, noises) in enumerate(steps):
+    for i, (k, (noises, _)) in enumerate(zip(drawn, runs)):
         plus, minus = rewards[:, i].chunk(2)
         weight = scale * chain.num_steps / num_images
         factors = weight * (plus - minus) / (2 * pairs * chain.sigma(k))
@@ -52,14 +54,12 @@ def branch(chain, trajectory, score, pairs, scale=1.0):
 
 
 @torch.no_grad()
-def _run_branches(chain, trajectory, i, pairs, steps):
-    """x_0 (2K, ...) of the branches of image i; its step and noises (K, ...) are appended to `steps`."""
-    k = random.randint(1, chain.num_steps)
+def _run_branches(chain, trajectory, i, k, pairs):
+    """(the noises (K, ...) of step k of image i, x_0 (2K, ...) of its branches)."""
     x_k = trajectory.latents[k][i : i + 1]
     noises = torch.randn(pairs, *x_k.shape[1:], dtype=x_k.dtype, device=x_k.device)
-    steps.append((k, noises))
     x = chain.repeat(i, 1).mean(k, x_k) + chain.sigma(k) * torch.cat([noises, -noises])
     branches = chain.repeat(i, 2 * pairs)
     for j in range(k - 1, 0, -1):
         x = branches.mean(j, x) + chain.sigma(j) * torch.randn_like(x_k)
-    return x
+    return noises, x

@@ -48,12 +48,16 @@ def draft_lv(num_steps):
     return truncated_bp(num_steps, 1)
 
 
-def alignprop(num_steps):
-    """Truncated backpropagation with a new K ~ U{1..T} at every call, from Python's global generator. Biased.
+def alignprop(num_steps, rng=random):
+    """Truncated backpropagation with a new K ~ U{1..T} at every call. Biased.
 
     AlignProp (huggingface.co/papers/2310.03739).
+
+    Args:
+        num_steps: T.
+        rng: a `random.Random`, or Python's global generator.
     """
-    return truncated_bp(num_steps, random.randint(1, num_steps))
+    return truncated_bp(num_steps, rng.randint(1, num_steps))
 
 
 def ddpo(num_steps):
@@ -171,9 +175,9 @@ class SubchainSampler:
         # A step that has not been seen yet counts as the mean.
         return torch.tensor([1.0 if n is None else n / mean for n in norms], dtype=torch.float64).softmax(0).tolist()
 
-    def draw(self):
-        """j, from Python's global generator."""
-        return random.choices(range(self.low, self.high + 1), self.probabilities())[0]
+    def draw(self, rng=random):
+        """j, drawn from a `random.Random`, or from Python's global generator."""
+        return rng.choices(range(self.low, self.high + 1), self.probabilities())[0]
 
     def update(self, statistics):
         """Take in the `SweepStatistics` of a batch, with gradient norms."""

@@ -67,6 +67,10 @@ class Settings:
         parameters: the trainable parameters; needed for rest="zeroth_order" and subchain_sampling="grad_norm".
         gather: for several ranks, `gather(tensor) -> tensor`, the tensors of all ranks concatenated in rank order along
             dim 0, such as `accelerator.gather`. Every rank must have equally many batches and images.
+        shared_seed: for ranks that must call the network equally often, since they share its weights (FSDP): one seed for all
+            of them. It draws the steps that are swept, AlignProp's K, where a sub-chain starts, and the steps of branches, on
+            all ranks alike. The estimates of the ranks, and so their average, have the same mean as without it. Of the
+            steps, the average has one draw instead of one per rank. `None` for Python's global generator.
     """
 
     estimator: str = "rlr"
@@ -90,6 +94,7 @@ class Settings:
     trained_steps: Optional[Sequence[int]] = None
     parameters: Sequence[Any] = ()
     gather: Callable[[Any], Any] = lambda tensor: tensor
+    shared_seed: Optional[int] = None
 
     def __post_init__(self):
         self.parameters = list(self.parameters)

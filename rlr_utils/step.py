@@ -30,6 +30,7 @@ from .policy_gradient import ClippedRatio
 from .rollout import renoise, rollout
 from .scores import Scorer
 from .settings import Settings, check_inputs, check_reward, check_settings
+from .shared_draws import SharedDraws
 from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
@@ -67,6 +68,8 @@ class RLRStep:
         self.differentiable, self.black_box = differentiable, black_box or not differentiable
         check_settings(self.settings, num_steps)
         check_reward(self.settings, self.differentiable, self.black_box)
+        # What decides how often the network is called.
+        self.rng = random if self.settings.shared_seed is None else SharedDraws(self.settings.shared_seed)
         self.adaptive = AdaptiveMixing(num_steps)
         self.transport = Transport(num_steps)
         self.subchain = estimators.SubchainSampler(
@@ -83,18 +86,20 @@ class RLRStep:
     # The schedule of an optimizer step
 
     def draw_schedule(self):
-        """The `Schedule` of an optimizer step. AlignProp's K and the start of a sub-chain are drawn, from Python's global
-        generator; everything else comes from the settings and from statistics of earlier batches."""
+        """The `Schedule` of an optimizer step. AlignProp's K and the start of a sub-chain are drawn; everything else comes
+        from the settings and from statistics of earlier batches."""
         settings, num_steps = self.settings, self.num_steps
         if settings.estimator == "rlr":
             mixing = self.adaptive if settings.mixing == "auto" else settings.mixing
             schedule = estimators.rlr(num_steps, mixing, self.differentiable)
         elif settings.estimator == "rlr_paper":
             schedule = estimators.rlr_paper(
-                num_steps, self.subchain.draw(), settings.subchain_length, settings.rest, self.differentiable
+                num_steps, self.subchain.draw(self.rng), settings.subchain_length, settings.rest, self.differentiable
             )
         elif settings.estimator == "truncated_bp":
             schedule = estimators.truncated_bp(num_steps, settings.truncation_steps)
+        elif settings.estimator == "alignprop":
+            schedule = estimators.alignprop(num_steps, self.rng)
         else:
             schedule = getattr(estimators, settings.estimator)(num_steps)
         schedule = schedule._replace(transport=list(self.transport.gains), fraction=self._fraction(schedule))
@@ -220,7 +225,7 @@ class RLRStep:
         perturbation = WeightPerturbation(
             settings.parameters, settings.zo_scale, random.getrandbits(62), schedule.perturbed
         )
-        schedule = schedule.draw()
+        schedule = schedule.draw(self.rng)
         keep = [k for k in schedule.swept if k <= self.kept.steps and schedule.weights[k] > 0]
         perturbed = PerturbedChain(chain, perturbation) if schedule.perturbed else chain
         trajectory = rollout(perturbed, x_T, generator, predict, keep)
@@ -323,6 +328,7 @@ class RLRStep:
             lambda x_0: self.scored(batch.score, x_0)[0],
             self.settings.branches,
             scale,
+            self.rng,
         )
 
     def _base_mean(self, chain):
@@ -361,21 +367,21 @@ class RLRStep:
     # Checkpoints
 
     @property
-    def _statistics(self):
+    def _parts(self):
         named = {"mixing": self.adaptive, "subchain": self.subchain, "transport": self.transport}
         for part, running in self.advantages.running.items():
             named[f"running_{part}"], named[f"predictor_{part}"] = running, self.advantages.predictors[part]
-        return named
+        return named if self.settings.shared_seed is None else {**named, "draws": self.rng}
 
     def state_dict(self):
         """All that the step remembers of earlier batches, JSON-ready."""
-        return {name: statistics.state_dict() for name, statistics in self._statistics.items()}
+        return {name: part.state_dict() for name, part in self._parts.items()}
 
     def load_state_dict(self, state):
         """Raises ValueError for a state that lacks a part, or is of another number of steps."""
-        missing = sorted(self._statistics.keys() - state.keys())
+        missing = sorted(self._parts.keys() - state.keys())
         if missing:
             raise ValueError(f"the state lacks {', '.join(missing)}")
-        for name, statistics in self._statistics.items():
-            statistics.load_state_dict(state[name])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         self._schedule = None

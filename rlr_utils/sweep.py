@@ -73,13 +73,16 @@ class Schedule(NamedTuple):
         perturbed = tuple(k for k in self.perturbed if k in steps)
         return self._replace(mixing=mixing, stop_after=min(self.stop_after, max(steps)), perturbed=perturbed)
 
-    def draw(self):
-        """This schedule with weights, each step's drawn independently from Python's global generator: 1 / p_k with
-        probability p_k, else 0."""
+    def draw(self, rng=random):
+        """This schedule with weights, each step's drawn independently: 1 / p_k with probability p_k, else 0.
+
+        Args:
+            rng: a `random.Random`, or Python's global generator.
+        """
         weights = [1.0] * len(self.mixing)
         for k, p in self.probabilities.items():
             if p < 1:
-                weights[k] = 1 / p if random.random() < p else 0.0
+                weights[k] = 1 / p if rng.random() < p else 0.0
         return self._replace(weights=weights)
 
 

@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 tiny_model()  # diffusers and transformers import most of their modules at the first use only
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
+LONGEST = 300  # seconds that two ranks may take
 
 
 def start_run(output_dir, *flags, script="train_rlr_sd", **environment):
@@ -45,6 +46,17 @@ def start_run(output_dir, *flags, script="train_rlr_sd", **environment):
         script: the module of the training script.
         environment: further variables of the process.
     """
+    return start(_run_script, script, [*BASE, "--output_dir", str(output_dir), *flags], log=output_dir, **environment)
+
+
+def start(function, *args, log, **environment):
+    """Start function(*args) in a process of its own; returns the process.
+
+    Args:
+        function: of a module that can be imported.
+        log: where the process prints to, see `printed_by`.
+        environment: further variables of the process.
+    """
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the process that imports; it does not get sys.path
     try:
@@ -53,18 +65,21 @@ def start_run(output_dir, *flags, script="train_rlr_sd", **environment):
         del os.environ["PYTHONPATH"]
         if before is not None:
             os.environ["PYTHONPATH"] = before
-    arguments = [*BASE, "--output_dir", str(output_dir), *flags]
-    process = CONTEXT.Process(target=_run, args=(script, arguments, f"{output_dir}.log", environment))
+    process = CONTEXT.Process(target=_call, args=(function, args, f"{log}.log", environment))
     process.start()
     return process
 
 
-def _run(script, arguments, log, environment):
+def _call(function, args, log, environment):
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
+    function(*args)
+
+
+def _run_script(script, arguments):
     module = importlib.import_module(script)
     module.main(module.parse_args(arguments))
 
@@ -84,11 +99,25 @@ def run(output_dir, *flags, **environment):
 
 def run_two_ranks(output_dir, *flags, script="train_rlr_sd"):
     """A run on two ranks, as torchrun starts them; it must end without an error."""
+    arguments = [*BASE, "--output_dir", str(output_dir), *flags]
+    call_on_two_ranks(_run_script, script, arguments, log=output_dir)
+
+
+def call_on_two_ranks(function, *args, log):
+    """function(*args) on two ranks, as torchrun starts them; it must end without an error, and neither may wait for ever.
+
+    Args:
+        function, log: as for `start`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [start_run(output_dir, *flags, script=script, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    ranks = [start(function, *args, log=log, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
     for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0], printed_by(output_dir)
+        rank.join(LONGEST)
+    for rank in ranks:
+        if rank.is_alive():  # and will wait for ever
+            rank.kill()
+            rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0], printed_by(log)

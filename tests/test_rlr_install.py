@@ -102,12 +102,13 @@ def test_the_metadata_are_complete(target):
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
     assert metadata["Summary"] == declared["description"] and "# RLR" in metadata.get_payload()
     assert set(metadata.get_all("Provides-Extra")) == {"dev", "quantize", "wandb"}
-    required = {extra: set() for extra in ("", "dev", "wandb")}
+    required = {extra: set() for extra in ("", "dev", "quantize", "wandb")}
     for requirement in distribution.requires:
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
         required[extra[1] if extra else ""].add(normalized(requirement))
     assert required[""] == set(map(normalized, requirements("requirements.txt")))
     assert required["dev"] == set(map(normalized, declared["optional-dependencies"]["dev"]))
+    assert required["quantize"] == {normalized("torchao>=0.15")}
     assert required["wandb"] == {normalized("wandb")}
     assert (target / f"rlr_diffusion-{declared['version']}.dist-info" / "licenses" / "LICENSE").is_file()
 

@@ -13,21 +13,27 @@
 # limitations under the License.
 """The embeddings of prompts, each computed once."""
 
+import logging
 import os
 import tempfile
+from contextlib import contextmanager
 
 import torch
 from rlr_utils import joined
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from diffusers.training_utils import free_memory, offload_models
+from diffusers.training_utils import free_memory
+
+
+logger = logging.getLogger(__name__)
 
 
 class PromptEmbeds:
     """The conditions of prompts, kept on the CPU, where the text encoders rest between new prompts.
 
-    Every prompt is encoded by itself: in a batch its last digits would depend on the other prompts.
+    Every prompt is encoded by itself: in a batch its last digits would depend on the other prompts. Encoders for which the
+    device has no room work on the CPU.
 
     Args:
         model: `DiffusionModel`, whose text encoders are moved to the CPU.
@@ -40,7 +46,7 @@ class PromptEmbeds:
         self.model = model
         for encoder in model.text_encoders:
             encoder.cpu()
-        self.device = device
+        self.device = self.encoding_device = torch.device(device)
         self.max_bytes, self.bytes = max_bytes, 0
         self.kept = {}  # {prompt: its conditions, or the file that holds them}
         self.negatives = {}  # {negative prompt or None: its conditions}; the training and the drawn images share one
@@ -63,8 +69,9 @@ class PromptEmbeds:
     def negative(self, prompt):
         """Conditions {name: (1, ...)} of a negative prompt, or of none; `None` for a model without guidance."""
         if prompt not in self.negatives:
-            with offload_models(*self.model.text_encoders, device=self.device):
-                self.negatives[prompt] = self.model.embed_negative(prompt, self.device)
+            with self._encoders_on_device():
+                embeds = self._encoded(self.model.embed_negative, prompt)
+            self.negatives[prompt] = embeds and {name: value.to(self.device) for name, value in embeds.items()}
         return self.negatives[prompt]
 
     @torch.no_grad()
@@ -72,7 +79,7 @@ class PromptEmbeds:
         """Encode prompts now, those beyond `max_bytes` into files, and free the text encoders."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
         self.folder = tempfile.TemporaryDirectory(prefix="prompt-embeds-")
-        with offload_models(*self.model.text_encoders, device=self.device):
+        with self._encoders_on_device():
             for number, prompt in enumerate(tqdm(new, desc="prompts", disable=not show_progress or len(new) < 10)):
                 embeds = self._embed(prompt)
                 if self.bytes + _size(embeds) > self.max_bytes:
@@ -89,13 +96,45 @@ class PromptEmbeds:
             return
         if self.folder is not None:
             raise ValueError(f"the prompt {new[0]!r} was not encoded before the text encoders were freed")
-        with offload_models(*self.model.text_encoders, device=self.device):
+        with self._encoders_on_device():
             for prompt in new:
                 self._keep(prompt, self._embed(prompt))
 
     def _embed(self, prompt):
-        embeds = self.model.embed([prompt], self.device)
+        embeds = self._encoded(self.model.embed, [prompt])
         return {name: value.cpu().contiguous() for name, value in embeds.items()}
+
+    def _encoded(self, embed, prompts):
+        """embed(prompts, device), on the CPU if the device has too little memory."""
+        try:
+            return embed(prompts, self.encoding_device)
+        except torch.OutOfMemoryError:
+            if self.encoding_device == torch.device("cpu"):
+                raise
+        self._encode_on_cpu()
+        return embed(prompts, self.encoding_device)
+
+    @contextmanager
+    def _encoders_on_device(self):
+        """Within it, the text encoders are on the device, if it has room for them."""
+        try:
+            for encoder in self.model.text_encoders:
+                encoder.to(self.encoding_device)
+        except torch.OutOfMemoryError:
+            self._encode_on_cpu()
+        try:
+            yield
+        finally:
+            for encoder in self.model.text_encoders:
+                encoder.cpu()
+
+    def _encode_on_cpu(self):
+        """Have the encoders work on the CPU from now on."""
+        logger.warning("the text encoders do not fit on the device and encode prompts on the CPU, which takes longer")
+        self.encoding_device = torch.device("cpu")
+        for encoder in self.model.text_encoders:
+            encoder.cpu()
+        free_memory()
 
     def _keep(self, prompt, embeds):
         self.kept[prompt] = embeds

@@ -113,34 +113,56 @@ def test_prompts_are_encoded_before_training_and_the_encoders_freed():
     assert not os.path.exists(folder)
 
 
-def test_the_text_encoders_are_on_the_device_for_new_prompts_alone(monkeypatch):
-    moves = []
-    monkeypatch.setattr("diffusion_models.embeddings.offload_models", recorder(moves))
-    model = CountingModel()
-    embeds = PromptEmbeds(model, "cpu")
+def moving(moves, fits=True):
+    """What stands in for a text encoder, and notes its moves; one that does not fit is too large for the device."""
+
+    def to(device):
+        if not fits and device != torch.device("cpu"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        moves.append(str(device))
+
+    return SimpleNamespace(to=to, cpu=lambda: moves.append("cpu"))
+
+
+def test_the_text_encoders_are_on_the_device_for_new_prompts_alone():
+    moves, model = [], CountingModel()
+    model.text_encoders = [moving(moves)]
+    embeds = PromptEmbeds(model, "cpu:0")
+    assert moves == ["cpu"]
     embeds(["a"])
     embeds(["a"])
-    assert moves == ["on", "off"]
+    assert moves[1:] == ["cpu:0", "cpu"]
     embeds(["a", "b", "c"])
-    assert moves == ["on", "off"] * 2
     embeds.negative("a")
-    assert moves == ["on", "off"] * 3
+    embeds.encode_all(["d", "e"])
+    assert moves[1:] == ["cpu:0", "cpu"] * 4
 
 
-def recorder(moves):
-    """What stands in for diffusers' `offload_models`, and notes when the modules are moved."""
+@pytest.mark.parametrize("fits", [True, False], ids=["no room for prompts", "no room for the encoder"])
+def test_encoders_without_room_on_the_device_work_on_the_cpu(fits, caplog):
+    """With a warning, and the same embeddings."""
+    moves, model, expected = [], CountingModel(), PromptEmbeds(CountingModel(), "cpu")
+    model.encoder.load_state_dict(expected.model.encoder.state_dict())
+    model.text_encoders, embed = [moving(moves, fits)], model.embed
 
-    class Moved:
-        def __init__(self, *modules, device):
-            assert modules and device == "cpu"
+    def with_little_memory(prompts, device):
+        if device != torch.device("cpu"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(prompts, device)
 
-        def __enter__(self):
-            moves.append("on")
+    model.embed = with_little_memory
+    embeds = PromptEmbeds(model, "cpu:0")
+    embeds.encode_all(["a", "b"])
+    assert torch.equal(embeds(["b", "a"])["states"], expected(["b", "a"])["states"])
+    assert caplog.text.count("encode prompts on the CPU") == 1 and embeds.encoding_device == torch.device("cpu")
+    assert moves.count("cpu:0") == int(fits) and moves[-1] == "cpu"
 
-        def __exit__(self, *error):
-            moves.append("off")
+    def never(prompts, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    return Moved
+    model.embed = never
+    with pytest.raises(torch.OutOfMemoryError):
+        PromptEmbeds(model, "cpu")(["c"])
 
 
 def test_encoders_begin_on_the_cpu_and_results_are_on_the_device():

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from bench_common import VERSIONS, make_parser, parse_benchmark, write_csv
 from bench_models import counted_models, linear_bytes
+from diffusion_models.quantize import BYTES
 from memory import peak_of, room_on
 from reward_cost import PROMPT
 from reward_cost import cases as reward_cases
@@ -43,8 +44,6 @@ from tqdm import tqdm
 
 CARDS = (8, 12, 16, 24, 48, 80)
 RANKS = (1, 2, 4, 8)
-# Bytes of a weight in bf16 over those of a quantized one: nf4 has four bits and a float32 for each 64 weights.
-SMALLER = {None: 1.0, "int8": 1 / 2, "fp8": 1 / 2, "nf4": (0.5 + 4 / 64) / 2}
 
 
 class Setting(NamedTuple):
@@ -207,7 +206,7 @@ def sweep_name(checkpointing, is_split):
 
 def network_gib(row, setting):
     """GiB of the network's weights, and of what is brought for a block beside them."""
-    smaller = SMALLER[setting.quantize]
+    smaller = BYTES.get(setting.quantize, 2.0) / 2.0  # bf16 has two
     saved, brought = row["linear_gib"] * (1 - smaller), 0.0 if smaller == 1 else row["largest_linear_gib"]
     # Nearly all weights of a block are linear.
     blocks, block = row["blocks_gib"] * smaller, row["largest_block_gib"] * smaller

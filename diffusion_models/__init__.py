@@ -93,6 +93,7 @@ def load_model(
     variant=None,
     cache_dir=None,
     families=FAMILIES,
+    before=None,
 ):
     """Load a pipeline as a `DiffusionModel`: frozen, its sampler replaced, its family found out from the model.
 
@@ -104,6 +105,7 @@ def load_model(
         quantize: a key of `quantize.LIBRARIES`, for the frozen weights of the network that gets the LoRA; not of a file.
         revision, variant, cache_dir: as for `from_pretrained`; a file has neither revision nor variant.
         families: those that may be loaded, such as `FLOW_FAMILIES`.
+        before: `before(bytes)` is called with what the weights of the network will take, before they are read; not for a file.
 
     Raises:
         ValueError: naming the source, if it cannot be loaded or its family is not supported.
@@ -125,5 +127,5 @@ def load_model(
             pipeline = load_single_file(family, source, folder, dtype, vae)
         else:
             family = family_of(read_index(source, **hub)["_class_name"], families)
-            pipeline = load_pipeline(family, source, dtype, vae, variant, quantize, **hub)
+            pipeline = load_pipeline(family, source, dtype, vae, variant, quantize, before, **hub)
         return family(finish_pipeline(family, pipeline, dtype, scheduler))

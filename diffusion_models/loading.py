@@ -14,6 +14,7 @@
 """Reading pipelines and VAEs: what cannot be read is a ValueError of one line that names the file, folder or repository."""
 
 import json
+import math
 import os
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,13 +23,13 @@ from typing import get_args
 
 import torch
 from packaging.version import parse
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 import diffusers
 from diffusers import DiffusionPipeline
 
-from .quantize import keep_quantized, quantization_config
+from .quantize import BYTES, keep_quantized, quantization_config
 
 
 # Components that images are drawn without.
@@ -92,8 +93,11 @@ def read_index(source, **hub):
     return index
 
 
-def load_pipeline(family, source, dtype, vae, variant=None, quantize=None, **hub):
+def load_pipeline(family, source, dtype, vae, variant=None, quantize=None, before=None, **hub):
     """The pipeline of a `DiffusionModel` subclass, of a folder or Hub repository, the VAE in float32.
+
+    Args:
+        before: as of `load_model`.
 
     Raises:
         ValueError: naming the component that cannot be loaded, besides whatever the libraries raise.
@@ -122,10 +126,13 @@ def load_pipeline(family, source, dtype, vae, variant=None, quantize=None, **hub
                 with _naming(name):
                     annotation = parameters[name].annotation
                     _check_class(component_class, *(get_args(annotation)[:1] or (annotation,)))  # of "... | None"
-    options = {}
+    options, trained = {}, [name for name in classes if name.startswith(family.trained)]
     if quantize is not None:
         config = quantization_config(quantize, dtype)
-        options = {name: {"quantization_config": config} for name in classes if name.startswith(family.trained)}
+        options = {name: {"quantization_config": config} for name in trained}
+    if before is not None:
+        bytes_of_weight = dtype.itemsize if quantize is None else BYTES[quantize]
+        before(int(bytes_of_weight * sum(_count_weights(os.path.join(folder, name), variant) for name in trained)))
     components = {**_load_components(classes, folder, dtype, variant, options), **given}
     _check_scheduler(components["scheduler"], folder, family.scheduler_entries)
     settings = {name: index[name] for name in parameters if name in index and name not in components}
@@ -225,6 +232,17 @@ def _check_scheduler(scheduler, folder, entries):
         for entry in entries:
             if entry not in written:
                 raise ValueError(f"its configuration has no {entry!r}")
+
+
+def _count_weights(folder, variant):
+    """The number of weights in a component's safetensors files, of which only the headers are read."""
+    infix, count = f".{variant}." if _has_variant(folder, variant) else None, 0
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        is_wanted = name.count(".") == 1 if infix is None else infix in name
+        if name.endswith(".safetensors") and is_wanted:
+            with safe_open(os.path.join(folder, name), framework="pt") as file:
+                count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+    return count
 
 
 def _has_variant(folder, variant):

@@ -25,6 +25,8 @@ from diffusers import BitsAndBytesConfig, TorchAoConfig
 
 # {what it is called: the library that it needs}
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao"}
+# {what it is called: bytes of a weight}; nf4 has four bits and a float32 for each 64 weights.
+BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 
 
 def quantization_config(kind, dtype):

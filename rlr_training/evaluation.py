@@ -34,6 +34,7 @@ from diffusers.training_utils import offload_models
 from .chains import drawing_chain_of, kind_of, size_of
 from .display import shown
 from .errors import RunError, naming, saving
+from .memory import warn_before_loading
 from .offload import decoding
 from .output_dir import VALIDATION_FOLDER
 from .shares import Share
@@ -273,6 +274,7 @@ def load_base(args, dtype, families=FAMILIES):
             variant=args.variant,
             cache_dir=args.cache_dir,
             families=families,
+            before=partial(warn_before_loading, args),
         )
     check_family_flags(args, model)
     return model

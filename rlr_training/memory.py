@@ -13,6 +13,7 @@
 # limitations under the License.
 """What a run takes of the memory of its device, counted on its first calls."""
 
+import math
 import weakref
 from typing import NamedTuple
 
@@ -118,12 +119,25 @@ def footprint(args, model, rewards, baseline_vae, swept_bytes, scored_bytes):
     )
 
 
-def warn_if_too_much(expected, device):
+def warn_before_loading(args, size):
+    """Warn of a network whose weights, of so many bytes, a GPU does not hold, before they are read."""
+    is_elsewhere = getattr(args, "offload_blocks", False) or getattr(args, "shard", False)
+    if size > gpu_bytes() and not is_elsewhere:
+        logger.warning(
+            f"the weights of the network take {in_words(size)}, and the GPU has {in_words(gpu_bytes())}: use --mixed_precision"
+            " bf16, --quantize, --offload_blocks or --shard"
+        )
+
+
+def warn_if_too_much(expected):
     """Warn of a `Footprint` that is more than a GPU has."""
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        if expected.peak > total:
-            logger.warning(
-                f"about {in_words(expected.peak)} will be needed, and the GPU has {in_words(total)}; see docs/cost.md for"
-                " what saves some"
-            )
+    if expected.peak > gpu_bytes():
+        logger.warning(
+            f"about {in_words(expected.peak)} will be needed, and the GPU has {in_words(gpu_bytes())}; see docs/cost.md for"
+            " what saves some"
+        )
+
+
+def gpu_bytes():
+    """The memory of this process's GPU; without one there is no limit."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf

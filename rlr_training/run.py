@@ -339,7 +339,7 @@ def begin(args, run, config, tracker, schedule, costs, expected):
         trim_metrics(args.output_dir, run.first_step)
     chain = run.chain_of(run.sampler.prompts[:1])
     print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable, costs, expected)
-    warn_if_too_much(expected, accelerator.device)
+    warn_if_too_much(expected)
     if heldout is not None:
         run.stopping.start(heldout.measure_base(run.model, run.draw))
 

@@ -19,19 +19,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusion_models import load_model
 from diffusion_models.quantize import stored_bytes
 from rlr_chains import gradients
 from rlr_flow_models import FLOW_FOLDERS
 from rlr_models import FOLDERS, PROMPTS, add_random_lora, chain_of
 from rlr_testing import tiny_model, train
-from rlr_training import offload, trial
-from rlr_training.memory import Footprint, LiveBytes, footprint
+from rlr_training import memory, offload, trial
+from rlr_training.evaluation import load_base
+from rlr_training.memory import Footprint, LiveBytes, footprint, warn_if_too_much
 from rlr_training.offload import offload_blocks
 from rlr_training.trial import settle_memory
 from rlr_utils import backward_sweep, full_bp, rollout
 from rlr_video_models import tiny_wan, tiny_wan_a14b
 from rlr_video_models_other import tiny_animatediff, tiny_cogvideox, tiny_ltx
+from train_rlr_sd import parse_args
 
 
 VIDEO_FOLDERS = {make.__name__: make for make in (tiny_wan, tiny_wan_a14b, tiny_animatediff, tiny_cogvideox, tiny_ltx)}
@@ -195,3 +198,24 @@ def test_the_plan_says_what_a_run_takes(tmp_path, capsys):
     )
     peak, weights, latents, sweep = map(float, re.match(pattern, row).groups())
     assert peak == pytest.approx(weights + latents + sweep, abs=0.2) and sweep > 1 and weights > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "takes"),
+    [([], 4), (["--mixed_precision", "bf16"], 2), (["--quantize", "int8"], 1), (["--offload_blocks"], None)],
+    ids=str,
+)
+def test_a_network_that_does_not_fit_is_named_before_it_is_read(monkeypatch, caplog, flags, takes):
+    """What it takes is known from the headers of its files."""
+    PartialState(cpu=True)  # for the warning
+    monkeypatch.setattr(memory, "gpu_bytes", lambda: 2**20)
+    if takes == 1:
+        pytest.importorskip("torchao")
+    folder = FOLDERS["StableDiffusionXLPipeline"]()
+    args = parse_args(["--pretrained_model_name_or_path", folder, *flags])
+    model = load_base(args, torch.bfloat16 if takes == 2 else torch.float32)
+    size = (takes or 0) * sum(p.numel() for p in model.network.parameters())
+    expected = f"the weights of the network take {size / 2**20:.1f} MiB, and the GPU has 1.0 MiB"
+    assert (expected in caplog.text) == (takes is not None) and caplog.text.count("the GPU has") == (takes is not None)
+    warn_if_too_much(Footprint(1, 2, 3, 2**21))
+    assert "about 2.0 MiB will be needed, and the GPU has 1.0 MiB" in caplog.text

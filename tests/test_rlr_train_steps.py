@@ -60,8 +60,8 @@ def test_the_sweep_computes_the_steps_that_were_drawn(tmp_path, monkeypatch):
         calls[torch.is_grad_enabled()] += 1
         return plain(chain, k, x)
 
-    def drawing(schedule):
-        result = plain_draw(schedule)
+    def drawing(schedule, rng):
+        result = plain_draw(schedule, rng)
         drawn.append(result.weights[1:])
         return result
 
@@ -91,7 +91,9 @@ def test_a_divergence_counts_by_the_weight_of_its_step(tmp_path, monkeypatch):
     flags = ["--adapter_path", str(tmp_path / "first"), "--kl_weight", "0.1", "--max_train_steps", "1"]
     kl = {}
     for weight in (0.0, 1.0, 2.0):
-        monkeypatch.setattr(Schedule, "draw", lambda schedule, w=weight: schedule._replace(weights=[*[1.0] * 6, w]))
+        monkeypatch.setattr(
+            Schedule, "draw", lambda schedule, rng, w=weight: schedule._replace(weights=[*[1.0] * 6, w])
+        )
         metrics = train(tmp_path / str(weight), *flags, "--num_inference_steps", "6")
         kl[weight] = metrics[0]["kl"]
     assert 0 < kl[0.0] < kl[1.0]

@@ -69,11 +69,16 @@ def offload_blocks(network, blocks, device):
         device: a `torch.device`.
     """
     resting = {id(weight) for block in blocks for weight in block.parameters() if not weight.requires_grad}
-    for tensor in (*network.parameters(), *network.buffers()):
-        if id(tensor) not in resting:
-            tensor.data = tensor.data.to(device)
-        elif device.type == "cuda" and type(tensor.data) is torch.Tensor:
-            tensor.data = tensor.data.pin_memory()  # for faster copies
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.requires_grad:
+                weight.data = weight.data.to(device)
+            elif id(weight) not in resting:
+                module._parameters[name] = brought(weight, device)
+            elif device.type == "cuda" and type(weight.data) is torch.Tensor:
+                weight.data = weight.data.pin_memory()  # for faster copies
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)
     for block in blocks:
         HookRegistry.check_if_exists_or_initialize(block).register_hook(Visit(block, device), "visit")
     network.enable_gradient_checkpointing(repeated_whole)

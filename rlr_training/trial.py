@@ -63,16 +63,21 @@ def settle_memory(args, model, chain, chain_of):
         chain: of the run, without prompts, which gets the setting of guidance.
         chain_of: `chain_of(chain) -> DenoisingChain` of a batch.
     """
-    for checkpointing in ("off", "on") if args.gradient_checkpointing == "auto" else [args.gradient_checkpointing]:
-        for batching in ("joint", "split") if args.guidance_batching == "auto" else [args.guidance_batching]:
-            chain.split_guidance = batching == "split"
-            if checkpointing == "on" and not model.network.is_gradient_checkpointing:
-                model.network.enable_gradient_checkpointing()
-            if has_room(partial(sweep_once, args, model, chain_of(chain)), chain.timesteps.device):
-                break
-        else:
-            continue
-        break
+    halves = ("joint", "split") if chain_of(chain).guided else ("joint",)
+    settings = [
+        (checkpointing, batching)
+        for checkpointing in (
+            ("off", "on") if args.gradient_checkpointing == "auto" else [args.gradient_checkpointing]
+        )
+        for batching in (halves if args.guidance_batching == "auto" else [args.guidance_batching])
+    ]
+    for checkpointing, batching in settings:
+        chain.split_guidance = batching == "split"
+        if checkpointing == "on" and not model.network.is_gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
+        is_last = (checkpointing, batching) == settings[-1]
+        if is_last or has_room(partial(sweep_once, args, model, chain_of(chain)), chain.timesteps.device):
+            break
     args.gradient_checkpointing, args.guidance_batching = checkpointing, batching
 
 

@@ -26,6 +26,7 @@ from rlr_chains import gradients
 from rlr_flow_models import tiny_flux, tiny_qwen_image, tiny_sd3
 from rlr_models import PROMPTS, add_random_lora, chain_of, tiny_sdxl, train_on
 from rlr_testing import TINY_SD, same_adapter
+from rlr_training.offload import offload_blocks
 from rlr_utils import backward_sweep, full_bp, rollout
 from rlr_video_models import tiny_wan_a14b
 
@@ -86,6 +87,19 @@ def test_the_graph_keeps_the_weights_as_they_are_stored(kind):
         own = {weight.data_ptr() for weight in model.network.parameters()}
         kept.append(sum(size for pointer, size in sizes.items() if pointer not in own))
     assert kept[1] <= 1.05 * kept[0]
+
+
+def test_quantized_blocks_may_rest_on_the_cpu():
+    results = []
+    for is_offloaded in (False, True):
+        model = load_model(tiny_flux(), quantize="int8")
+        add_random_lora(model.network)
+        if is_offloaded:
+            offload_blocks(model.network, model.blocks, torch.device("cpu"))
+        chain = chain_of(model, 3)
+        chain.mean(3, torch.ones(model.latents_shape(len(PROMPTS), (32, 32)))).square().sum().backward()
+        results.append(gradients(model.network))
+    torch.testing.assert_close(*results)
 
 
 def test_in_half_precision_the_lora_stays_in_float32():

@@ -131,8 +131,8 @@ def load_pipeline(family, source, dtype, vae, variant=None, quantize=None, befor
         config = quantization_config(quantize, dtype)
         options = {name: {"quantization_config": config} for name in trained}
     if before is not None:
-        bytes_of_weight = dtype.itemsize if quantize is None else BYTES[quantize]
-        before(int(bytes_of_weight * sum(_count_weights(os.path.join(folder, name), variant) for name in trained)))
+        bytes_each = dtype.itemsize if quantize is None else BYTES[quantize]
+        before(int(bytes_each * sum(_count_weights(os.path.join(folder, name), variant) for name in trained)))
     components = {**_load_components(classes, folder, dtype, variant, options), **given}
     _check_scheduler(components["scheduler"], folder, family.scheduler_entries)
     settings = {name: index[name] for name in parameters if name in index and name not in components}

@@ -80,7 +80,12 @@ def _forward(layer, x):
 
 def stored_bytes(module):
     """Bytes of the weights of a module as they are stored in this process, the scales of quantized ones included."""
-    return sum(tensor.nbytes for weight in module.parameters() for tensor in _stored(weight))
+    return sum(map(bytes_of_weight, module.parameters()))
+
+
+def bytes_of_weight(weight):
+    """Bytes of a weight as it is stored in this process."""
+    return sum(tensor.nbytes for tensor in _stored(weight))
 
 
 def _stored(weight):

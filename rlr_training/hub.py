@@ -43,7 +43,7 @@ EVALUATION_FLAGS = (
     *("reward", "reward_path", "feature_model", "prompts", "dcot_boundaries", "resolution", "height", "width"),
     *("num_frames", "fps", "frame_reduction", "guidance_scale_2"),
     *("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "eta", "sigmas", "max_sequence_length"),
-    "mixed_precision",
+    *("mixed_precision", "quantize"),
 )
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from diffusion_models.quantize import stored_bytes
+from diffusion_models.quantize import bytes_of_weight, stored_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -107,6 +107,9 @@ def footprint(args, model, rewards, baseline_vae, swept_bytes, scored_bytes):
     """
     vae, judges = stored_bytes(model.pipeline.vae), sum(map(stored_bytes, rewards))
     weights, brought = stored_bytes(model.network) + (0 if baseline_vae is None else stored_bytes(baseline_vae)), 0
+    if args.offload_blocks:  # what is brought for a step is among `swept_bytes`
+        in_blocks = (weight for block in model.blocks for weight in block.parameters())
+        weights -= sum(bytes_of_weight(weight) for weight in in_blocks if not weight.requires_grad)
     for size, is_offloaded in ((vae, args.vae_offload), (judges, args.reward_offload)):
         weights, brought = (weights, brought + size) if is_offloaded else (weights + size, brought)
     latents = torch.Size(model.latents_shape(args.train_batch_size, size_of(args))).numel() * 4

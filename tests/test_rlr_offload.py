@@ -177,6 +177,7 @@ def test_the_footprint_is_that_of_the_flags(vae_offload, reward_offload):
     model, judge = tiny_model(), torch.nn.Linear(1000, 1000)
     args = SimpleNamespace(
         **{"vae_offload": vae_offload, "reward_offload": reward_offload, "keep_graphs": 2, "height": 32, "width": 32},
+        offload_blocks=False,
         **{"train_batch_size": 3, "gradient_accumulation_steps": 5, "num_inference_steps": 4, "decode_batch_size": 2},
     )
     expected = footprint(args, model, [judge], None, swept_bytes=10**6, scored_bytes=10**5)
@@ -188,6 +189,9 @@ def test_the_footprint_is_that_of_the_flags(vae_offload, reward_offload):
     assert expected.sweep == 3 * 10**6 * (1 + 5 * 2)
     assert expected.latents == 5 * 3 * (2 * 4 + 1) * 4 * 8 * 8 * 4
     assert Footprint(1, 2, 3, 4).peak == 7
+    args.offload_blocks = True
+    resting = sum(map(stored_bytes, model.blocks))
+    assert footprint(args, model, [judge], None, 0, 0).weights == expected.weights - resting > 0
 
 
 def test_the_plan_says_what_a_run_takes(tmp_path, capsys):

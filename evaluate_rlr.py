@@ -182,14 +182,13 @@ def plot_seeds(output_dir, grid, prompts, fps):
 def main(args):
     # Here and not above, so that --help and errors of the command line do not wait for heavy libraries.
     from accelerate import PartialState
-    from diffusion_models.embeddings import PromptEmbeds
     from reward_models.features import load_features
     from rlr_training.chains import set_defaults, set_size
     from rlr_training.comparison import load_adapters, load_real, measure
-    from rlr_training.evaluation import load_base, make_draw
+    from rlr_training.evaluation import encode_and_place, load_base, make_draw
     from rlr_training.output_dir import check_writable
     from rlr_training.processes import frozen_dtype, refuse_engines, set_up_logging
-    from rlr_training.prompts import load_prompts, texts_of, warn_of_long_prompts
+    from rlr_training.prompts import load_prompts, warn_of_long_prompts
     from rlr_training.scoring import load_reward_sum
 
     with bad_input_ends_the_run():
@@ -211,12 +210,8 @@ def main(args):
         rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
         warn_of_long_prompts(args.prompts, [*prompts, args.negative_prompt], *model.prompt_reader)
         names = load_adapters(model.pipeline, args.adapters, args.cache_dir)
-        # The text encoders are gone before the network comes to the device.
-        embeds = PromptEmbeds(model, device)
-        embeds.negative(args.negative_prompt)
-        embeds.encode_all(texts_of(args.prompts, prompts))
-        for part in (model.network, model.pipeline.vae):
-            part.to(device)
+        model.pipeline.disable_lora()  # or layers of adapters in text encoders would change the base model's images
+        embeds = encode_and_place(args, model, prompts, device)
         os.makedirs(args.output_dir, exist_ok=True)
 
         def measured(images, base):

@@ -23,7 +23,7 @@ from diffusers.training_utils import offload_models
 from .chains import kind_of
 from .display import evenly_spaced, rows_of, scores_shown, shortened, shown, without_files
 from .errors import one_line
-from .evaluation import EVALUATION_SEED, make_draw
+from .evaluation import EVALUATION_SEED, encode_and_place, make_draw
 from .plots import plot_before_after
 from .videos import animate, plot_strips
 
@@ -41,13 +41,14 @@ def drawn_and_scored(args, share, rewards, heldout, prompts, model):
         share: `Share`.
         rewards, heldout: `WeightedSum` of the reward that is trained on, and of the held-out one or `None`.
         prompts: of the share.
-        model: without an adapter, on the device of the rewards.
+        model: without an adapter, on the CPU.
 
     Returns:
         {"images": {"base", "tuned"} -> (n, 3, H, W) or (n, F, 3, H, W), "rewards": {"total", members...} -> {"base", "tuned"}
         -> (n,), "heldout": {"base", "tuned"} -> (n,), or `None`, or the text of what has failed}.
     """
-    draw, device = make_draw(args, model), model.network.device
+    device = share.accelerator.device
+    draw = make_draw(args, model, encode_and_place(args, model, prompts, device))
     shows, seed = share.accelerator.is_main_process, {"first_seed": EVALUATION_SEED + share.first}
 
     def draw_as(name):

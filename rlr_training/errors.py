@@ -20,7 +20,8 @@ from contextlib import contextmanager
 
 MEMORY_SAVERS = (
     "a smaller --train_batch_size with more --gradient_accumulation_steps, --keep_graphs 0, --decode_batch_size 1,"
-    " --gradient_checkpointing, --mixed_precision bf16, or --preset_low_memory"
+    " --gradient_checkpointing, --guidance_batching split, --mixed_precision bf16, --quantize, --offload_blocks,"
+    " --vae_offload, or --preset_low_memory"
 )
 
 

@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from diffusion_models import FAMILIES, load_model
 from diffusion_models.adapters import lora_disabled
+from diffusion_models.embeddings import PromptEmbeds
 from diffusion_models.loading import load_vae
 from diffusion_models.video import VideoModel
 from reward_models.features import diversity, drift, mean_over_frames, video_figures
@@ -37,6 +38,7 @@ from .errors import RunError, naming, saving
 from .memory import warn_before_loading
 from .offload import decoding
 from .output_dir import VALIDATION_FOLDER
+from .prompts import texts_of
 from .shares import Share
 from .videos import save_image, strips
 
@@ -58,6 +60,17 @@ def make_draw(args, model, embeds=None):
         embeds: `PromptEmbeds` of the model, or `None` for new ones.
     """
     return partial(generate, args, model, drawing_chain_of(args, model, embeds))
+
+
+def encode_and_place(args, model, prompts, device):
+    """`PromptEmbeds` of some prompts; network and VAE come to the device when the text encoders are gone."""
+    embeds = PromptEmbeds(model, device)
+    embeds.negative(args.negative_prompt)
+    embeds.encode_all(texts_of(args.prompts, prompts))
+    model.network.to(device)
+    if not getattr(args, "vae_offload", False):
+        model.pipeline.vae.to(device)
+    return embeds
 
 
 @torch.no_grad()

@@ -108,7 +108,6 @@ def compare_at_the_end(args, run, step):
         base = load_base(args, frozen_dtype(args.mixed_precision))
         if args.shard:
             shard(base, run.accelerator)
-        base.pipeline.to(run.accelerator.device)
         heldout = None if run.heldout is None else run.heldout.heldout
         part = drawn_and_scored(args, share, run.rewards, heldout, share.of(prompts), base)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

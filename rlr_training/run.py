@@ -139,7 +139,7 @@ def prepare(args, script, tracker, families, defaults):
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
         chain_of, costs = make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, baseline_vae)
         scored_bytes = settle_batch_sizes(args, model, [rewards] if heldout is None else heldout.sums, prompts[0])
-        expected = footprint(args, model, rewards.modules, baseline_vae, costs.swept_bytes, scored_bytes)
+        expected = footprint(args, model, (heldout or rewards).modules, baseline_vae, costs.swept_bytes, scored_bytes)
         draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
         repo_id, base_license = claim_output_dir(args, accelerator, config, tracker)

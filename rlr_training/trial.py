@@ -79,6 +79,8 @@ def settle_memory(args, model, chain, chain_of):
         if is_last or has_room(partial(sweep_once, args, model, chain_of(chain)), chain.timesteps.device):
             break
     args.gradient_checkpointing, args.guidance_batching = checkpointing, batching
+    if (checkpointing, batching) != settings[0]:
+        logger.info(f"to fit: --gradient_checkpointing {checkpointing} --guidance_batching {batching}")
 
 
 def has_room(run, device):

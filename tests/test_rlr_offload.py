@@ -144,6 +144,7 @@ def test_guidance_in_two_calls_takes_half_the_memory_and_a_batch_takes_that_of_i
 )
 def test_of_the_settings_the_first_that_fits_is_taken(monkeypatch, asked, fitting, settled):
     """Each is tried with the very call that a step makes, until memory suffices."""
+    PartialState(cpu=True)  # for the log
     model, tried = tiny_model(), []
     add_random_lora(model.network)
     args = SimpleNamespace(gradient_checkpointing=asked[0], guidance_batching=asked[1], train_batch_size=2)

@@ -14,8 +14,8 @@
 """AnimateDiff: a U-Net of Stable Diffusion whose frames see each other through motion modules."""
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from .decoders import computed_again
 from .unet import UNetModel, encode_prompt
 from .video import VideoModel, to_videos
 
@@ -71,5 +71,5 @@ class AnimateDiff(VideoModel, UNetModel):
         """As for every model, frame by frame, each of which the backward pass decodes again: the gradient takes little memory."""
         vae = vae or self.pipeline.vae
         latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-        options = {"return_dict": False, "use_reentrant": False, "preserve_rng_state": False}
-        return to_videos(torch.stack([checkpoint(vae.decode, frame, **options)[0] for frame in latents.unbind(2)], 2))
+        frames = [computed_again(vae.decode, frame, return_dict=False)[0] for frame in latents.unbind(2)]
+        return to_videos(torch.stack(frames, 2))

@@ -133,7 +133,7 @@ def prepare(args, script, tracker, families, defaults):
         sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)
         embeds = encode_prompts(args, accelerator, model, sampler, heldout, first_step)
         network = to_device(args, accelerator, model, baseline_vae)
-        chain = make_training_chain(args, accelerator, model, network, rlr, schedule, embeds, prompts[0])
+        chain = make_training_chain(args, accelerator, model, network, rlr, schedule)
         optimization = make_optimization(args, accelerator, trainable)
         others = {"clipping": optimization.clipping, "early_stopping": stopping}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
@@ -283,12 +283,8 @@ def encode_prompts(args, accelerator, model, sampler, heldout, first_step):
     return embeds
 
 
-def make_training_chain(args, accelerator, model, network, rlr, schedule, embeds, prompt):
+def make_training_chain(args, accelerator, model, network, rlr, schedule):
     """The model's chain without prompts, under the sampling flags.
-
-    Args:
-        embeds: `PromptEmbeds`.
-        prompt: any, for the first call.
 
     Raises:
         ValueError: if the schedule cannot be swept on it.
@@ -297,8 +293,6 @@ def make_training_chain(args, accelerator, model, network, rlr, schedule, embeds
     chain = make_chain(args, model, network, accelerator.device, sampling_options(args, model))
     with naming(f"{sampler_of(args)}, --reward {args.reward!r}:"):
         rlr.check_chain(chain, schedule)
-    batch = [prompt] * args.train_batch_size
-    settle_memory(args, model, chain, lambda chain: conditioned(args, chain, embeds)(batch))
     return chain
 
 
@@ -315,11 +309,13 @@ def make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, ba
     Raises:
         ValueError: if the model cannot draw an image, or --baseline_vae cannot decode it.
     """
+    batch = prompts[:1] * args.train_batch_size
+    settle_memory(args, model, chain, lambda chain: conditioned(args, chain, embeds)(batch))
     # The calls of one image are no CUDA graphs.
     plain = make_chain(args, model, model.network, chain.timesteps.device, sampling_options(args, model))
     plain_of, chain_of = (conditioned(args, one, embeds) for one in (plain, chain))
     costs = try_model(args, model, plain_of(prompts[:1]), baseline_vae)
-    compile_blocks(args, accelerator, model, chain_of(prompts[:1] * args.train_batch_size), schedule)
+    compile_blocks(args, accelerator, model, chain_of(batch), schedule)
     return chain_of, costs
 
 

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 from multiprocessing import forkserver
 
@@ -27,7 +28,7 @@ import rlr_training.evaluation
 import rlr_training.finish
 import rlr_training.run  # noqa: F401
 import torch
-from rlr_testing import BASE, tiny_model
+from rlr_testing import BASE, ROOT, tiny_model
 
 
 # A process that has used a pool of threads must not be forked: the copy would wait for them for ever.
@@ -101,6 +102,14 @@ def run_two_ranks(output_dir, *flags, script="train_rlr_sd"):
     """A run on two ranks, as torchrun starts them; it must end without an error."""
     arguments = [*BASE, "--output_dir", str(output_dir), *flags]
     call_on_two_ranks(_run_script, script, arguments, log=output_dir)
+
+
+def torchrun(output_dir, *flags):
+    """A run of two ranks by torchrun itself, which may fail; returns the finished process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, os.path.join(ROOT, "train_rlr_sd.py"), *BASE, "--output_dir", str(output_dir), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST)
 
 
 def call_on_two_ranks(function, *args, log):

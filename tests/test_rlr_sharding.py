@@ -16,8 +16,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -30,8 +28,8 @@ from diffusion_models.adapters import add_lora, lora_disabled
 from diffusion_models.quantize import stored_bytes
 from rlr_flow_models import tiny_sd3
 from rlr_models import seeded
-from rlr_processes import call_on_two_ranks, run_two_ranks
-from rlr_testing import ASSETS, BASE, LORA, ROOT, TINY_CLIP, metrics_of, refused, same_adapter, tiny_pipeline
+from rlr_processes import call_on_two_ranks, run_two_ranks, torchrun
+from rlr_testing import ASSETS, BASE, LORA, TINY_CLIP, metrics_of, refused, same_adapter, tiny_pipeline
 from rlr_training import finish
 from rlr_training.checkpoints import STATE_FILE, check_same_run, read_state
 from rlr_training.errors import RunError
@@ -332,18 +330,9 @@ def test_a_rank_that_is_killed_ends_all(tmp_path):
         "    if os.environ['RANK'] == '1' and calls > 5:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return images.mean((1, 2, 3))\n\nkilling.differentiable = True\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [
-        *launcher,
-        os.path.join(ROOT, "train_rlr_sd.py"),
-        *BASE,
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--shard",
-    ]
-    command += ["--reward", f"{tmp_path}/killing.py:killing", "--max_train_steps", "1000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = torchrun(
+        tmp_path / "out", "--shard", "--reward", f"{tmp_path}/killing.py:killing", "--max_train_steps", "1000"
+    )
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert len(metrics_of(tmp_path / "out")) == 1

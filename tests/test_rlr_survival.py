@@ -19,15 +19,13 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rlr_processes import printed_by, run, run_two_ranks, start_run
-from rlr_testing import BASE, LORA, ROOT, metrics_of, same_adapter, train
+from rlr_processes import printed_by, run, run_two_ranks, start_run, torchrun
+from rlr_testing import BASE, LORA, metrics_of, same_adapter, train
 from rlr_training.checkpoints import checkpoints_of
 from rlr_training.output_dir import check_output_dir, clear_run
 from rlr_training.processes import stopping_after_a_step
@@ -297,11 +295,7 @@ def test_a_reward_that_fails_on_one_rank_of_torchrun_ends_all(tmp_path):
         "    if os.environ['RANK'] == '1' and calls > 5:\n        raise ValueError('the judge is ill')\n"
         "    return images.mean((1, 2, 3))\n\nfailing.differentiable = True\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, os.path.join(ROOT, "train_rlr_sd.py"), *BASE, "--output_dir", str(tmp_path / "out")]
-    command += ["--reward", f"{tmp_path}/failing.py:failing", "--max_train_steps", "50"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = torchrun(tmp_path / "out", "--reward", f"{tmp_path}/failing.py:failing", "--max_train_steps", "50")
     assert result.returncode != 0
     assert "train_rlr_sd.py: error: step 2: reward '" in result.stderr
     assert "failing.py:failing' fails: ValueError: the judge is ill (failing.py, line 9: raise" in result.stderr

@@ -106,11 +106,11 @@ def numbers(text):
     return values
 
 
-def draw_and_measure(args, model, draw, names, prompts, measured):
+def draw_and_measure(args, draw, names, prompts, measured):
     """Draw and measure the images of every model.
 
     Args:
-        draw: `draw(prompts, batch_size, desc)` of the model, see `make_draw`.
+        draw: `draw(name, scale, desc)`, the images of an adapter, or of the base model, for which the name is `None`.
         names: of the adapters in the pipeline.
         measured: `measured(images, base) -> (summary, details)`.
 
@@ -119,21 +119,17 @@ def draw_and_measure(args, model, draw, names, prompts, measured):
     """
     # Only the images of the grid are kept: all images of many models may not fit in memory.
     in_grid = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:8]]
-    model.pipeline.disable_lora()
-    images = draw(prompts, args.batch_size, desc="base")
+    images = draw(None, 1.0, "base")
     summary, base = measured(images, None)
     results = {"settings": vars(args), "num_images": len(prompts), "models": {"base": summary}, "lora_scales": {}}
     grid = {"base": images[in_grid]}
-    model.pipeline.enable_lora()
     for name in names:
-        model.pipeline.set_adapters([name], [1.0])
-        images = draw(prompts, args.batch_size, desc=name)
+        images = draw(name, 1.0, name)
         results["models"][name], _ = measured(images, base)
         grid[name] = images[in_grid]
         by_scale = {}
         for scale in args.lora_scales:
-            model.pipeline.set_adapters([name], [scale])
-            images = draw(prompts, args.batch_size, desc=f"{name} at {scale:g}")
+            images = draw(name, scale, f"{name} at {scale:g}")
             by_scale[f"{scale:g}"], _ = measured(images, base)
         if by_scale:
             results["lora_scales"][name] = by_scale
@@ -184,8 +180,9 @@ def main(args):
     from accelerate import PartialState
     from reward_models.features import load_features
     from rlr_training.chains import set_defaults, set_size
-    from rlr_training.comparison import load_adapters, load_real, measure
-    from rlr_training.evaluation import encode_and_place, load_base, make_draw
+    from rlr_training.comparison import encode_for, load_adapters, load_real, measure, switch_to
+    from rlr_training.evaluation import load_base, make_draw
+    from rlr_training.offload import place
     from rlr_training.output_dir import check_writable
     from rlr_training.processes import frozen_dtype, refuse_engines, set_up_logging
     from rlr_training.prompts import load_prompts, warn_of_long_prompts
@@ -210,16 +207,18 @@ def main(args):
         rewards = load_reward_sum(args, args.reward, prompts, device, args.decode_batch_size)
         warn_of_long_prompts(args.prompts, [*prompts, args.negative_prompt], *model.prompt_reader)
         names = load_adapters(model.pipeline, args.adapters, args.cache_dir)
-        model.pipeline.disable_lora()  # or layers of adapters in text encoders would change the base model's images
-        embeds = encode_and_place(args, model, prompts, device)
+        embeds = encode_for(args, model, names, prompts, device)
+        place(args, model, PartialState())
         os.makedirs(args.output_dir, exist_ok=True)
 
         def measured(images, base):
             return measure(images, prompts, rewards, features, base, real, device)
 
-        results, grid, grid_prompts = draw_and_measure(
-            args, model, make_draw(args, model, embeds), names, prompts, measured
-        )
+        def draw(name, scale, desc):
+            switch_to(model.pipeline, name, scale)
+            return make_draw(args, model, embeds[name, scale])(prompts, args.batch_size, desc)
+
+        results, grid, grid_prompts = draw_and_measure(args, draw, names, prompts, measured)
         write(args.output_dir, results, grid, grid_prompts, args.fps)
     return results
 

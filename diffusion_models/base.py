@@ -208,8 +208,9 @@ class DiffusionModel:
     @property
     def blocks(self):
         """The blocks that the network repeats, none part of another."""
-        named = getattr(self.network, "_repeated_blocks", None) or self.repeated_blocks
-        return [module for module in self.network.modules() if type(module).__name__ in named]
+        named = set(getattr(self.network, "_repeated_blocks", None) or self.repeated_blocks)
+        # Sharding gives them classes that are derived from their own.
+        return [module for module in self.network.modules() if named & {one.__name__ for one in type(module).__mro__}]
 
     @property
     def text_encoders(self):

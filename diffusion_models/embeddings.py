@@ -57,7 +57,7 @@ class PromptEmbeds:
         """B prompts -> conditions {name: (B, ...)}, see `rlr_utils.joined` for prompts of differing length.
 
         Raises:
-            ValueError: for a prompt that was not encoded before the encoders were freed.
+            ValueError: for a prompt that `encode_all` has not encoded, if it was called.
         """
         self._encode([prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept])
         found = [self._read(self.kept[prompt]) for prompt in prompts]
@@ -76,7 +76,7 @@ class PromptEmbeds:
 
     @torch.no_grad()
     def encode_all(self, prompts, show_progress=True):
-        """Encode prompts now, those beyond `max_bytes` into files, and free the text encoders."""
+        """Encode prompts now, those beyond `max_bytes` into files; no others after them."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]
         self.folder = tempfile.TemporaryDirectory(prefix="prompt-embeds-")
         with self._encoders_on_device():
@@ -88,6 +88,9 @@ class PromptEmbeds:
                     self.kept[prompt] = path
                 else:
                     self._keep(prompt, embeds)
+
+    def free_encoders(self):
+        """Free the text encoders of the model, when all prompts are encoded."""
         self.model.free_text_encoders()
         free_memory()
 
@@ -95,7 +98,7 @@ class PromptEmbeds:
         if not new:
             return
         if self.folder is not None:
-            raise ValueError(f"the prompt {new[0]!r} was not encoded before the text encoders were freed")
+            raise ValueError(f"the prompt {new[0]!r} was not encoded with the others")
         with self._encoders_on_device():
             for prompt in new:
                 self._keep(prompt, self._embed(prompt))

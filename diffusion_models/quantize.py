@@ -85,18 +85,21 @@ def stored_bytes(module):
 
 def bytes_of_weight(weight):
     """Bytes of a weight as it is stored in this process."""
-    return sum(tensor.nbytes for tensor in _stored(weight))
+    return sum(tensor.nbytes for part in tensors_of(weight) for tensor in _with_scales(part))
 
 
-def _stored(weight):
-    """The tensors that hold a weight, or this process's part of it."""
-    if isinstance(weight, DTensor):
-        yield weight.to_local()
-        return
-    if hasattr(weight, "__tensor_flatten__"):  # torchao
-        for name in weight.__tensor_flatten__()[0]:
-            yield from _stored(getattr(weight, name))
-        return
+def tensors_of(tensor):
+    """The plain tensors that hold a tensor, or this process's part of it."""
+    if isinstance(tensor, DTensor):
+        yield from tensors_of(tensor.to_local())
+    elif hasattr(tensor, "__tensor_flatten__"):  # torchao
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from tensors_of(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _with_scales(weight):
     yield weight
     state = getattr(weight, "quant_state", None)  # bitsandbytes
     if state is not None:

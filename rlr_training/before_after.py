@@ -16,7 +16,7 @@
 import json
 import os
 
-from diffusion_models.adapters import files_of, load_adapter
+from diffusion_models.adapters import files_of, load_adapter, lora_disabled
 
 from diffusers.training_utils import offload_models
 
@@ -48,14 +48,15 @@ def drawn_and_scored(args, share, rewards, heldout, prompts, model):
         -> (n,), "heldout": {"base", "tuned"} -> (n,), or `None`, or the text of what has failed}.
     """
     device = share.accelerator.device
-    draw = make_draw(args, model, encode_and_place(args, model, prompts, device))
+    load_adapter(model.pipeline, args.output_dir, "tuned")
+    draw = make_draw(args, model, encode_and_place(args, model, prompts, share.accelerator))
     shows, seed = share.accelerator.is_main_process, {"first_seed": EVALUATION_SEED + share.first}
 
     def draw_as(name):
         return draw(prompts, args.train_batch_size, f"{name} {kind_of(args)}s" if shows else None, **seed)
 
-    images = {"base": draw_as("base")}
-    load_adapter(model.pipeline, args.output_dir, "tuned")
+    with lora_disabled(model):
+        images = {"base": draw_as("base")}
     images["tuned"] = draw_as("tuned")
 
     def scores_of(rewards):

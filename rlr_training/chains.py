@@ -150,3 +150,4 @@ def encode_prompts_of_run(args, embeds, sampler, others, first_step, show_progre
         if len(upcoming) == sampler.num_distinct:
             break
     embeds.encode_all(texts_of(args.prompts, [*upcoming, *others]), show_progress)
+    embeds.free_encoders()

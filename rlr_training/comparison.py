@@ -14,6 +14,7 @@
 """Adapters against their base model: loading them, and what is measured of their images."""
 
 import os
+from itertools import product
 
 import torch
 from diffusion_models.adapters import load_adapter
@@ -22,6 +23,7 @@ from reward_models.images import read_image
 from tqdm.auto import tqdm
 
 from .errors import naming
+from .evaluation import encode
 
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -56,6 +58,39 @@ def load_adapters(pipeline, sources, cache_dir):
             load_adapter(pipeline, source, name, cache_dir)
         names.append(name)
     return names
+
+
+def encode_for(args, model, names, prompts, device):
+    """The prompts as each adapter sees them, which may have layers in text encoders.
+
+    Args:
+        names: from `load_adapters`.
+
+    Returns:
+        {(name, scale): `PromptEmbeds`} of 1 and each of --lora_scales; of the base model the name is `None`, the scale 1.
+    """
+    of_base, embeds = None, {}
+    for name, scale in [(None, 1.0), *product(names, dict.fromkeys((1.0, *args.lora_scales)))]:
+        switch_to(model.pipeline, name, scale)
+        reads = any(component.startswith("text_encoder") for component in components_of(model.pipeline, name))
+        embeds[name, scale] = encode(args, model, prompts, device) if of_base is None or reads else of_base
+        of_base = of_base or embeds[name, scale]
+    of_base.free_encoders()
+    return embeds
+
+
+def components_of(pipeline, name):
+    """The components of a pipeline in which an adapter has layers."""
+    return [component for component, names in pipeline.get_list_adapters().items() if name in names]
+
+
+def switch_to(pipeline, name, scale):
+    """Have a pipeline draw with one of its adapters, at a scale, or as it is without any."""
+    if not components_of(pipeline, name):  # the base model, or layers of text encoders alone, which have been freed
+        pipeline.disable_lora()
+        return
+    pipeline.enable_lora()
+    pipeline.set_adapters([name], [scale])
 
 
 def measure(images, prompts, rewards, features, base, real, device):

@@ -18,6 +18,8 @@ import shutil
 from contextlib import contextmanager
 
 
+# What an error says that is about memory: the CPU's allocator, cuBLAS, cuDNN.
+OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 MEMORY_SAVERS = (
     "a smaller --train_batch_size with more --gradient_accumulation_steps, --keep_graphs 0, --decode_batch_size 1,"
     " --gradient_checkpointing, --guidance_batching split, --mixed_precision bf16, --quantize, --offload_blocks,"
@@ -39,10 +41,10 @@ def one_line(error):
 
 
 def is_out_of_memory(error):
-    """Whether a RuntimeError is about memory; on the CPU it is no OutOfMemoryError but a message of the allocator."""
+    """Whether a RuntimeError is about memory: for the CPU's and the libraries of CUDA it is no OutOfMemoryError."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from .chains import drawing_chain_of, kind_of, size_of
 from .display import shown
 from .errors import RunError, naming, saving
 from .memory import warn_before_loading
-from .offload import decoding
+from .offload import decoding, place
 from .output_dir import VALIDATION_FOLDER
 from .prompts import texts_of
 from .shares import Share
@@ -62,14 +62,19 @@ def make_draw(args, model, embeds=None):
     return partial(generate, args, model, drawing_chain_of(args, model, embeds))
 
 
-def encode_and_place(args, model, prompts, device):
-    """`PromptEmbeds` of some prompts; network and VAE come to the device when the text encoders are gone."""
+def encode_and_place(args, model, prompts, state):
+    """`PromptEmbeds` of some prompts; network and VAE come to the device when the text encoders are gone, see `place`."""
+    embeds = encode(args, model, prompts, state.device)
+    embeds.free_encoders()
+    place(args, model, state)
+    return embeds
+
+
+def encode(args, model, prompts, device):
+    """`PromptEmbeds` of some prompts, with the layers that an adapter has in the text encoders at the moment."""
     embeds = PromptEmbeds(model, device)
     embeds.negative(args.negative_prompt)
     embeds.encode_all(texts_of(args.prompts, prompts))
-    model.network.to(device)
-    if not getattr(args, "vae_offload", False):
-        model.pipeline.vae.to(device)
     return embeds
 
 

@@ -34,7 +34,6 @@ from .optimizer import averaged
 from .output_dir import METRICS_FILE, place_adapter
 from .plots import plot_reward_curve
 from .processes import frozen_dtype
-from .sharding import shard
 from .shares import Share
 
 
@@ -106,8 +105,6 @@ def compare_at_the_end(args, run, step):
     share = Share(run.accelerator, len(prompts))
     try:
         base = load_base(args, frozen_dtype(args.mixed_precision))
-        if args.shard:
-            shard(base, run.accelerator)
         heldout = None if run.heldout is None else run.heldout.heldout
         part = drawn_and_scored(args, share, run.rewards, heldout, share.of(prompts), base)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run takes of the memory of its device, counted on its first calls."""
+"""What a run takes of the memory of its device, counted on its first calls, and their operations."""
 
 import math
 import weakref
@@ -19,11 +19,14 @@ from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from diffusion_models.quantize import bytes_of_weight, stored_bytes
+from diffusion_models.quantize import bytes_of_weight, stored_bytes, tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from .chains import size_of
+from .offload import frozen_weights
+from .sharding import gathered_at_once
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -47,20 +50,48 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given | self.storages:
-                    self.storages.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        given = {one.untyped_storage()._cdata for one in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
         return out
 
     def release(self, key, size):
         self.storages.remove(key)
         self.now -= size
+
+
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations, by torch's formulas.
+
+    torch's own `FlopCounterMode` also follows the modules, with hooks that keep the graphs of checkpointed blocks until a
+    backward pass has ended.
+
+    Attributes:
+        total: of the operations so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def _tensors(tree):
+    """The tensors in a tree, those that hold quantized ones included."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            yield from tensors_of(leaf)
 
 
 class Footprint(NamedTuple):
@@ -107,9 +138,8 @@ def footprint(args, model, rewards, baseline_vae, swept_bytes, scored_bytes):
     """
     vae, judges = stored_bytes(model.pipeline.vae), sum(map(stored_bytes, rewards))
     weights, brought = stored_bytes(model.network) + (0 if baseline_vae is None else stored_bytes(baseline_vae)), 0
-    if args.offload_blocks:  # what is brought for a step is among `swept_bytes`
-        in_blocks = (weight for block in model.blocks for weight in block.parameters())
-        weights -= sum(bytes_of_weight(weight) for weight in in_blocks if not weight.requires_grad)
+    if args.offload_blocks:
+        weights -= sum(_frozen_bytes(block) for block in model.blocks)
     for size, is_offloaded in ((vae, args.vae_offload), (judges, args.reward_offload)):
         weights, brought = (weights, brought + size) if is_offloaded else (weights + size, brought)
     latents = torch.Size(model.latents_shape(args.train_batch_size, size_of(args))).numel() * 4
@@ -117,18 +147,41 @@ def footprint(args, model, rewards, baseline_vae, swept_bytes, scored_bytes):
     return Footprint(
         weights=weights,
         latents=args.gradient_accumulation_steps * (2 * args.num_inference_steps + 1) * latents,
-        sweep=args.train_batch_size * swept_bytes * (1 + args.gradient_accumulation_steps * kept),
+        sweep=brought_bytes(args, model)
+        + args.train_batch_size * swept_bytes * (1 + args.gradient_accumulation_steps * kept),
         scoring=brought + args.decode_batch_size * scored_bytes,
     )
 
 
+def brought_bytes(args, model):
+    """Bytes of frozen weights that come to the device for a call: of a block, or with --shard of two, the next one ahead."""
+    if args.shard:
+        return sum(sorted(_gathered_bytes(model))[-2:])
+    return max(map(_frozen_bytes, model.blocks)) if args.offload_blocks else 0
+
+
+def _frozen_bytes(block):
+    return sum(map(bytes_of_weight, frozen_weights(block)))
+
+
+def _gathered_bytes(model):
+    """Bytes of the frozen weights that are gathered together, for each of `gathered_at_once`."""
+    within = set()
+    for module in gathered_at_once(model):
+        own = {id(weight): weight for weight in frozen_weights(module) if id(weight) not in within}
+        within |= own.keys()
+        yield sum(weight.nbytes for weight in own.values())  # of all ranks together
+
+
 def warn_before_loading(args, size):
     """Warn of a network whose weights, of so many bytes, a GPU does not hold, before they are read."""
+    savers = ["--mixed_precision bf16", "--quantize"]
+    savers += [f"--{name}" for name in ("offload_blocks", "shard") if hasattr(args, name)]
     is_elsewhere = getattr(args, "offload_blocks", False) or getattr(args, "shard", False)
     if size > gpu_bytes() and not is_elsewhere:
         logger.warning(
-            f"the weights of the network take {in_words(size)}, and the GPU has {in_words(gpu_bytes())}: use --mixed_precision"
-            " bf16, --quantize, --offload_blocks or --shard"
+            f"the weights of the network take {in_words(size)}, and the GPU has {in_words(gpu_bytes())}: use"
+            f" {', '.join(savers[:-1])} or {savers[-1]}"
         )
 
 

@@ -37,8 +37,8 @@ from torch._functorch import config as functorch_config
 import diffusers
 
 from .cuda_graphs import GraphedNetwork
-from .offload import offload_blocks
-from .sharding import check_sharding, shard
+from .offload import place
+from .sharding import check_sharding
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -172,15 +172,9 @@ def to_device(args, accelerator, model, baseline_vae):
         model.network.enable_gradient_checkpointing()
     # Costs one more decoding per image, as much as one or two steps of its chain.
     recompute_blocks(model.pipeline.vae.decoder)
-    if args.shard:
-        shard(model, accelerator)
-    if args.offload_blocks:
-        offload_blocks(model.network, model.blocks, accelerator.device)
-    else:
-        model.network.to(accelerator.device)
-    decoders = ([] if args.vae_offload else [model.pipeline.vae]) + ([] if baseline_vae is None else [baseline_vae])
-    for decoder in decoders:
-        decoder.to(accelerator.device)
+    place(args, model, accelerator)
+    if baseline_vae is not None:
+        baseline_vae.to(accelerator.device)
     if args.cuda_graphs:
         if accelerator.device.type != "cuda":
             raise ValueError(f"--cuda_graphs needs an NVIDIA GPU, and this run is on {accelerator.device.type}")

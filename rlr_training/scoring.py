@@ -17,8 +17,10 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from reward_models import load_rewards, parse_reward, parse_reward_paths
 from reward_models.base import deferred_checks
+from rlr_utils.kept_graphs import spare_bytes
 
 from diffusers.training_utils import free_memory, offload_models
 
@@ -112,9 +114,14 @@ def settle_batch_sizes(args, model, sums, prompt):
     Returns:
         Bytes that one image takes while it is decoded and scored.
     """
-    taken = score_one(args, model, sums[0], prompt)
+    device, rewards = model.network.device, sums[0]
+    with decoding(args, model, device), offload_models(*rewards.modules, device=device, offload=args.reward_offload):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        taken = score_one(args, model, rewards, prompt)
+        fitting = images_that_fit(taken, spare_bytes(device))
     if args.decode_batch_size == "auto":
-        args.decode_batch_size = images_that_fit(taken, model.network.device)
+        args.decode_batch_size = min(gather_object([fitting]))
     for one in sums:
         one.batch_size = one.batch_size or args.decode_batch_size
     return taken
@@ -122,21 +129,15 @@ def settle_batch_sizes(args, model, sums, prompt):
 
 def score_one(args, model, rewards, prompt):
     """Decode and score some image or video, with its gradient if there is one; returns the bytes that this takes."""
-    device = model.network.device
-    latents = torch.zeros(model.latents_shape(1, size_of(args)), device=device)
-    with decoding(args, model, device), offload_models(*rewards.modules, device=device, offload=args.reward_offload):
-        with LiveBytes() as live:
-            score_latents(decoder_of(args, model), rewards, latents, [prompt], 1, rewards.has_gradient)
+    latents = torch.zeros(model.latents_shape(1, size_of(args)), device=model.network.device)
+    with LiveBytes() as live:
+        score_latents(decoder_of(args, model), rewards, latents, [prompt], 1, rewards.has_gradient)
     return live.peak
 
 
-def images_that_fit(taken, device):
-    """How many images of so many bytes fit at a time into half of a GPU's free memory; 1 on other devices."""
-    if device.type != "cuda":
-        return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, min(MOST_DECODED, int(free / 2 / taken)))
+def images_that_fit(taken, spare):
+    """How many images of so many bytes are decoded at a time: one, and as many as fit into half of what it leaves spare."""
+    return min(MOST_DECODED, 1 + int(max(0, spare) / 2 / taken))
 
 
 def score_latents(decode, rewards, latents, prompts, decode_batch_size, with_gradient=False, scale=1.0, vae=None):

@@ -19,16 +19,15 @@ from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, gather_object
 from reward_models.loading import first_line
 from rlr_utils.kept_graphs import spare_bytes
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers.training_utils import free_memory
 
 from .chains import size_of
 from .errors import is_out_of_memory
-from .memory import LiveBytes
+from .memory import LiveBytes, Operations, brought_bytes
 from .offload import decoding
 
 
@@ -42,7 +41,7 @@ class Costs(NamedTuple):
         forward, swept: of the network, guided: a forward pass, and one with its vector-Jacobian product.
         decode: of the decoder, without a gradient.
         predict: of the decoder of predicted images.
-        swept_bytes: that a swept step takes.
+        swept_bytes: that a swept step takes, but for weights that are brought for it.
     """
 
     forward: int
@@ -71,12 +70,13 @@ def settle_memory(args, model, chain, chain_of):
         )
         for batching in (halves if args.guidance_batching == "auto" else [args.guidance_batching])
     ]
+    x = torch.zeros(model.latents_shape(args.train_batch_size, size_of(args)), device=chain.timesteps.device)
     for checkpointing, batching in settings:
         chain.split_guidance = batching == "split"
         if checkpointing == "on" and not model.network.is_gradient_checkpointing:
             model.network.enable_gradient_checkpointing()
         is_last = (checkpointing, batching) == settings[-1]
-        if is_last or has_room(partial(sweep_once, args, model, chain_of(chain)), chain.timesteps.device):
+        if is_last or has_room(partial(sweep_once, model, chain_of(chain), x), x.device):
             break
     args.gradient_checkpointing, args.guidance_batching = checkpointing, batching
     if (checkpointing, batching) != settings[0]:
@@ -84,23 +84,30 @@ def settle_memory(args, model, chain, chain_of):
 
 
 def has_room(run, device):
-    """Whether run() leaves a tenth of a GPU's memory free; on other devices it is not called, and the answer is yes."""
+    """Whether run() leaves a tenth of a GPU's memory free, on every rank.
+
+    On other devices it is not called, and the answer is yes.
+    """
     if device.type != "cuda":
         return True
     free_memory()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         run()
-    except torch.OutOfMemoryError:
-        return False
-    return spare_bytes(device) > 0
+        has_room_here = spare_bytes(device) > 0
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        has_room_here = False
+    return all(gather_object([has_room_here]))
 
 
-def sweep_once(args, model, chain):
-    """Take a step of some latents with its gradient."""
-    x = torch.zeros(model.latents_shape(args.train_batch_size, size_of(args)), device=chain.timesteps.device)
-    chain.mean(chain.num_steps, x.requires_grad_()).sum().backward()
-    model.network.zero_grad()
+def sweep_once(model, chain, x):
+    """Take a step of latents x (B, ...) with its gradient."""
+    try:
+        chain.mean(chain.num_steps, x.requires_grad_()).sum().backward()
+    finally:
+        model.network.zero_grad()
 
 
 def try_model(args, model, chain, baseline_vae):
@@ -119,15 +126,19 @@ def try_model(args, model, chain, baseline_vae):
     """
     x = torch.zeros(model.latents_shape(1, size_of(args)), device=chain.timesteps.device, requires_grad=True)
     name = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path!r}"
-    with drawing_with(name), FlopCounterMode(display=False) as counter, LiveBytes() as live:
+    if args.shard:  # the first call makes all that weights are gathered in, which later ones fill and empty unseen
+        with drawing_with(name):
+            sweep_once(model, chain, x)
+    with drawing_with(name), Operations() as counter, LiveBytes() as live:
         mean = chain.mean(chain.num_steps, x)
-        forward = counter.get_total_flops()
+        forward = counter.total
         mean.sum().backward()
     model.network.zero_grad()
     decode = predict = try_decoder(args, name, model, mean.detach())
     if baseline_vae is not None:
         predict = try_decoder(args, f"--baseline_vae {args.baseline_vae!r}", model, mean.detach(), baseline_vae)
-    return Costs(forward, counter.get_total_flops(), decode, predict, live.peak)
+    swept_bytes = live.peak - (brought_bytes(args, model) if args.offload_blocks else 0)
+    return Costs(forward, counter.total, decode, predict, swept_bytes)
 
 
 @torch.no_grad()
@@ -137,14 +148,14 @@ def try_decoder(args, name, model, latents, vae=None):
     Raises:
         ValueError: naming what holds the decoder, if it cannot.
     """
-    with drawing_with(name), FlopCounterMode(display=False) as counter, decoding(args, model, latents.device, vae):
+    with drawing_with(name), Operations() as counter, decoding(args, model, latents.device, vae):
         images = model.decode(latents, vae)
     if not images.isfinite().all():
         raise ValueError(
             f"{name} draws images that are not finite: its weights are damaged, or overflow with --mixed_precision"
             f" {args.mixed_precision}"
         )
-    return counter.get_total_flops()
+    return counter.total
 
 
 @contextmanager

@@ -101,13 +101,14 @@ def test_prompts_are_encoded_before_training_and_the_encoders_freed():
     expected = {prompt: model.embed([prompt])["states"].detach() for prompt in "abcd"}
     model.encoded.clear()
     embeds.encode_all(["a", "b", "a", "c", "d"])
+    embeds.free_encoders()
     assert model.encoded == ["a", "b", "c", "d"] and model.text_encoders == []
     folder = embeds.folder.name
     assert embeds.bytes == 2 * BYTES and len(os.listdir(folder)) == 2
     for _ in range(2):  # nothing is dropped
         states = embeds(list("dcba"))["states"]
         torch.testing.assert_close(states, torch.cat([expected[prompt] for prompt in "dcba"]))
-    with pytest.raises(ValueError, match="the prompt 'e' was not encoded before the text encoders were freed"):
+    with pytest.raises(ValueError, match="the prompt 'e' was not encoded with the others"):
         embeds(["a", "e"])
     del embeds
     assert not os.path.exists(folder)

@@ -29,13 +29,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusion_models.adapters import add_lora, save_lora
+from diffusion_models.adapters import add_lora, load_adapter, save_lora
 from evaluate_rlr import main, parse_args
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from reward_models import load_reward
 from reward_models.features import frechet_distance, load_features
+from rlr_loras import in_kohya, matrices_of
 from rlr_testing import DIGITS, LORA, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_model, tiny_pipeline
 from rlr_training.plots import caption, plot_before_after, plot_grid, plot_scales
 from rlr_training.report import print_table, write_csv
@@ -111,6 +112,43 @@ def test_figures_are_those_of_the_images_of_a_plain_pipeline(evaluation, adapter
     colors = [torch.tensor([60.0 * i, 0.0, 90.0]).view(1, 3, 1, 1).expand(-1, -1, 30, 20 + i) / 255 for i in range(3)]
     distance = frechet_distance(features(tuned), torch.cat([features(image) for image in colors]))
     assert models["strong"]["frechet_to_real"] == pytest.approx(float(distance), rel=1e-3)
+
+
+def test_layers_of_an_adapter_in_the_text_encoder_take_part(tmp_path):
+    """At each scale; alone, and beside one without such layers, which sees the prompts of the base model."""
+    encoder = tiny_pipeline().text_encoder
+    names = {
+        "text_model.encoder.layers.0.self_attn.q_proj": (4, 40.0),
+        "text_model.encoder.layers.1.mlp.fc1": (2, 40.0),
+    }
+    names = {
+        name if hasattr(encoder, "text_model") else name.removeprefix("text_model."): rank
+        for name, rank in names.items()
+    }
+    spell = lambda name: f"text_model.{name.removeprefix('text_model.')}"  # noqa: E731
+    torch.manual_seed(0)
+    paths = [str(tmp_path / "text.safetensors"), str(tmp_path / "unet.safetensors")]
+    save_file(in_kohya(matrices_of(encoder, names), spell, "lora_te_"), paths[0])
+    save_file(in_kohya(matrices_of(tiny_pipeline().unet)), paths[1])
+    flags = ["--num_prompts", "1", "--lora_scales", "0.5", "--output_dir", str(tmp_path / "out")]
+    results = main(parse_args([*FLAGS, "--adapters", *paths, *flags]))
+    reward, prompts = load_reward("aesthetic", path=TINY_AESTHETIC), ["a green zero"] * 2
+
+    def expected(adapter, scale):
+        pipeline = tiny_pipeline()
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        if adapter is not None:
+            load_adapter(pipeline, adapter, "own")
+            pipeline.set_adapters(["own"], [scale])
+        return pytest.approx(reward(draw(pipeline, prompts), prompts).mean().item(), rel=1e-4)
+
+    def found(figures):
+        return figures["rewards"]["aesthetic"]["mean"]
+
+    assert found(results["models"]["base"]) == expected(None, 1.0) != expected(paths[0], 1.0)
+    for path, name in zip(paths, ("text", "unet")):
+        assert found(results["models"][name]) == expected(path, 1.0)
+        assert found(results["lora_scales"][name]["0.5"]) == expected(path, 0.5)
 
 
 def test_results_are_written_as_json_and_csv_and_printed(evaluation, capsys):

@@ -75,6 +75,21 @@ def test_cuda_graphs_take_the_same_steps(tmp_path, caplog, precision):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=3 * tolerance)
 
 
+@pytest.mark.parametrize("flags", [["--offload_blocks"], ["--vae_offload", "--reward_offload"]], ids=" ".join)
+def test_what_rests_on_the_cpu_changes_no_number(tmp_path, flags):
+    lines = [train(tmp_path / name, *own) for name, own in (("plain", []), ("offloaded", flags))]
+    for one, other in zip(*lines, strict=True):
+        assert one["reward_mean"] == pytest.approx(other["reward_mean"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("graphs", [[], ["--cuda_graphs"]], ids=" ".join)
+def test_quantized_networks_train(tmp_path, kind, graphs):
+    lines = train_flow(tmp_path / "out", "FluxPipeline", "--mixed_precision", "bf16", "--quantize", kind, *graphs)
+    check_run(tmp_path / "out", lines)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_unet_family_trains_in_every_precision(tmp_path, name, precision):
@@ -85,10 +100,15 @@ def test_every_unet_family_trains_in_every_precision(tmp_path, name, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", FLOW_FOLDERS)
 def test_every_flow_family_trains_in_every_precision(tmp_path, name, precision):
+    check_run(tmp_path / "out", train_flow(tmp_path / "out", name, *PRECISIONS[precision]))
+
+
+def train_flow(output_dir, name, *flags):
+    """Train a tiny flow model; returns the metrics."""
     forget_accelerator()
-    where = ["--pretrained_model_name_or_path", FLOW_FOLDERS[name](), "--output_dir", str(tmp_path / "out")]
-    train_rlr_flow.main(train_rlr_flow.parse_args([*FLOW_BASE, *where, *PRECISIONS[precision]]))
-    check_run(tmp_path / "out", metrics_of(tmp_path / "out"))
+    where = ["--pretrained_model_name_or_path", FLOW_FOLDERS[name](), "--output_dir", str(output_dir)]
+    train_rlr_flow.main(train_rlr_flow.parse_args([*FLOW_BASE, *where, *flags]))
+    return metrics_of(output_dir)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

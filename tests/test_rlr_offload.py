@@ -13,6 +13,7 @@
 # limitations under the License.
 """What is not on the device all the time: the weights of blocks, the VAE; and what a run takes of its memory."""
 
+import json
 import re
 import weakref
 from types import SimpleNamespace
@@ -25,16 +26,20 @@ from diffusion_models.quantize import stored_bytes
 from rlr_chains import gradients
 from rlr_flow_models import FLOW_FOLDERS
 from rlr_models import FOLDERS, PROMPTS, add_random_lora, chain_of
-from rlr_testing import tiny_model, train
+from rlr_testing import TINY_SD, tiny_model, train
 from rlr_training import memory, offload, trial
+from rlr_training.errors import is_out_of_memory
 from rlr_training.evaluation import load_base
-from rlr_training.memory import Footprint, LiveBytes, footprint, warn_if_too_much
-from rlr_training.offload import offload_blocks
+from rlr_training.memory import Footprint, LiveBytes, brought_bytes, footprint, warn_if_too_much
+from rlr_training.offload import Visit, offload_blocks, pinned, repeated_whole
+from rlr_training.scoring import images_that_fit
 from rlr_training.trial import settle_memory
 from rlr_utils import backward_sweep, full_bp, rollout
 from rlr_video_models import tiny_wan, tiny_wan_a14b
 from rlr_video_models_other import tiny_animatediff, tiny_cogvideox, tiny_ltx
 from train_rlr_sd import parse_args
+
+from diffusers.hooks import HookRegistry
 
 
 VIDEO_FOLDERS = {make.__name__: make for make in (tiny_wan, tiny_wan_a14b, tiny_animatediff, tiny_cogvideox, tiny_ltx)}
@@ -92,20 +97,61 @@ def test_blocks_whose_weights_rest_elsewhere_have_the_same_gradient(name, move_a
     assert all(p.isnan().all() for p in frozen) and all(copy() is None for copy in visits)
 
 
+def test_a_block_that_fails_leaves_no_copies():
+    """Such as one for which memory runs out."""
+
+    class Block(torch.nn.Linear):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    block = Block(2, 2).requires_grad_(False)
+    weight = block.weight
+    HookRegistry.check_if_exists_or_initialize(block).register_hook(Visit(block, torch.device("cpu")), "visit")
+    with pytest.raises(torch.OutOfMemoryError):
+        block(torch.ones(2))
+    assert block.weight is weight
+
+
+def test_page_locked_memory_is_taken_in_powers_of_two(monkeypatch):
+    """To which torch rounds it up; weights keep their values, and share buffers."""
+    monkeypatch.setattr(offload, "BUFFER", 2**12)
+    weights = [
+        torch.randn(size, dtype=dtype) for size in (10, 300, 700, 900, 5000, 3) for dtype in (torch.half, torch.float)
+    ]
+    expected = [weight.clone() for weight in weights]
+    pinned(weights, pin_memory=False)
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(weights, expected))
+    buffers = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in weights}
+    assert all(size & (size - 1) == 0 for size in buffers.values())
+    small = [size for size in buffers.values() if size <= 2**12]
+    assert len(small) == 4 and sum(small) < 2 * sum(one.nbytes for one in weights if one.nbytes <= 2**12)
+
+
 @pytest.mark.parametrize(
     "flags", [["--offload_blocks"], ["--vae_offload"], ["--guidance_batching", "split"], ["--gradient_checkpointing"]],
     ids=" ".join,
 )  # fmt: skip
-def test_what_saves_memory_changes_no_number_of_a_run(tmp_path, flags, plain_run):
+def test_what_saves_memory_changes_no_number_of_a_run(tmp_path, monkeypatch, flags, plain_run):
+    """Nor of its comparison at the end, whose blocks rest on the CPU as well."""
+    offloaded, whole = [], offload.offload_blocks
+    monkeypatch.setattr(offload, "offload_blocks", lambda *args: offloaded.append(whole(*args)))
     lines = train(tmp_path / "out", "--num_eval_images", "2", *flags)
-    for line, expected in zip(lines, plain_run, strict=True):
+    expected_lines, expected_results = plain_run
+    for line, expected in zip(lines, expected_lines, strict=True):
         assert line["reward_mean"] == pytest.approx(expected["reward_mean"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    for name in ("base", "tuned"):
+        assert results[name]["mean"] == pytest.approx(expected_results[name]["mean"], rel=1e-4)
+    assert len(offloaded) == 2 * ("--offload_blocks" in flags)
 
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("plain") / "out", "--num_eval_images", "2")
+    """Its metrics, and its comparison at the end."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    lines = train(folder, "--num_eval_images", "2")
+    return lines, json.loads((folder / "evaluation.json").read_text())
 
 
 # Memory
@@ -165,6 +211,41 @@ def test_of_the_settings_the_first_that_fits_is_taken(monkeypatch, asked, fittin
     assert tried == sorted(tried, reverse=True)
 
 
+def test_weights_that_come_for_a_step_are_counted_once_whatever_the_batch():
+    """Those of one block at a time. With it a step takes at most as much more."""
+    costs, args = [], SimpleNamespace(height=32, width=32, pretrained_model_name_or_path=TINY_SD, shard=False)
+    for is_offloaded in (False, True):
+        args.offload_blocks, model = is_offloaded, tiny_model()
+        add_random_lora(model.network)
+        if is_offloaded:
+            offload_blocks(model.network, model.blocks, torch.device("cpu"))
+        model.network.enable_gradient_checkpointing(repeated_whole)
+        costs.append(trial.try_model(args, model, chain_of(model, prompts=PROMPTS[:1]), None))
+    brought = brought_bytes(args, model)
+    assert costs[0].swept_bytes < costs[1].swept_bytes + brought <= costs[0].swept_bytes + brought
+    assert brought == max(stored_bytes(block) - lora_bytes(block) for block in model.blocks)
+
+
+def lora_bytes(module):
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
+def test_as_many_images_are_decoded_as_fit_into_half_of_what_one_leaves():
+    assert [images_that_fit(100, spare) for spare in (-50, 0, 199, 200, 1000, 10**6)] == [1, 1, 1, 2, 6, 16]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_libraries_run_out_of_memory_with_errors_of_their_own(words):
+    assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(RuntimeError("CUDA error: no kernel image"))
+
+
 def test_without_a_gpu_nothing_is_tried():
     def never():
         raise AssertionError
@@ -178,7 +259,7 @@ def test_the_footprint_is_that_of_the_flags(vae_offload, reward_offload):
     model, judge = tiny_model(), torch.nn.Linear(1000, 1000)
     args = SimpleNamespace(
         **{"vae_offload": vae_offload, "reward_offload": reward_offload, "keep_graphs": 2, "height": 32, "width": 32},
-        offload_blocks=False,
+        **{"offload_blocks": False, "shard": False},
         **{"train_batch_size": 3, "gradient_accumulation_steps": 5, "num_inference_steps": 4, "decode_batch_size": 2},
     )
     expected = footprint(args, model, [judge], None, swept_bytes=10**6, scored_bytes=10**5)
@@ -192,7 +273,9 @@ def test_the_footprint_is_that_of_the_flags(vae_offload, reward_offload):
     assert Footprint(1, 2, 3, 4).peak == 7
     args.offload_blocks = True
     resting = sum(map(stored_bytes, model.blocks))
-    assert footprint(args, model, [judge], None, 0, 0).weights == expected.weights - resting > 0
+    offloaded = footprint(args, model, [judge], None, 10**6, 0)
+    assert offloaded.weights == expected.weights - resting > 0
+    assert offloaded.sweep == expected.sweep + max(map(stored_bytes, model.blocks))
 
 
 def test_the_plan_says_what_a_run_takes(tmp_path, capsys):

@@ -20,12 +20,13 @@ import torch
 from diffusion_models import load_model
 from diffusion_models.adapters import add_lora
 from diffusion_models.lora_layer import LoraLinear
-from diffusion_models.quantize import quantization_config, stored_bytes
+from diffusion_models.quantize import bytes_of_weight, quantization_config, stored_bytes
 from peft import LoraConfig, inject_adapter_in_model
 from rlr_chains import gradients
 from rlr_flow_models import tiny_flux, tiny_qwen_image, tiny_sd3
 from rlr_models import PROMPTS, add_random_lora, chain_of, tiny_sdxl, train_on
 from rlr_testing import TINY_SD, same_adapter
+from rlr_training.memory import LiveBytes
 from rlr_training.offload import offload_blocks
 from rlr_utils import backward_sweep, full_bp, rollout
 from rlr_video_models import tiny_wan_a14b
@@ -87,6 +88,13 @@ def test_the_graph_keeps_the_weights_as_they_are_stored(kind):
         own = {weight.data_ptr() for weight in model.network.parameters()}
         kept.append(sum(size for pointer, size in sizes.items() if pointer not in own))
     assert kept[1] <= 1.05 * kept[0]
+
+
+def test_quantized_weights_are_counted_as_they_are_stored():
+    weight = load_model(tiny_flux(), quantize="int8").network.transformer_blocks[0].attn.to_q.weight
+    with LiveBytes() as live, torch.no_grad():
+        copy = torch.clone(weight)
+    assert live.now == bytes_of_weight(copy) == bytes_of_weight(weight) < 0.5 * 4 * weight.numel()
 
 
 def test_quantized_blocks_may_rest_on_the_cpu():

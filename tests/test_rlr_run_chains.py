@@ -60,13 +60,16 @@ def test_the_last_step_has_noise_where_the_estimator_needs_it(settings, differen
 
 def encoded(num_prompts, num_steps, rank=0):
     """(the prompts that are encoded before training, those that the run meets from step 3 on)."""
-    found = []
-    embeds = SimpleNamespace(encode_all=lambda prompts, show_progress: found.extend(prompts))
+    found, freed = [], []
+    embeds = SimpleNamespace(
+        encode_all=lambda prompts, show_progress: found.extend(prompts), free_encoders=lambda: freed.append(True)
+    )
     steps = {"max_train_steps": 2 + num_steps, "gradient_accumulation_steps": 2}
     args = SimpleNamespace(**steps, train_batch_size=3, prompts=None)
     sampler = PromptSampler([f"prompt {i}" for i in range(num_prompts)], 0, rank, 2)
     encode_prompts_of_run(args, embeds, sampler, ["a held-out one"], first_step=2, show_progress=False)
     met = [prompt for _ in range(2 * (2 + num_steps)) for prompt in sampler.next_batch(3)]
+    assert bool(freed) == bool(found)
     return found, met[12:]
 
 

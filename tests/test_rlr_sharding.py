@@ -33,9 +33,11 @@ from rlr_testing import ASSETS, BASE, LORA, TINY_CLIP, metrics_of, refused, same
 from rlr_training import finish
 from rlr_training.checkpoints import STATE_FILE, check_same_run, read_state
 from rlr_training.errors import RunError
+from rlr_training.memory import brought_bytes
 from rlr_training.optimizer import average_gradients
 from rlr_training.processes import refuse_engines
 from rlr_training.sharding import check_sharding, gathered_at_once, shard
+from rlr_training.trial import try_model
 from rlr_utils import RLRStep
 from rlr_video_models import tiny_wan, tiny_wan_a14b
 from safetensors.torch import load_file
@@ -71,6 +73,9 @@ CASES = {
 }
 
 
+SIZE_FLAGS = ("height", "width", "num_frames")
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """{case: what `compare` has found}, of one launch of two ranks."""
@@ -96,8 +101,13 @@ def compare_all(folders, path):
 
 
 def compare(accelerator, folder, case):
-    """{"bytes": share of the network's bytes on this rank, "differences": {estimator: relative difference of gradients}}."""
-    gradients, sizes = [], []
+    """What the network takes on this rank, and its gradients, in parts and as a whole.
+
+    Returns:
+        {"bytes": share of its bytes; "brought": what is gathered at a time, as a share of them; "buffers": of that, what a
+        swept step takes more in parts; "differences": {estimator: relative difference of gradients}}.
+    """
+    gradients, sizes, swept = [], [], []
     for sharded in (False, True):
         torch.manual_seed(0)
         model = load_model(folder, dtype=getattr(torch, case.get("dtype", "float32")))
@@ -113,9 +123,16 @@ def compare(accelerator, folder, case):
         sizes.append(stored_bytes(model.network))
         step = partial(gradient_of, accelerator, model, trainable, case.get("split", False))
         gradients.append({name: step(ESTIMATORS[name]) for name in case["estimators"]})
-    whole, parts = gradients
+        args = SimpleNamespace(
+            **{"shard": sharded, "offload_blocks": False, **dict(zip(SIZE_FLAGS, size_for(model)))},
+            **{"pretrained_model_name_or_path": folder, "mixed_precision": "no"},
+        )
+        chain = chain_for(accelerator, model, case.get("split", False))
+        swept.append(try_model(args, model, chain, None).swept_bytes)
+    brought, (whole, parts) = brought_bytes(args, model), gradients
     differences = {name: ((parts[name] - whole[name]).norm() / whole[name].norm()).item() for name in whole}
-    return {"bytes": sizes[1] / sizes[0], "differences": differences}
+    shares = {"bytes": sizes[1] / sizes[0], "buffers": (swept[1] - swept[0]) / brought, "brought": brought / sizes[0]}
+    return {**shares, "differences": differences}
 
 
 def gradient_of(accelerator, model, trainable, split, settings):
@@ -132,17 +149,26 @@ def gradient_of(accelerator, model, trainable, split, settings):
         shared_seed=0,
         **settings,
     )
-    size = (32, 32, 5) if hasattr(model, "temporal_factor") else (32, 32)
-    chain = model.make_chain(model.network, NUM_STEPS, size, **noise_everywhere(model))
-    chain.split_guidance = split
-    chain = chain.conditioned_on(model.embed(["a red seven", "a two"][rank:][:1]), model.embed_negative(None))
-    generators = seeded([rank])
+    chain, generators = chain_for(accelerator, model, split), seeded([rank])
+    size = size_for(model)
     rlr.backward([rlr.rollout(chain, model.draw_latents(chain, 1, size, generators), score, generators)])
     average_gradients(accelerator, trainable)
     gradient = parameters_to_vector([p.grad for p in trainable])
     for parameter in trainable:
         parameter.grad = None
     return gradient
+
+
+def size_for(model):
+    return (32, 32, 5) if hasattr(model, "temporal_factor") else (32, 32)
+
+
+def chain_for(accelerator, model, split):
+    """Of the prompt of this rank."""
+    chain = model.make_chain(model.network, NUM_STEPS, size_for(model), **noise_everywhere(model))
+    chain.split_guidance = split
+    prompt = ["a red seven", "a two"][accelerator.process_index]
+    return chain.conditioned_on(model.embed([prompt]), model.embed_negative(None))
 
 
 def noise_everywhere(model):
@@ -167,6 +193,13 @@ def test_the_gradient_is_that_of_whole_networks(compared, case):
 def test_each_rank_has_about_half_of_the_weights(compared, case):
     """The adapter is whole on each; a scale of one row is on the first."""
     assert 0.5 < compared[case]["bytes"] < 0.6
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_weights_that_are_gathered_are_counted_beside_a_swept_step(compared, case):
+    """Two of its parts at a time. The step itself takes what it does on whole networks, and buffers to gather them."""
+    assert 0.2 < compared[case]["buffers"] < 1
+    assert 0.1 < compared[case]["brought"] < 0.9
 
 
 def test_no_large_part_of_a_unet_is_gathered_for_a_whole_call():
@@ -307,14 +340,13 @@ def test_a_checkpoint_of_a_version_without_the_flag_is_of_whole_networks(tmp_pat
         check_same_run({**config, "shard": True}, str(tmp_path))
 
 
-def test_the_base_model_of_the_comparison_is_shared_too_and_a_rank_that_fails_in_it_ends(monkeypatch):
+def test_a_rank_that_fails_in_the_comparison_ends(monkeypatch):
     """The other ranks would wait for its calls."""
 
-    def failing(model, accelerator):
-        raise ValueError(f"the shards of {model} do not fit")
+    def failing(args, dtype):
+        raise ValueError("the shards of the base model do not fit")
 
-    monkeypatch.setattr(finish, "load_base", lambda args, dtype: "the base model")
-    monkeypatch.setattr(finish, "shard", failing)
+    monkeypatch.setattr(finish, "load_base", failing)
     args = SimpleNamespace(num_eval_images=2, validation_prompts=None, shard=True, mixed_precision="no")
     run = SimpleNamespace(
         sampler=SimpleNamespace(prompts=["a two"]), accelerator=SimpleNamespace(num_processes=2, process_index=1)

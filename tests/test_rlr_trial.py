@@ -24,11 +24,13 @@ from rlr_chains import gradients
 from rlr_flow_models import FLOW_FOLDERS
 from rlr_models import FOLDERS, PROMPTS, add_random_lora, chain_of
 from rlr_testing import TINY_SD, tiny_model
+from rlr_training.memory import Operations
 from rlr_training.trial import compile_blocks, try_model
 from rlr_utils import full_bp
 from rlr_video_models import tiny_wan, tiny_wan_a14b
 from rlr_video_models_other import tiny_animatediff, tiny_cogvideox, tiny_ltx
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers import AutoencoderTiny
 
@@ -36,7 +38,7 @@ from diffusers import AutoencoderTiny
 VIDEO_FOLDERS = {make.__name__: make for make in (tiny_wan, tiny_wan_a14b, tiny_animatediff, tiny_cogvideox, tiny_ltx)}
 ARGS = SimpleNamespace(
     **{"height": 32, "width": 32, "pretrained_model_name_or_path": TINY_SD, "mixed_precision": "no"},
-    **{"baseline_vae": "taesd", "train_batch_size": 2, "keep_graphs": 0},
+    **{"baseline_vae": "taesd", "train_batch_size": 2, "keep_graphs": 0, "shard": False, "offload_blocks": False},
 )
 
 
@@ -90,6 +92,17 @@ def test_blocks_of_a_class_share_a_compilation():
     assert len(model.blocks) == 2 and counter.frame_count == 2
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-6)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "tiny_wan"])
+def test_operations_are_torchs(name):
+    model = load_model(str({**FOLDERS, **FLOW_FOLDERS, **VIDEO_FOLDERS}[name]()))
+    add_random_lora(model.network)
+    size = (32, 32, 5) if name == "tiny_wan" else (32, 32)
+    chain, x = chain_of(model, 3, size=size), torch.ones(model.latents_shape(len(PROMPTS), size), requires_grad=True)
+    with FlopCounterMode(display=False) as expected, Operations() as counter:
+        chain.mean(3, x).sum().backward()
+    assert counter.total == expected.get_total_flops() > 0
 
 
 def accelerator_with(backend):

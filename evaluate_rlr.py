@@ -62,6 +62,13 @@ def parse_args(input_args=None):
         metavar="NAME=DIR",
         help="Local folder of a reward's model; may be repeated.",
     )
+    add(
+        "--reward_option",
+        action="append",
+        default=[],
+        metavar="NAME.OPTION=VALUE",
+        help="An option of a reward, as for training; may be repeated.",
+    )
     add("--feature_model", metavar="DIR", help="Folder of a CLIPModel for the distances. Default: the Hub's ViT-L/14.")
     add("--real_images", metavar="DIR", help="Folder of images: also measure the distance to them.")
 

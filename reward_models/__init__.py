@@ -20,7 +20,7 @@
 Rewards score videos (B, F, 3, H, W) as well: an image reward scores every frame, and a reward with the attribute
 `takes_videos` the whole video, see `videos.py` and `load_rewards`.
 
-To add a reward, write a module with a function `load(path, revision, device, dtype)` and list it in `REWARDS`.
+To add a reward, write a module with a function `load(path, revision, device, dtype, **options)` and list it in `REWARDS`.
 `python -m reward_models --help` shows how to score images from the command line.
 """
 
@@ -28,7 +28,7 @@ import math
 import os
 import re
 from importlib import import_module
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 
@@ -44,25 +44,56 @@ __all__ = [
     "WeightedSum",
     "load_reward",
     "load_rewards",
+    "known_reward",
+    "options_in_help",
     "parse_reward",
+    "parse_reward_options",
     "parse_reward_paths",
 ]
+
+
+class Option(NamedTuple):
+    """What may be set of a reward, as NAME.OPTION=VALUE.
+
+    Attributes:
+        parse: from the text of the value; a `ValueError` says what it must be.
+        meaning: for --help.
+    """
+
+    parse: Callable
+    meaning: str
+
+
+def precision(text):
+    """The type of the option `dtype`."""
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if text not in names:
+        raise ValueError(f"must be one of {', '.join(names)}")
+    return names[text]
 
 
 class KnownReward(NamedTuple):
     """Description of a reward, available without importing its module.
 
     Attributes:
-        source: "module:attribute". The attribute is a loader `(path, revision, device, dtype) -> reward`, or the
-            reward itself if it has no files.
+        source: "module:attribute". The attribute is a loader `(path, revision, device, dtype, **options) -> reward`, or the
+            reward itself if it has no files and no options.
         reads_prompts: whether the score depends on the prompt.
         meaning: what the reward measures, and the usual range of its scores.
+        options: {name: `Option`} beside `dtype`, which all that have files take.
+        dtype: precision of its networks.
+        has_labels: whether what follows the @ tells several of them apart, and is no revision.
     """
 
     source: str
     reads_prompts: bool
     meaning: str
+    options: dict = {}
+    dtype: torch.dtype = torch.float32
+    has_labels: bool = False
 
+
+DTYPE = Option(precision, "precision of a reward's networks: fp32 (default but for vqa and hpsv3), fp16 or bf16")
 
 REWARDS = {
     "aesthetic": KnownReward(
@@ -84,6 +115,17 @@ REWARDS = {
         "imagereward:load",
         True,
         "human preference, ImageReward on BLIP; SD 1.x scores .1 to .3, fine-tuned models .7 to .8",
+    ),
+    "vqa": KnownReward(
+        "vqa:load",
+        True,
+        'probability that a vision-language model (Qwen2.5-VL-3B) answers "Yes" to a question about the image, 0 to 1',
+        options={
+            "question": Option(str, 'what is asked, such as "Does this image show {prompt}?"'),
+            "answer": Option(str, 'whose probability is the score, by its first token (default: "Yes")'),
+            "model": Option(str, "name on huggingface.co/models of another image-text-to-text model of transformers"),
+        },
+        dtype=torch.bfloat16,
     ),
     "video_smoothness": KnownReward(
         "video_smoothness:load",
@@ -122,7 +164,14 @@ class Term(NamedTuple):
     entry: str
 
 
-def load_reward(name, *, path=None, revision=None, device="cpu", dtype=torch.float32):
+def known_reward(name):
+    """The `KnownReward` of a name, which may have a label, or `None`."""
+    kind, at, _ = name.partition("@")
+    known = REWARDS.get(kind)
+    return None if known is None or at and not known.has_labels else known
+
+
+def load_reward(name, *, path=None, revision=None, device="cpu", dtype=None, options=None):
     """Load a reward, frozen and in eval mode.
 
     Args:
@@ -131,16 +180,20 @@ def load_reward(name, *, path=None, revision=None, device="cpu", dtype=torch.flo
             the files are downloaded from the Hub.
         revision: branch, tag or commit of the reward's Hub repository. Default: the main branch.
         device: device of the networks.
-        dtype: precision of the networks. Score heads and scores are never narrower than float32.
+        dtype: precision of the networks, without the option of this name. Default: that of the `KnownReward`. Score heads
+            and scores are never narrower than float32.
+        options: {name: value as text}, see `KnownReward`.
 
     Raises:
-        ValueError: if the name is unknown, the path does not exist or lacks files, or the Hub repository is gated,
-            missing or unreachable.
+        ValueError: if the name is unknown, the path does not exist or lacks files, an option is not one of the reward's, or
+            the Hub repository is gated, missing or unreachable.
     """
-    if name not in REWARDS:
+    known = known_reward(name)
+    if known is None:
         raise ValueError(f"unknown reward {name!r}, known are: {', '.join(REWARDS)}")
     full_name = name if revision is None else f"{name}@{revision}"
-    module, attribute = REWARDS[name].source.split(":")
+    values = parse_options(name, options or {})
+    module, attribute = known.source.split(":")
     loader = getattr(import_module(f".{module}", __name__), attribute)
     if hasattr(loader, "differentiable"):  # not a loader but the reward itself
         if path is not None or revision is not None:
@@ -151,7 +204,8 @@ def load_reward(name, *, path=None, revision=None, device="cpu", dtype=torch.flo
     if path is not None and not os.path.isdir(path):
         raise ValueError(f"reward path {f'{name}={path}'!r}: no such folder")
     try:
-        return loader(path, revision, device, dtype).eval().requires_grad_(False)
+        dtype = values.pop("dtype", dtype or known.dtype)
+        return loader(path, revision, device, dtype, **values).eval().requires_grad_(False)
     except ValueError as error:
         raise ValueError(f"reward {full_name!r} cannot be loaded: {error}") from error
 
@@ -159,7 +213,8 @@ def load_reward(name, *, path=None, revision=None, device="cpu", dtype=torch.flo
 def parse_reward(text):
     """Parse a weighted sum such as "hpsv2:15,aesthetic@main,my_rewards.py:neon:0.5" into `{name: Term}`.
 
-    An entry is either `NAME[@REVISION][:WEIGHT]` with a key of `REWARDS`, or a callable to import:
+    An entry is either `NAME[@REVISION][:WEIGHT]` with a key of `REWARDS`, where a reward that has labels has one in the place
+    of the revision, which belongs to its name, or a callable to import:
     `package.module:callable[:WEIGHT]` or `path/to/file.py:callable[:WEIGHT]`. The default weight is 1.
 
     Raises:
@@ -169,7 +224,9 @@ def parse_reward(text):
     terms = {}
     for entry in map(str.strip, text.split(",")):
         name, revision, weight = re.fullmatch(r"([^@:]*)(?:@([^:]*))?(?::(.*))?", entry, re.DOTALL).groups()
-        if name not in REWARDS:
+        if name in REWARDS and REWARDS[name].has_labels and revision:
+            name, revision = f"{name}@{revision}", None
+        if known_reward(name) is None:
             name, weight = re.fullmatch(r"(.+?:[^\W\d]\w*)(?::(.*))?|.*", entry, re.DOTALL).groups()
             revision = None
         if name is None:
@@ -207,12 +264,63 @@ def parse_reward_paths(entries):
     return paths
 
 
+def parse_reward_options(entries):
+    """Parse entries such as "vqa.question=Is this {prompt}?" into `{name of a reward: {option: value as text}}`.
+
+    The name may also be that of a custom class, as in `my_rewards.py:Neon.strength=2`. The last entry for an option wins.
+
+    Raises:
+        ValueError: if an entry does not have this form, its reward is unknown, or has no such option or value. The message
+            quotes the entry.
+    """
+    options = {}
+    for entry in entries:
+        left, equals, value = entry.partition("=")
+        name, dot, option = left.rpartition(".")
+        if not (name and dot and option.isidentifier() and equals):
+            raise ValueError(f"reward option {entry!r} is not of the form NAME.OPTION=VALUE")
+        if known_reward(name) is None and ":" not in name:
+            raise ValueError(f"reward option {entry!r}: unknown reward {name!r}, known are: {', '.join(REWARDS)}")
+        if known_reward(name) is not None:
+            parse_options(name, {option: value})
+        options.setdefault(name, {})[option] = value
+    return options
+
+
+def parse_options(name, options):
+    """The values of a known reward's options {name: text}.
+
+    Raises:
+        ValueError: if it has no such option, or the option no such value. The message names them.
+    """
+    known, values = known_reward(name), {}
+    own = {**({"dtype": DTYPE} if known.source.partition(":")[2].startswith("load") else {}), **known.options}
+    for option, text in options.items():
+        if option not in own:
+            has = f"it has {', '.join(own)}" if own else "it has none"
+            raise ValueError(f"reward option {f'{name}.{option}'!r}: there is no such option of {name!r}; {has}")
+        try:
+            values[option] = own[option].parse(text)
+        except ValueError as error:
+            raise ValueError(f"reward option {f'{name}.{option}={text}'!r}: {error}") from error
+    return values
+
+
+def options_in_help():
+    """The lines of --help about the options of rewards."""
+    own = {f"{name}.{option}": one.meaning for name, known in REWARDS.items() for option, one in known.options.items()}
+    lines = {**own, "NAME.dtype": DTYPE.meaning}
+    width = max(map(len, lines))
+    return "\n".join(f"  {name:<{width}}  {meaning}" for name, meaning in lines.items())
+
+
 def load_rewards(
     terms,
     paths,
     *,
+    options=None,
     device="cpu",
-    dtype=torch.float32,
+    dtype=None,
     size=(512, 512),
     prompts=("", ""),
     batch_size=None,
@@ -224,8 +332,9 @@ def load_rewards(
     Args:
         terms: result of `parse_reward`.
         paths: result of `parse_reward_paths`. Folders of rewards that are not in the sum are ignored.
+        options: result of `parse_reward_options`. Those of rewards that are not in the sum are ignored.
         device: device of the networks.
-        dtype: precision of the networks.
+        dtype: precision of the networks, see `load_reward`.
         size: (height, width) in pixels of images, or (height, width, frames) of videos. Custom rewards are tested on
             two random images or videos of this size.
         prompts: prompts of these two.
@@ -239,13 +348,15 @@ def load_rewards(
     """
     members = {}
     for name, term in terms.items():
-        if name in REWARDS:
-            reward = load_reward(name, path=paths.get(name), revision=term.revision, device=device, dtype=dtype)
+        known, own = known_reward(name), (options or {}).get(name, {})
+        if known is not None:
+            files = {"path": paths.get(name), "revision": term.revision}
+            reward = load_reward(name, **files, device=device, dtype=dtype, options=own)
         try:
-            if name in REWARDS:
+            if known is not None:
                 prepare(reward, size, fps)
             else:
-                reward = load_custom(name, device, size, prompts, fps)
+                reward = load_custom(name, device, size, prompts, fps, own)
         except ValueError as error:
             raise ValueError(f"reward {term.entry!r} {error}") from error
         if len(size) == 3 and not getattr(reward, "takes_videos", False):

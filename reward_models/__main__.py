@@ -22,7 +22,15 @@ import json
 import statistics
 import sys
 
-from . import REWARDS, load_rewards, parse_reward, parse_reward_paths
+from . import (
+    REWARDS,
+    known_reward,
+    load_rewards,
+    options_in_help,
+    parse_reward,
+    parse_reward_options,
+    parse_reward_paths,
+)
 from .videos import REDUCTIONS
 
 
@@ -34,7 +42,9 @@ def parse_args(input_args=None):
         " size.",
         epilog="rewards (higher is better):\n"
         + "\n".join(f"  {name:<{width}}  {known.meaning}" for name, known in REWARDS.items())
-        + "\n\nyour own reward: package.module:callable or path/to/file.py:callable",
+        + "\n\nyour own reward: package.module:callable or path/to/file.py:callable"
+        + "\n\noptions, for --reward_option:\n"
+        + options_in_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -73,6 +83,13 @@ def parse_args(input_args=None):
         metavar="NAME=DIR",
         help="Local folder with the files of a reward; may be repeated (default: download them from the Hub).",
     )
+    parser.add_argument(
+        "--reward_option",
+        action="append",
+        default=[],
+        metavar="NAME.OPTION=VALUE",
+        help="An option of a reward, see below; may be repeated.",
+    )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", help="Prompt of all images (default: none; required by rewards that read the prompt)."
@@ -96,7 +113,8 @@ def read_prompts(args, names):
             kind = "videos" if args.videos else "images"
             raise ValueError(f"{args.prompts!r} has {len(prompts)} lines for {len(args.images)} {kind}")
         return prompts
-    readers = [name for name in names if name not in REWARDS or REWARDS[name].reads_prompts]
+    known = {name: known_reward(name) for name in names}
+    readers = [name for name in names if known[name] is None or known[name].reads_prompts]
     if args.prompt is None and readers:
         raise ValueError(f"reward {readers[0]!r} may read the prompt: give --prompt or --prompts")
     return [args.prompt or ""] * len(args.images)
@@ -160,6 +178,7 @@ def main(args):
         device, ends = PartialState().device, (prompts[0], prompts[-1])
         rewards = load_rewards(
             *(terms, parse_reward_paths(args.reward_path)),
+            options=parse_reward_options(args.reward_option),
             device=device,
             size=(*first.shape[-2:], *first.shape[1:-3]),
             prompts=ends,

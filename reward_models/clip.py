@@ -31,13 +31,18 @@ VIT_H_ID = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
-def normalize(pixels):
-    """Subtract CLIP's mean from pixels in [0, 1], (B, 3, H, W), and divide by its standard deviation."""
-    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+def normalize(pixels, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD):
+    """Subtract a mean, by default CLIP's, from pixels in [0, 1], (B, 3, H, W), and divide by the standard deviation."""
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (mean, std))
     return (pixels - mean) / std
 
 
-def preprocess_clip(images, size):
+def resize(images, size):
+    """Images (B, 3, H, W) in [0, 1] in another size. Bicubic resizing overshoots at edges, which 8-bit images clip."""
+    return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def preprocess_clip(images, size, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD):
     """CLIP's preprocessing, differentiable: resize the short side to `size`, centre crop, normalise.
 
     Args:
@@ -51,11 +56,10 @@ def preprocess_clip(images, size):
     if (height, width) != (size, size):
         short = min(height, width)
         shape = (height * size // short, width * size // short)
-        # Bicubic resizing overshoots at edges. The original works on 8-bit images, which clip these values.
-        images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
+        images = resize(images, shape)
         top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
         images = images[..., top : top + size, left : left + size]
-    return normalize(images)
+    return normalize(images, mean, std)
 
 
 def preprocess_letterbox(images, size):

@@ -105,17 +105,17 @@ def find_module(name, attribute):
     return spec
 
 
-def import_callable(name):
+def import_callable(name, options):
     """Import the callable that `package.module:callable` or `path/to/file.py:callable` names.
 
-    A file can import the modules that lie beside it. Of a class, the callable is an instance.
+    A file can import the modules that lie beside it. Of a class, the callable is an instance, made with the options.
 
     Returns:
         (callable, `UserCode` that it runs in).
 
     Raises:
-        ValueError: if the module does not exist, cannot be imported, or has no such callable, or if its class takes
-            arguments.
+        ValueError: if the module does not exist, cannot be imported, or has no such callable, if its class takes other
+            arguments than the options, or if there are options for what is no class.
     """
     module_name, _, attribute = name.rpartition(":")
     is_file = module_name.endswith(".py")
@@ -136,8 +136,13 @@ def import_callable(name):
             module = importlib.import_module(module_name)
         function = getattr(module, attribute, None)
     if isinstance(function, type):
-        with code.running("cannot be used: making an instance of the class without arguments fails"):
-            function = function()
+        arguments = f"with {', '.join(options)}" if options else "without arguments"
+        with code.running(f"cannot be used: making an instance of the class {arguments} fails"):
+            function = function(**options)
+    elif options:
+        raise ValueError(
+            f"has no option {next(iter(options))!r}: options are for classes, which get them when they are made"
+        )
     if not callable(function):
         raise ValueError(f"cannot be used: {module_name!r} has no callable {attribute!r}")
     return function, code
@@ -179,7 +184,7 @@ def has_gradient(reward, images, prompts):
         return False
 
 
-def load_custom(name, device, size, prompts, fps=None):
+def load_custom(name, device, size, prompts, fps=None, options=None):
     """Import a custom reward and test it on two random images, or on two random videos if it takes videos.
 
     The callable's attribute `differentiable` says whether its scores have a gradient. Without this attribute the test
@@ -188,17 +193,18 @@ def load_custom(name, device, size, prompts, fps=None):
     Args:
         name: `package.module:callable` or `path/to/file.py:callable`. The callable maps images (B, 3, H, W) in [0, 1]
             and B prompts to a (B,) tensor, or videos (B, F, 3, H, W) if its attribute `takes_videos` is True. Of a
-            class, an instance is made without arguments. A torch module is frozen and moved to `device`.
+            class, an instance is made. A torch module is frozen and moved to `device`.
         device: device of the random images, and of the callable if it is a torch module.
         size: height and width of the random images in pixels, and the number of frames of videos.
         prompts: two prompts.
         fps: frames per second of videos, for a callable with an attribute `fps`.
+        options: {name: text}, keywords of a class.
 
     Raises:
         ValueError: if the callable cannot be imported, is not a valid reward, or takes videos and `size` is that of
             images. The caller puts the reward's name in front of the message.
     """
-    reward = CustomReward(name, *import_callable(name)).to(device).eval().requires_grad_(False)
+    reward = CustomReward(name, *import_callable(name, options or {})).to(device).eval().requires_grad_(False)
     prepare(reward, size, fps)
     frames = size[2:] if reward.takes_videos else ()
     images = torch.rand(2, *frames, 3, *size[:2], generator=torch.Generator().manual_seed(0)).to(device)

@@ -24,11 +24,10 @@ import os
 import re
 
 import torch
-import torch.nn.functional as F
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
 from .base import check_batch
-from .clip import TOKENIZER_FILES, normalize
+from .clip import TOKENIZER_FILES, normalize, resize
 from .loading import (
     check_keys,
     existing_file,
@@ -38,6 +37,7 @@ from .loading import (
     read_json,
     rename_keys,
 )
+from .vision_language import choose_size, make_patches
 
 
 DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment: the order of the head's outputs
@@ -78,33 +78,6 @@ def choose_frames(num_frames, fps, wanted_fps):
     most = min(MAX_FRAMES, num_frames) // 2 * 2
     number = min(max(num_frames / fps * wanted_fps, MIN_FRAMES), most)
     return torch.linspace(0, num_frames - 1, 2 * round(number / 2)).round().long()
-
-
-def choose_size(height, width, factor, max_pixels):
-    """Height and width to which frames are resized: multiples of `factor`, with about the same aspect ratio."""
-    min_pixels = MIN_TOKENS * factor**2
-    sides = [max(factor, round(side / factor) * factor) for side in (height, width)]
-    if math.prod(sides) > max_pixels:
-        scale = math.sqrt(max_pixels / (height * width))
-        return [max(factor, math.floor(side * scale / factor) * factor) for side in (height, width)]
-    if math.prod(sides) < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        return [math.ceil(side * scale / factor) * factor for side in (height, width)]
-    return sides
-
-
-def make_patches(frames, patch, merge):
-    """Cut frames (2 T, 3, H, W) into patches of two frames each.
-
-    The order is that of Qwen2-VL: patches that are merged to one token, a square of `merge` x `merge`, are neighbours.
-
-    Returns:
-        patches (N, 6 patch^2), grid (T, H / patch, W / patch) of N patches.
-    """
-    time, height, width = len(frames) // 2, frames.shape[-2] // patch, frames.shape[-1] // patch
-    shape = (time, 2, 3, height // merge, merge, patch, width // merge, merge, patch)
-    patches = frames.reshape(shape).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return patches.flatten(5).flatten(0, 4), (time, height, width)
 
 
 class VideoAlign(torch.nn.Module):
@@ -149,10 +122,9 @@ class VideoAlign(torch.nn.Module):
         """The scores (3,) of a video (F, 3, H, W) in [0, 1] in all `DIMENSIONS`."""
         vision, wide = self.network.config.vision_config, self.head.dtype
         frames = video[choose_frames(len(video), self.fps, self.wanted_fps).to(video.device)].to(wide)
-        size = choose_size(*video.shape[-2:], vision.patch_size * vision.spatial_merge_size, self.max_pixels)
-        # Bicubic resizing overshoots at edges. The original works on 8-bit frames, which clip these values.
-        frames = F.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
-        patches, grid = make_patches(normalize(frames), vision.patch_size, vision.spatial_merge_size)
+        factor = vision.patch_size * vision.spatial_merge_size
+        size = choose_size(*video.shape[-2:], factor, MIN_TOKENS * factor**2, self.max_pixels)
+        patches, grid = make_patches(normalize(resize(frames, size)), vision.patch_size, vision.spatial_merge_size)
         ids = self.tokens(prompt, len(patches) // vision.spatial_merge_size**2).to(video.device)
         # The authors' version of transformers numbered all tokens in order, not the video's by place and time.
         positions = torch.arange(len(ids), device=video.device).expand(3, 1, -1)

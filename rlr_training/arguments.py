@@ -87,6 +87,14 @@ def add_reward_flags(parser):
         metavar="NAME=DIR",
         help="Local folder of a reward's model instead of the Hub; may be repeated.",
     )
+    add(
+        "--reward_option",
+        action="append",
+        default=[],
+        metavar="NAME.OPTION=VALUE",
+        help="An option of a reward, such as 'vqa.question=Is this {prompt}?'; may be repeated. `python -m reward_models"
+        " --help` lists them.",
+    )
     add("--reward_offload", action="store_true", help="Keep the reward models on the CPU except while they score.")
     add(
         "--reward_batch_size",

@@ -45,7 +45,7 @@ MAY_CHANGE = (
     *("guidance_batching", "vae_offload", "offload_blocks"),
 )
 # Flags that the script did not have before, and the values that stand for what it did then.
-NEW_FLAGS = {"cuda_graphs": False, "shard": False}
+NEW_FLAGS = {"cuda_graphs": False, "shard": False, "reward_option": []}
 # Flags that the script had before and their defaults; `...` where the value does not matter.
 FORMER_FLAGS = {
     **{"subchain_sampling": "uniform", "zo_scale": 0.02, "baseline_steps": None},

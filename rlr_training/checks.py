@@ -19,7 +19,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 
 from diffusion_models.levels import levels_of_steps
-from reward_models import parse_reward, parse_reward_paths
+from reward_models import parse_reward, parse_reward_options, parse_reward_paths
 from rlr_utils import Settings
 from rlr_utils.settings import NEED_GRADIENT, check_settings
 
@@ -71,6 +71,14 @@ def check_shared_flags(args):
         levels_of_steps(args.num_inference_steps or 1, args.dcot_boundaries)
     parse_reward(args.reward)
     parse_reward_paths(args.reward_path)
+    _check_options(args)
+
+
+def _check_options(args):
+    """Refuse options of rewards that the run does not have."""
+    scored = parse_reward(",".join(filter(None, (args.reward, getattr(args, "heldout_reward", None)))))
+    for name in parse_reward_options(args.reward_option).keys() - scored.keys():
+        raise ValueError(f"--reward_option {name}...: the reward {name!r} is not in use")
 
 
 def _check_noise(args):

@@ -22,6 +22,7 @@ from accelerate.logging import get_logger
 from diffusion_models.adapters import files_of
 from diffusion_models.lora_files import SECOND
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from reward_models import parse_reward, parse_reward_options
 from reward_models.loading import first_line
 
 from .chains import kind_of, sampling_options, size_of
@@ -37,10 +38,22 @@ NOT_UPLOADED = ("checkpoint-*", "partial-*")
 NOT_SHOWN = ("hub_token", "cache_dir", "resume_from_checkpoint", "overwrite_output_dir")
 # Flags whose values are texts and no names of files.
 TEXTS = ("negative_prompt", "validation_prompts")
+# Flags that are given once for each value.
+REPEATED = ("reward_path", "reward_option")
 # The flags of training that mean the same to evaluate_rlr.py.
 EVALUATION_FLAGS = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),
-    *("reward", "reward_path", "feature_model", "prompts", "dcot_boundaries", "resolution", "height", "width"),
+    *(
+        "reward",
+        "reward_path",
+        "reward_option",
+        "feature_model",
+        "prompts",
+        "dcot_boundaries",
+        "resolution",
+        "height",
+        "width",
+    ),
     *("num_frames", "fps", "frame_reduction", "guidance_scale_2"),
     *("scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "eta", "sigmas", "max_sequence_length"),
     *("mixed_precision", "quantize"),
@@ -111,8 +124,8 @@ def flag_words(name, value):
     """The words of a command line that set a flag, such as ["--eta", "0.5"]."""
     if value is True:
         return [f"--{name}"]
-    if name == "reward_path":  # given once for each value
-        return [word for entry in value for word in ("--reward_path", entry)]
+    if name in REPEATED:
+        return [word for entry in value for word in (f"--{name}", entry)]
     values = [str(one) for one in (value if isinstance(value, list) else [value])]
     if len(values) == 1 and values[0].startswith("-"):  # would be taken for a flag
         return [f"--{name}={values[0]}"]
@@ -153,6 +166,11 @@ def evaluation_command_of(args, flags):
     words = ["python", "evaluate_rlr.py", "--adapters", output_dir]
     if hasattr(args, "noise"):  # a flow-matching model, which is drawn without noise
         flags.pop("eta", None)
+    if "reward_option" in flags:  # without those of the held-out reward
+        own = parse_reward_options(flags["reward_option"]).keys() & parse_reward(args.reward).keys()
+        flags["reward_option"] = [
+            entry for entry in flags["reward_option"] if entry.partition("=")[0].rpartition(".")[0] in own
+        ]
     for name in EVALUATION_FLAGS:
         words += flag_words(name, flags[name]) if name in flags else []
     return shlex.join([*words, "--output_dir", f"{os.path.normpath(output_dir)}-evaluation"])

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from reward_models import load_rewards, parse_reward, parse_reward_paths
+from reward_models import load_rewards, parse_reward, parse_reward_options, parse_reward_paths
 from reward_models.base import deferred_checks
 from rlr_utils.kept_graphs import spare_bytes
 
@@ -52,6 +52,7 @@ def load_reward_sum(args, text, prompts, device, batch_size):
     return load_rewards(
         parse_reward(text),
         parse_reward_paths(args.reward_path),
+        options=parse_reward_options(args.reward_option),
         device=device,
         size=size_of(args),
         prompts=(prompts[0], prompts[-1]),

@@ -28,10 +28,16 @@ from transformers import (
     BlipTextModel,
     BlipVisionConfig,
     BlipVisionModel,
+    CLIPImageProcessorPil,
     CLIPModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
 )
 
 
@@ -66,6 +72,9 @@ def save_tiny_rewards(folder):
     save_hpsv2(folder / "hpsv2", "HPS_v2_compressed.pt")
     save_hpsv2(folder / "hpsv2.1", "HPS_v2.1_compressed.pt")
     save_imagereward(folder / "imagereward")
+    (folder / "vqa").mkdir()
+    save_vqa(folder / "vqa")
+    paths["vqa"] = str(folder / "vqa")
     (folder / "videoalign").mkdir()
     save_videoalign(folder / "videoalign")
     paths |= {f"videoalign{suffix}": str(folder / "videoalign") for suffix in ("", "_vq", "_mq", "_ta")}
@@ -167,28 +176,72 @@ and whether it shows - {text_prompt}: <|TA_reward|>
 """
 
 
-def tiny_qwen2_vl():
-    """A tiny random Qwen2-VL, with more embeddings than tokens as the published one, and its tokenizer."""
-    torch.manual_seed(0)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-    special += ["<|image_pad|>", "<|video_pad|>"]
+def byte_tokenizer(special):
+    """A Qwen2Tokenizer of single bytes and special tokens, and its vocabulary."""
     vocabulary = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    return tokenizer, vocabulary
+
+
+def qwen_parts():
+    """The tokenizer of a tiny Qwen2-VL, and what its configurations share."""
+    torch.manual_seed(0)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer, vocabulary = byte_tokenizer([*special, "<|image_pad|>", "<|video_pad|>"])
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {**sizes, "num_key_value_heads": 1, "vocab_size": len(tokenizer) + 9, "max_position_embeddings": 1024}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    ids = {
+        **{"image_token_id": vocabulary["<|image_pad|>"], "video_token_id": vocabulary["<|video_pad|>"]},
+        "vision_start_token_id": vocabulary["<|vision_start|>"],
+        "vision_end_token_id": vocabulary["<|vision_end|>"],
+    }
+    return tokenizer, {"text_config": {**text, "initializer_range": 0.2}, **ids, "tie_word_embeddings": True}
+
+
+def tiny_qwen2_vl():
+    """A tiny random Qwen2-VL, with more embeddings than tokens as the published one, and its tokenizer."""
+    tokenizer, shared = qwen_parts()
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
-    config = Qwen2VLConfig(
-        text_config={**text, "initializer_range": 0.2},
-        vision_config={**vision, "initializer_range": 0.2},
-        image_token_id=vocabulary["<|image_pad|>"],
-        video_token_id=vocabulary["<|video_pad|>"],
-        vision_start_token_id=vocabulary["<|vision_start|>"],
-        vision_end_token_id=vocabulary["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
+    config = Qwen2VLConfig(vision_config={**vision, "initializer_range": 0.2}, **shared)
     return Qwen2VLForConditionalGeneration(config).eval(), tokenizer
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_vqa(folder):
+    """Save a tiny random Qwen2.5-VL in the layout of the Hub, without what its videos need."""
+    tokenizer, shared = qwen_parts()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
+    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1], "initializer_range": 0.2}
+    Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, **shared)).save_pretrained(folder)
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    Qwen2VLImageProcessorPil(patch_size=4, size=size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_llava(folder):
+    """Save a tiny random LLaVA in the layout of the Hub."""
+    torch.manual_seed(0)
+    tokenizer, vocabulary = byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", "<image>\n")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config={**sizes, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8},
+        text_config={**sizes, "model_type": "llama", "vocab_size": len(tokenizer) + 5, "initializer_range": 0.2},
+        image_token_id=vocabulary["<image>"],
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessorPil(**size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def old_name(key):

@@ -22,7 +22,8 @@ import pytest
 import torch
 from PIL import Image
 from reward_models import load_reward, load_rewards, parse_reward
-from reward_models.videoalign import choose_frames, choose_size, make_patches
+from reward_models.videoalign import choose_frames
+from reward_models.vision_language import choose_size, make_patches
 from rlr_tiny_rewards import TEMPLATE, VIDEOALIGN, save_videoalign
 from transformers import Qwen2VLImageProcessorPil
 
@@ -122,7 +123,7 @@ def test_frames_are_resized_as_by_the_original(original):
     reward.fps = 2
     video = torch.nn.functional.interpolate(torch.rand(4, 3, 12, 20).double(), (60, 100), mode="bicubic").clamp(0, 1)
     images = [Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy()) for frame in video]
-    height, width = choose_size(60, 100, 8, 448 * 448)
+    height, width = choose_size(60, 100, 8, 128 * 8**2, 448 * 448)
     resized = [np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images]
     frames = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).double() / 255
     expected = reference(original, frames, PROMPTS[0])
@@ -179,7 +180,7 @@ def test_frames_are_chosen_evenly(num_frames, fps, expected):
     ],
 )
 def test_frames_are_resized_to_a_multiple_of_28(height, width, expected):
-    assert choose_size(height, width, 28, 448 * 448) == expected
+    assert choose_size(height, width, 28, 128 * 28**2, 448 * 448) == expected
 
 
 def test_the_frame_rate_is_needed_and_counts(original):

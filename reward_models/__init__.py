@@ -116,6 +116,20 @@ REWARDS = {
         True,
         "human preference, ImageReward on BLIP; SD 1.x scores .1 to .3, fine-tuned models .7 to .8",
     ),
+    "hpsv3": KnownReward(
+        "hpsv3:load",
+        True,
+        "human preference, HPSv3 on Qwen2-VL-7B; SDXL scores 8.2, FLUX.1-dev 10.4",
+        dtype=torch.bfloat16,
+    ),
+    "aesthetic_v2.5": KnownReward(
+        "aesthetic_v2_5:load",
+        False,
+        "aesthetic predictor v2.5 on SigLIP so400m, about 1 to 10; from 5.5 on it is high",
+    ),
+    "ocr": KnownReward(
+        "ocr:ocr", True, "share of the quoted text in the prompt that rapidocr reads in the image, 0 to 1; no gradient"
+    ),
     "vqa": KnownReward(
         "vqa:load",
         True,

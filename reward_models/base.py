@@ -19,7 +19,8 @@ A reward is a callable `reward(images, prompts) -> scores` with a boolean attrib
     prompts    B strings; image i is scored with prompt i
     scores     (B,), higher is better; differentiable with respect to `images` if `reward.differentiable` is true
 
-A reward with the attribute `takes_videos = True` gets videos (B, F, 3, H, W) instead; see `videos.py`.
+A reward with the attribute `takes_videos = True` gets videos (B, F, 3, H, W) instead; see `videos.py`. One that cannot score
+every prompt has a function `check_prompts(prompts)`, which raises a ValueError that says why.
 """
 
 from contextlib import contextmanager
@@ -181,6 +182,15 @@ class WeightedSum:
                 set_fps(reward, fps)
             except ValueError as error:
                 raise ValueError(f"reward {name!r} {error}") from error
+
+    def check_prompts(self, prompts):
+        """Refuse prompts that a member cannot score, before any image is drawn.
+
+        Raises:
+            ValueError: naming the prompt.
+        """
+        for _, reward in self.members.values():
+            getattr(reward, "check_prompts", lambda prompts: None)(dict.fromkeys(prompts))
 
     def __call__(self, images, prompts, with_gradient=False, device=None):
         """Score images (B, 3, H, W), or videos (B, F, 3, H, W) if the members take them, in [0, 1] with B prompts.

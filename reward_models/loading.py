@@ -16,6 +16,7 @@
 `one_line_errors` turns failures into ValueErrors that name the file, folder or repository in one line.
 """
 
+import ast
 import json
 import os
 import pickle
@@ -102,6 +103,21 @@ def read_json(file):
     if not isinstance(content, dict):
         raise ValueError(f"{file!r} does not hold a JSON object")
     return content
+
+
+def read_texts(file, names):
+    """Read the texts that a Python file assigns to some names, without running it.
+
+    Raises:
+        ValueError: if it does not assign a text to each of them. The message names the file.
+    """
+    with one_line_errors(file), open(file, encoding="utf-8") as opened:
+        statements = [node for node in ast.parse(opened.read()).body if isinstance(node, ast.Assign)]
+        values = {getattr(node.targets[0], "id", None): node.value for node in statements}
+        texts = [ast.literal_eval(values[name]) for name in names]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{' or '.join(names)} is no text")
+    return texts
 
 
 def has_file(directory, name):

@@ -17,7 +17,6 @@ Three scores, each with mean 0 and variance 1 over the authors' videos: visual q
 The original resizes frames of 8 bits and rounds the result. Here neither is rounded, so that the scores have a gradient.
 """
 
-import ast
 import functools
 import math
 import os
@@ -35,19 +34,15 @@ from .loading import (
     load_state_dict,
     one_line_errors,
     read_json,
+    read_texts,
     rename_keys,
 )
-from .vision_language import choose_size, make_patches
+from .vision_language import QWEN2_VL_CHAT, QWEN2_VL_NAMES, choose_size, make_patches
 
 
 DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment: the order of the head's outputs
 REWARD_TOKENS = tuple(f"<|{name}_reward|>" for name in DIMENSIONS)
 VIDEO_TOKEN = "<|video_pad|>"
-# Qwen2-VL's chat format for a video and a text.
-CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|>{video}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
-)
 TEMPLATE_FILE, TEMPLATE = "prompt_template.py", "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 MIN_FRAMES, MAX_FRAMES, MIN_TOKENS = 4, 768, 128  # of the original's preprocessing; MIN_TOKENS is for each frame
 # The supported settings of model_config.json. Others select other code of the original.
@@ -55,13 +50,8 @@ SETTINGS = {
     "data_config": {"num_frames": None, "sample_type": "uniform", "prompt_template_type": "detailed_special"},
     "model_config": {"output_dim": 3, "use_special_tokens": True},
 }
-# Key names of the original's peft model, of transformers 4 -> transformers 5, applied in this order.
-RENAMES = (
-    (r"^base_model\.model\.", ""),
-    (r"\.(base_layer|default|modules_to_save)(?=\.)", ""),
-    (r"^model\.(?!language_model|visual)", "model.language_model."),
-    (r"^visual\.", "model.visual."),
-)
+# Key names of the original's peft model, applied before `QWEN2_VL_NAMES`.
+NAMES = ((r"^base_model\.model\.", ""), (r"\.(base_layer|default|modules_to_save)(?=\.)", ""), *QWEN2_VL_NAMES)
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "rm_head.weight"
 
 
@@ -118,6 +108,10 @@ class VideoAlign(torch.nn.Module):
         scores = torch.stack([self.score(video, prompt) for video, prompt in zip(videos, prompts)])
         return scores[:, self.dimensions].sum(1)
 
+    def check_prompts(self, prompts):
+        for prompt in prompts:
+            self.tokens(prompt, 1)
+
     def score(self, video, prompt):
         """The scores (3,) of a video (F, 3, H, W) in [0, 1] in all `DIMENSIONS`."""
         vision, wide = self.network.config.vision_config, self.head.dtype
@@ -148,7 +142,7 @@ class VideoAlign(torch.nn.Module):
         special = [token for token in (*REWARD_TOKENS, VIDEO_TOKEN) if token in prompt]
         if special:
             raise ValueError(f"videoalign: the prompt {prompt[:80]!r} contains the special token {special[0]}")
-        text = CHAT.format(video=VIDEO_TOKEN * video_tokens, text=self.template.format(text_prompt=prompt))
+        text = QWEN2_VL_CHAT.format(vision=VIDEO_TOKEN * video_tokens, text=self.template.format(text_prompt=prompt))
         return torch.tensor(self.tokenizer(text).input_ids)
 
 
@@ -159,12 +153,10 @@ def read_template(path):
         ValueError: if the file is missing, or has no such text with each of `REWARD_TOKENS` once.
     """
     file = existing_file(path, TEMPLATE_FILE)
-    with one_line_errors(file), open(file, encoding="utf-8") as opened:
-        statements = [node for node in ast.parse(opened.read()).body if isinstance(node, ast.Assign)]
-        texts = [ast.literal_eval(node.value) for node in statements if getattr(node.targets[0], "id", "") == TEMPLATE]
-        if [text.count(token) for text in texts for token in (*REWARD_TOKENS, "{text_prompt}")] != [1, 1, 1, 1]:
-            raise ValueError(f"has no text {TEMPLATE} with {', '.join(REWARD_TOKENS)} and {{text_prompt}}")
-    return texts[0]
+    (text,) = read_texts(file, [TEMPLATE])
+    if [text.count(token) for token in (*REWARD_TOKENS, "{text_prompt}")] != [1, 1, 1, 1]:
+        raise ValueError(f"{file!r} has no text {TEMPLATE} with {', '.join(REWARD_TOKENS)} and {{text_prompt}}")
+    return text
 
 
 def read_config(path):
@@ -197,7 +189,7 @@ def read_checkpoint(path):
     state = load_state_dict(file)
     if file.endswith(".safetensors"):
         state |= load_state_dict(existing_file(folder, "non_lora_state_dict.pth"))
-    return rename_keys({key: value for key, value in state.items() if "original_module" not in key}, RENAMES), file
+    return rename_keys({key: value for key, value in state.items() if "original_module" not in key}, NAMES), file
 
 
 def merge_lora(state, weights, lora):

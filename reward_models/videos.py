@@ -54,6 +54,7 @@ class PerFrame(torch.nn.Module):
         self.differentiable = reward.differentiable
         self.mean_over_frames = reduction == "mean"
         self.gradient = getattr(reward, "gradient", score_gradient)
+        self.check_prompts = getattr(reward, "check_prompts", lambda prompts: None)
 
     def forward(self, videos, prompts):
         check_batch(videos, prompts, "videos")

@@ -22,6 +22,13 @@ from PIL import Image
 from .clip import normalize, preprocess_clip, resize
 
 
+# Qwen2-VL's chat format for an image or video and a text.
+QWEN2_VL_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{vision}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+# Key names of its weights in transformers 4 -> transformers 5.
+QWEN2_VL_NAMES = ((r"^model\.(?!language_model|visual)", "model.language_model."), (r"^visual\.", "model.visual."))
 # Mean difference from the model's own processor, which rounds to 8 bits, in normalized units.
 TOLERANCE = 0.05
 

@@ -56,6 +56,10 @@ class VQAScore(torch.nn.Module):
         # One at a time, because padding would make the texts equally long.
         return torch.stack([self.score(image[None], prompt) for image, prompt in zip(images, prompts)])
 
+    def check_prompts(self, prompts):
+        for prompt in prompts:
+            self.tokens(prompt, 1)
+
     def score(self, image, prompt):
         """The probability, in float32 or wider, of an image (1, 3, H, W) in [0, 1]."""
         wide = torch.promote_types(self.network.dtype, torch.float32)

@@ -43,13 +43,13 @@ def load_reward_sum(args, text, prompts, device, batch_size):
     """The reward or sum `text`, with the folders of --reward_path, for images of the size that `set_size` has set.
 
     Args:
-        prompts: of the run; custom rewards are tried on the first and the last of them.
+        prompts: of the run, which the rewards must be able to score; custom ones are tried on the first and the last.
         batch_size: images that a reward scores at a time.
 
     Raises:
         ValueError: as `reward_models.load_rewards` does.
     """
-    return load_rewards(
+    rewards = load_rewards(
         parse_reward(text),
         parse_reward_paths(args.reward_path),
         options=parse_reward_options(args.reward_option),
@@ -60,6 +60,8 @@ def load_reward_sum(args, text, prompts, device, batch_size):
         frame_reduction=getattr(args, "frame_reduction", "mean"),
         fps=getattr(args, "fps", None),
     )
+    rewards.check_prompts(prompts)
+    return rewards
 
 
 def check_score_frames(args, model, rewards):

@@ -38,6 +38,8 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    SiglipConfig,
+    SiglipModel,
 )
 
 
@@ -72,9 +74,10 @@ def save_tiny_rewards(folder):
     save_hpsv2(folder / "hpsv2", "HPS_v2_compressed.pt")
     save_hpsv2(folder / "hpsv2.1", "HPS_v2.1_compressed.pt")
     save_imagereward(folder / "imagereward")
-    (folder / "vqa").mkdir()
-    save_vqa(folder / "vqa")
-    paths["vqa"] = str(folder / "vqa")
+    for name, save in (("vqa", save_vqa), ("hpsv3", save_hpsv3), ("aesthetic_v2.5", save_aesthetic_v2_5)):
+        (folder / name).mkdir()
+        save(folder / name)
+        paths[name] = str(folder / name)
     (folder / "videoalign").mkdir()
     save_videoalign(folder / "videoalign")
     paths |= {f"videoalign{suffix}": str(folder / "videoalign") for suffix in ("", "_vq", "_mq", "_ta")}
@@ -206,6 +209,47 @@ def tiny_qwen2_vl():
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
     config = Qwen2VLConfig(vision_config={**vision, "initializer_range": 0.2}, **shared)
     return Qwen2VLForConditionalGeneration(config).eval(), tokenizer
+
+
+INSTRUCTION, REQUEST = "Rate it, {{}} or not.\nprompt - {text_prompt}\n", "\nThe rating: <|Reward|>\n\nEND\n"
+
+
+def save_hpsv3(folder):
+    """Save a tiny random HPSv3 in the layout of the original, with key names of transformers 4.
+
+    Returns:
+        The network, its head, and the tokenizer.
+    """
+    model, tokenizer = tiny_qwen2_vl()
+    model.config.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    layers = [torch.nn.Linear(*sizes) for sizes in ((16, 1024), (1024, 16), (16, 2))]
+    state = {key.replace("model.language_model.", "model."): value for key, value in model.state_dict().items()}
+    state = {re.sub(r"^model\.visual\.", "visual.", key): value.clone() for key, value in state.items()}
+    for place, layer in zip((0, 3, 5), layers):
+        state |= {f"rm_head.{place}.{key}": value for key, value in layer.state_dict().items()}
+    save_file(state, folder / "HPSv3.safetensors")
+    code = f"raise SystemExit\nINSTRUCTION = {INSTRUCTION!r}\nprompt_with_special_token = {REQUEST!r}\n"
+    (folder / "data_collator_qwen.py").write_text(code)
+    return model.requires_grad_(False), layers, tokenizer
+
+
+def save_aesthetic_v2_5(folder):
+    """Save a tiny random SigLIP, and a head in the layout of the original; returns the SigLIP and the head's layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = SiglipModel(SiglipConfig(vision_config=vision, text_config={**sizes, "vocab_size": 50})).eval()
+    model.save_pretrained(folder / "siglip")
+    widths = (16, 1024, 128, 64, 16, 1)
+    layers = [torch.nn.Linear(*pair) for pair in zip(widths, widths[1:])]
+    state = {
+        f"scoring_head.{2 * i}.{key}": v for i, layer in enumerate(layers) for key, v in layer.state_dict().items()
+    }
+    torch.save(state, folder / "aesthetic_predictor_v2_5.pth")
+    return model.requires_grad_(False), layers
 
 
 CHAT_TEMPLATE = (

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 
-PROMPTS = ["a red seven", "a blue two", "a cyan nine"]
+PROMPTS = ['a red "seven"', 'a blue "two"', 'a cyan "nine"']  # ocr reads what is quoted
 
 
 @pytest.fixture(scope="module")

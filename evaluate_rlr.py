@@ -31,6 +31,7 @@ from diffusion_models.schedulers import SCHEDULERS
 from rlr_training import sampling
 from rlr_training.errors import bad_input_ends_the_run, errors_in_one_line
 from rlr_training.flags import FlagParser, whole_number
+from rlr_training.reward_flags import add_reward_files
 
 
 SCRIPT = "evaluate_rlr.py"
@@ -55,20 +56,7 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("rewards").add_argument
     add("--reward", default="aesthetic,clip_score", help="Rewards, separated by commas, as for training.")
-    add(
-        "--reward_path",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="Local folder of a reward's model; may be repeated.",
-    )
-    add(
-        "--reward_option",
-        action="append",
-        default=[],
-        metavar="NAME.OPTION=VALUE",
-        help="An option of a reward, as for training; may be repeated.",
-    )
+    add_reward_files(add)
     add("--feature_model", metavar="DIR", help="Folder of a CLIPModel for the distances. Default: the Hub's ViT-L/14.")
     add("--real_images", metavar="DIR", help="Folder of images: also measure the distance to them.")
 

@@ -26,7 +26,7 @@ import time
 
 from diffusion_models import VIDEO_FAMILIES
 from diffusion_models.levels import BOUNDARIES
-from rlr_training import arguments, sampling
+from rlr_training import arguments, reward_flags, sampling
 from rlr_training.errors import errors_in_one_line, naming
 from rlr_training.flags import FlagParser
 
@@ -41,10 +41,10 @@ def parse_args(input_args=None):
     sampling.add_video_flags(group)
     sampling.add_flow_flags(group)
     sampling.add_noise_flags(group)
-    sampling.add_score_frames_flag(arguments.add_reward_flags(parser))
+    sampling.add_score_frames_flag(reward_flags.add_reward_flags(parser))
     arguments.add_estimator_flags(parser)
     arguments.add_paper_flags(parser)
-    arguments.add_hacking_flags(parser)
+    reward_flags.add_hacking_flags(parser)
     arguments.add_prompt_flags(parser, BOUNDARIES)
     arguments.add_validation_flags(parser)
     arguments.add_training_flags(parser, "rlr-video-lora")
@@ -64,7 +64,7 @@ def main(args):
     from rlr_training.optimizer import loss_scale, optimizer_step
     from rlr_training.processes import generators_of, stopping_after_a_step
     from rlr_training.run import prepare
-    from rlr_training.scoring import checking_rewards
+    from rlr_training.services import checking_rewards
 
     run = prepare(args, SCRIPT, TRACKER, VIDEO_FAMILIES, defaults=parse_args([]))
     accelerator, rlr, size = run.accelerator, run.rlr, size_of(args)
@@ -76,7 +76,7 @@ def main(args):
             with naming(f"step {step}:"):
                 # prompt -> rollout -> reward
                 batches, scorers = [], []
-                with checking_rewards():
+                with checking_rewards(args, run, step):
                     for index in range(args.gradient_accumulation_steps):
                         prompts = run.sampler.next_batch(args.train_batch_size)
                         chain = run.chain_of(prompts)

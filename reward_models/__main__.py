@@ -15,6 +15,7 @@
 
 python -m reward_models --reward pickscore,hpsv2 IMAGES... --prompt "a fox in the snow"
 python -m reward_models --reward pickscore,motion --videos VIDEOS... --prompt "a fox runs through the snow"
+python -m reward_models --serve aesthetic,pickscore --port 8000
 """
 
 import argparse
@@ -49,7 +50,7 @@ def parse_args(input_args=None):
     )
     parser.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE",
         help="Image files. Transparent parts are white; of animations the first frame counts. With --videos, videos.",
     )
@@ -72,7 +73,6 @@ def parse_args(input_args=None):
     )
     parser.add_argument(
         "--reward",
-        required=True,
         help="NAME[@REVISION][:WEIGHT], or several separated by commas; the total is their weighted sum. The default"
         " weight is 1, the default revision is the main branch of the reward's Hub repository.",
     )
@@ -96,7 +96,27 @@ def parse_args(input_args=None):
     )
     prompts.add_argument("--prompts", metavar="FILE", help="Text file with one prompt per line, one for each image.")
     parser.add_argument("--json", action="store_true", help="Print JSON (default: print a table).")
-    return parser.parse_args(input_args)
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--serve",
+        metavar="NAMES",
+        help="Instead of scoring images, answer requests for these rewards, one process for each, at"
+        " http://HOST:PORT/NAME. A training scores with it by --reward remote --reward_option remote.url=http://HOST:PORT/NAME.",
+    )
+    server.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="Address to listen at (default: this machine alone). Others need a token in the environment variable"
+        " RLR_REWARD_TOKEN, here and where images are sent from.",
+    )
+    server.add_argument("--port", type=int, default=8000, help="Port to listen at (default: 8000).")
+    server.add_argument("--max_body_mb", type=float, default=64, help="Largest request in MB (default: 64).")
+    args = parser.parse_args(input_args)
+    if args.serve is None and not (args.reward and args.images):
+        parser.error("give images and --reward, or --serve")
+    if args.serve is not None and (args.reward or args.images):
+        parser.error("--serve scores no images of its own: give it without images and --reward")
+    return args
 
 
 def read_prompts(args, names):
@@ -164,31 +184,40 @@ def score(path, prompt, rewards, args, device):
 
 
 def main(args):
+    try:
+        if args.serve is not None:
+            from .serving import serve
+
+            return serve(args)
+        score_all(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"python -m reward_models: error: {' '.join(str(error).split())}")
+
+
+def score_all(args):
+    """Score the images or videos and print the result."""
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
     from .images import open_image
 
-    try:
-        terms = parse_reward(args.reward)
-        prompts = read_prompts(args, terms)
-        for path in [] if args.videos else args.images:
-            open_image(path).close()  # report an unreadable file before any image is scored
-        first, fps = read(args.images[0], args)
-        device, ends = PartialState().device, (prompts[0], prompts[-1])
-        rewards = load_rewards(
-            *(terms, parse_reward_paths(args.reward_path)),
-            options=parse_reward_options(args.reward_option),
-            device=device,
-            size=(*first.shape[-2:], *first.shape[1:-3]),
-            prompts=ends,
-            frame_reduction=args.frame_reduction,
-            fps=fps,
-        )
-        paths = tqdm(args.images, desc="Videos" if args.videos else "Images")
-        rows = [score(path, prompt, rewards, args, device) for path, prompt in zip(paths, prompts)]
-    except (ValueError, OSError) as error:
-        sys.exit(f"python -m reward_models: error: {' '.join(str(error).split())}")
+    terms = parse_reward(args.reward)
+    prompts = read_prompts(args, terms)
+    for path in [] if args.videos else args.images:
+        open_image(path).close()  # report an unreadable file before any image is scored
+    first, fps = read(args.images[0], args)
+    device, ends = PartialState().device, (prompts[0], prompts[-1])
+    rewards = load_rewards(
+        *(terms, parse_reward_paths(args.reward_path)),
+        options=parse_reward_options(args.reward_option),
+        device=device,
+        size=(*first.shape[-2:], *first.shape[1:-3]),
+        prompts=ends,
+        frame_reduction=args.frame_reduction,
+        fps=fps,
+    )
+    paths = tqdm(args.images, desc="Videos" if args.videos else "Images")
+    rows = [score(path, prompt, rewards, args, device) for path, prompt in zip(paths, prompts)]
     print(json.dumps(rows, indent=2) if args.json else format_table(rows, list(terms)))
 
 

@@ -171,6 +171,12 @@ class WeightedSum:
         modules = [reward for _, reward in self.members.values() if isinstance(reward, torch.nn.Module)]
         return [module for module in modules if next(module.parameters(), None) is not None]
 
+    @property
+    def services(self):
+        """The members that servers score, also frame by frame; each has a `patience` in seconds, see `remote.py`."""
+        rewards = [getattr(reward, "reward", reward) for _, reward in self.members.values()]
+        return [reward for reward in rewards if hasattr(reward, "patience")]
+
     def set_fps(self, fps):
         """Set the number of frames per second of the videos, for the members that have an attribute `fps`.
 

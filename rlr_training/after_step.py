@@ -14,6 +14,7 @@
 """What is due after an optimizer step: held-out rewards, metrics, checkpoint, validation, upload."""
 
 from accelerate.logging import get_logger
+from reward_models.remote import Unreachable
 
 from .checkpoints import save_checkpoint
 from .evaluation import log_validation, score_held_out
@@ -22,6 +23,7 @@ from .hub import push
 from .metrics import log_metrics
 from .optimizer import averaged
 from .output_dir import place_adapter
+from .services import end_for_service
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -40,10 +42,14 @@ def after_step(args, run, step, line, progress):
     """
     accelerator, reason = run.accelerator, None
     if args.heldout_reward is not None and step % args.heldout_steps == 0:
-        with averaged(run.optimization):
-            figures, is_best, reason = score_held_out(accelerator, run.heldout, run.stopping, run.draw, step)
-            if is_best and accelerator.is_main_process:
-                place_adapter(run.model, args.output_dir, "best")
+        try:
+            with averaged(run.optimization):
+                figures, is_best, reason = score_held_out(accelerator, run.heldout, run.stopping, run.draw, step)
+                if is_best and accelerator.is_main_process:
+                    place_adapter(run.model, args.output_dir, "best")
+        except Unreachable as error:
+            log_metrics(accelerator, args.output_dir, line)
+            end_for_service(args, run, step, error)
         line.update(figures)
     log_metrics(accelerator, args.output_dir, line)
     progress.update(line)

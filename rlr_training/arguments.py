@@ -13,7 +13,7 @@
 # limitations under the License.
 """The flags that training scripts share, in groups; a script adds those of its own models."""
 
-from .flags import BETA, NOT_NEGATIVE, OF_FAMILY, OPEN_SHARE, POSITIVE, number_or_auto, whole_number, whole_or_auto
+from .flags import BETA, NOT_NEGATIVE, OF_FAMILY, POSITIVE, number_or_auto, whole_number, whole_or_auto
 
 
 ESTIMATORS = ("rlr", "rlr_paper", "full_bp", "truncated_bp", "draft_lv", "alignprop", "ddpo")
@@ -65,48 +65,6 @@ def add_model_flags(parser, default, files="", lora_layers=None):
         "--lora_layers",
         default=lora_layers,
         help="Names of the layers that get a LoRA, with commas." + (OF_FAMILY if lora_layers is None else ""),
-    )
-    return group
-
-
-def add_reward_flags(parser):
-    """What is trained for; returns the group, for the flags that a family adds."""
-    group = parser.add_argument_group("reward")
-    add = group.add_argument
-    add(
-        "--reward",
-        default="aesthetic",
-        help="A reward, or a weighted sum such as hpsv2:15,aesthetic:1. NAME@REVISION takes a revision of its Hub"
-        " repository. Your own reward is package.module:callable or path/to/file.py:callable, also with a :WEIGHT."
-        " `python -m reward_models --help` lists the rewards.",
-    )
-    add(
-        "--reward_path",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="Local folder of a reward's model instead of the Hub; may be repeated.",
-    )
-    add(
-        "--reward_option",
-        action="append",
-        default=[],
-        metavar="NAME.OPTION=VALUE",
-        help="An option of a reward, such as 'vqa.question=Is this {prompt}?'; may be repeated. `python -m reward_models"
-        " --help` lists them.",
-    )
-    add("--reward_offload", action="store_true", help="Keep the reward models on the CPU except while they score.")
-    add(
-        "--reward_batch_size",
-        type=whole_number(),
-        help="Images that a reward scores at a time, gradient included; affects memory only. Default: --decode_batch_size.",
-    )
-    add(
-        "--decode_batch_size",
-        type=whole_or_auto(),
-        default="auto",
-        help="Images decoded at a time; affects memory only. auto: on a GPU as many as fit into half of the memory that is"
-        " free, up to 16, else 1. If memory runs out, they are halved.",
     )
     return group
 
@@ -183,37 +141,6 @@ def add_paper_flags(parser):
         choices=["zeroth_order", "likelihood_ratio", "none"],
         help="What the other steps take; none is biased.",
     )
-
-
-def add_hacking_flags(parser):
-    """Protection from reward hacking; see docs/evaluation.md."""
-    add = parser.add_argument_group("protection from reward hacking").add_argument
-    add(
-        "--kl_weight",
-        type=NOT_NEGATIVE,
-        default=0.0,
-        help="Reward per nat of a step's divergence from the base model. Costs one more call of the network per step, and"
-        " one more backward pass where the pathwise gradient passes. Needs --mixed_precision no.",
-    )
-    add(
-        "--ema_decay",
-        type=OPEN_SHARE,
-        help="Keep a moving average of the adapter in ema/ too, and use it for validation and held-out rewards.",
-    )
-    add(
-        "--heldout_reward",
-        help="A reward or sum that is not trained on, scored on images of fixed seeds, with their diversity and their drift"
-        " from the base model.",
-    )
-    add("--heldout_steps", type=whole_number(), default=50, help="Score the held-out reward every so many steps.")
-    add("--num_heldout_images", type=whole_number(4), default=32, help="Held-out images, four of each prompt.")
-    add(
-        "--early_stop_patience",
-        type=whole_number(),
-        help="Stop when the held-out reward was below its best in so many scorings in a row. The best adapter is kept in"
-        " best/.",
-    )
-    add("--feature_model", metavar="DIR", help="Folder of a CLIPModel for diversity and drift. Default: ViT-L/14.")
 
 
 def add_prompt_flags(parser, boundaries):

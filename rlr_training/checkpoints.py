@@ -42,6 +42,7 @@ MAY_CHANGE = (
     *("num_eval_images", "validation_prompts", "num_validation_images", "validation_steps", "cache_dir"),
     *("push_to_hub", "push_every", "hub_token", "hub_model_id", "export_kohya"),
     *("decode_batch_size", "reward_batch_size", "reward_offload", "gradient_checkpointing", "keep_graphs"),
+    "reward_timeout",
     *("guidance_batching", "vae_offload", "offload_blocks"),
 )
 # Flags that the script did not have before, and the values that stand for what it did then.
@@ -124,8 +125,11 @@ def resume_point(args):
 
 
 def configuration(args, num_processes):
-    """All arguments of the run without the token, as JSON holds them."""
+    """All arguments of the run without the token, and without where its servers are, as JSON holds them."""
     config = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    config["reward_option"] = [
+        one for one in args.reward_option if not re.match(r"remote(@[^.]*)?\.(url|timeout)=", one)
+    ]
     return json.loads(json.dumps({**config, "num_processes": num_processes}))
 
 

@@ -76,8 +76,9 @@ def check_shared_flags(args):
 
 def _check_options(args):
     """Refuse options of rewards that the run does not have."""
-    scored = parse_reward(",".join(filter(None, (args.reward, getattr(args, "heldout_reward", None)))))
-    for name in parse_reward_options(args.reward_option).keys() - scored.keys():
+    sums = filter(None, (args.reward, getattr(args, "heldout_reward", None)))
+    scored = {name for one in sums for name in parse_reward(one)}
+    for name in parse_reward_options(args.reward_option).keys() - scored:
         raise ValueError(f"--reward_option {name}...: the reward {name!r} is not in use")
 
 

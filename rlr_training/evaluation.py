@@ -39,6 +39,7 @@ from .memory import warn_before_loading
 from .offload import decoding, place
 from .output_dir import VALIDATION_FOLDER
 from .prompts import texts_of
+from .services import agreeing_on_services
 from .shares import Share
 from .videos import save_image, strips
 
@@ -172,7 +173,10 @@ class HeldOut:
         prompts = share.of(self.prompts)
         try:
             images = draw(prompts, args.train_batch_size, first_seed=HELDOUT_SEED + share.first)
-            with offload_models(*self.modules, device=device, offload=args.reward_offload):
+            with (
+                agreeing_on_services(args, *self.sums),
+                offload_models(*self.modules, device=device, offload=args.reward_offload),
+            ):
                 by_frame = self.features(images, args.decode_batch_size)
                 trained = self.rewards(images, prompts, device=device).total
                 held = self.heldout(images, prompts, device=device).total

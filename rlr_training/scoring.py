@@ -13,19 +13,16 @@
 # limitations under the License.
 """The rewards of latents: decoded and scored, a few images at a time."""
 
-from contextlib import contextmanager
-
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from reward_models import load_rewards, parse_reward, parse_reward_options, parse_reward_paths
-from reward_models.base import deferred_checks
 from rlr_utils.kept_graphs import spare_bytes
 
 from diffusers.training_utils import free_memory, offload_models
 
 from .chains import size_of
-from .errors import RunError, bad_input_ends_the_run
+from .errors import RunError
 from .memory import LiveBytes
 from .offload import decoding
 from .optimizer import loss_scale
@@ -61,6 +58,8 @@ def load_reward_sum(args, text, prompts, device, batch_size):
         fps=getattr(args, "fps", None),
     )
     rewards.check_prompts(prompts)
+    for service in rewards.services:
+        service.patience = getattr(args, "reward_timeout", service.patience)
     return rewards
 
 
@@ -167,17 +166,6 @@ def score_latents(decode, rewards, latents, prompts, decode_batch_size, with_gra
         scores.append({"total": result.total, "black_box": result.black_box, **result.members})
     scores = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
     return scores, torch.cat(reward_grad) if with_gradient else None
-
-
-@contextmanager
-def checking_rewards():
-    """Within it, the numbers that rewards get and return are checked at its end, all at once, so that no device waits.
-
-    Raises:
-        RunError: when a reward fails.
-    """
-    with bad_input_ends_the_run(), deferred_checks():
-        yield
 
 
 class BatchScorer:

@@ -1,0 +1,167 @@
+# Copyright 2026 The RLR Team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A server of rewards: `python -m reward_models --serve`.
+
+    POST /NAME      {"prompts": [text], "images": [PNG in base64]}, all of one size, or for the images as they are
+                    {"prompts": [text], "shape": [B, 3, H, W], "float32": little-endian numbers in [0, 1] in base64}
+    answer          {"scores": [number]}, or {"error": text} with the status 400 (a bad request, or a prompt that the reward
+                    refuses), 401 (no token), 404 (no such reward), 413 (too large) or 500 (the reward has failed)
+
+Each reward lives in a process of its own, which scores one request after the other. If it dies it is started again.
+"""
+
+import asyncio
+import hmac
+import json
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from . import load_rewards, parse_reward, parse_reward_options, parse_reward_paths
+from .loading import first_line
+from .remote import TOKEN, from_json
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_reward = None  # of a process that scores
+
+
+def load_here(name, term, paths, options, size):
+    """Load a reward in a process that scores."""
+    from accelerate import PartialState
+
+    global _reward
+    _reward = load_rewards({name: term}, paths, options=options, device=PartialState().device, size=size)
+
+
+def score_here(body):
+    """Score a request in a process that scores; returns the status and the answer."""
+    try:
+        images, prompts = from_json(json.loads(body))
+    except Exception as error:  # whatever is sent must not end the server
+        return 400, {"error": first_line(error)}
+    try:
+        (scores,) = _reward(images, prompts, device=_reward_device()).members.values()
+    except ValueError as error:
+        return 400, {"error": str(error)}
+    except Exception as error:
+        return 500, {"error": f"{type(error).__name__}: {first_line(error)}"}
+    return 200, {"scores": scores.tolist()}
+
+
+def _reward_device():
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+class Worker:
+    """The process of a reward.
+
+    Args:
+        arguments: of `load_here`.
+    """
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+        self.start()
+
+    def start(self):
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=load_here, initargs=self.arguments)
+
+    def warm_up(self):
+        """Wait until the reward is loaded.
+
+        Raises:
+            BrokenProcessPool: if it cannot be.
+        """
+        self.pool.submit(int).result()
+
+    async def score(self, body):
+        pool = self.pool
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, score_here, body)
+        except BrokenProcessPool:
+            if pool is self.pool:  # the first of several requests that it has taken along
+                self.start()
+            return 500, {"error": "the process of the reward has died and is started again"}
+
+
+def route_of(name):
+    """The part of the address that a reward has: its name, or that of a custom callable."""
+    return name.rpartition(":")[2]
+
+
+def make_app(workers, max_bytes, token):
+    """The ASGI application.
+
+    Args:
+        workers: {route: `Worker`}.
+        max_bytes: of a request's body.
+        token: that a request must have, or `None`.
+    """
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    def answer(status, content):
+        return JSONResponse(content, status_code=status)
+
+    async def score(request):
+        given = request.headers.get("authorization", "")
+        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            return answer(401, {"error": "no token, or another one"})
+        worker = workers.get(request.path_params["route"])
+        if worker is None:
+            return answer(404, {"error": f"there is no such reward, but {', '.join(workers)}"})
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                return answer(413, {"error": f"the body is larger than {max_bytes} bytes"})
+        return answer(*await worker.score(bytes(body)))
+
+    return Starlette(routes=[Route("/{route}", score, methods=["POST"])])
+
+
+def serve(args):
+    """Serve the rewards of `args.serve` until somebody stops it.
+
+    Raises:
+        ValueError: if a library is missing, two rewards have one name, an address is open to others without a token, or a
+            reward cannot be loaded.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ValueError("--serve needs starlette and uvicorn: pip install starlette uvicorn") from error
+    token = os.environ.get(TOKEN)
+    if args.host not in LOOPBACK and not token:
+        raise ValueError(f"--host {args.host} is open to others: set a token in the environment variable {TOKEN}")
+    terms = parse_reward(args.serve)
+    paths, options = parse_reward_paths(args.reward_path), parse_reward_options(args.reward_option)
+    if len(set(map(route_of, terms))) < len(terms):
+        raise ValueError(f"--serve {args.serve!r} has two rewards of one name")
+    workers = {route_of(name): Worker(name, term, paths, options, (64, 64)) for name, term in terms.items()}
+    for route, worker in workers.items():
+        try:
+            worker.warm_up()
+        except BrokenProcessPool as error:
+            raise ValueError(f"--serve: the reward {route!r} cannot be loaded, for the reason above") from error
+        print(f"http://{args.host}:{args.port}/{route}", file=sys.stderr, flush=True)
+    app = make_app(workers, int(args.max_body_mb * 1e6), token)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")

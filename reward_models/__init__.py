@@ -31,7 +31,7 @@ from functools import partial
 from importlib import import_module
 from typing import NamedTuple, Optional
 
-from .base import Scores, WeightedSum
+from .base import Floor, Scores, WeightedSum
 from .custom import load_custom
 from .known import REWARDS, known_reward, options_in_help, parse_options
 from .videos import PerFrame, prepare
@@ -39,6 +39,7 @@ from .videos import PerFrame, prepare
 
 __all__ = [
     "REWARDS",
+    "Floor",
     "PerFrame",
     "Scores",
     "WeightedSum",
@@ -47,6 +48,7 @@ __all__ = [
     "known_reward",
     "options_in_help",
     "parse_reward",
+    "parse_reward_floors",
     "parse_reward_options",
     "parse_reward_paths",
 ]
@@ -181,6 +183,26 @@ def parse_reward_options(entries):
             parse_options(name, {option: value})
         options.setdefault(name, {})[option] = value
     return options
+
+
+def parse_reward_floors(entries):
+    """Parse entries NAME:VALUE or NAME:VALUE:WEIGHT into `{name: Floor}`. The default weight is 10.
+
+    Raises:
+        ValueError: if an entry does not have this form, or repeats a name. The message quotes the entry.
+    """
+    floors, number = {}, r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    for entry in entries:
+        match = re.fullmatch(rf"(.+?):({number})(?::({number}))?", entry)
+        if match is None:
+            raise ValueError(f"reward floor {entry!r} is not of the form NAME:VALUE or NAME:VALUE:WEIGHT")
+        name, value, weight = match.groups()
+        floors[name] = Floor(float(value), 10.0 if weight is None else float(weight))
+        if floors[name].weight <= 0:
+            raise ValueError(f"reward floor {entry!r}: the weight must be above 0")
+    if len(floors) < len(entries):
+        raise ValueError(f"reward floors {', '.join(entries)} repeat a name")
+    return floors
 
 
 def load_rewards(

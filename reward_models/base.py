@@ -137,18 +137,39 @@ class Scores(NamedTuple):
         return self.differentiable + self.black_box
 
 
+class Floor(NamedTuple):
+    """What the score of a member costs below a value: weight times the distance, in units of the member.
+
+    Attributes:
+        value: of the score.
+        weight: of the penalty.
+    """
+
+    value: float
+    weight: float
+
+
 class WeightedSum:
-    """The weighted sum R = sum_m w_m R_m of rewards. Differentiable and black-box members are summed separately.
+    """The weighted sum of rewards, R = sum_m w_m R_m / u_m - sum_m c_m max(0, f_m - R_m) / s_m.
+
+    s_m is the unit of a member, and u_m too if the sum is normalized; otherwise u_m = 1. The second sum is over the members
+    that have a floor f_m, with the weight c_m. Differentiable and black-box members are summed separately.
 
     Args:
         members: `{name: (weight, reward)}`.
         batch_size: number of images or videos that a reward scores, and differentiates, at a time. Default: all. It
             changes the memory use only.
+
+    Attributes:
+        floors: {name: `Floor`}, of some members.
+        normalized: whether each score is divided by its member's unit.
+        units: {name: s_m}, 1 if nobody sets them.
     """
 
     def __init__(self, members, batch_size=None):
         self.members = members
         self.batch_size = batch_size
+        self.floors, self.normalized, self.units = {}, False, dict.fromkeys(members, 1.0)
 
     @property
     def differentiable(self):
@@ -163,7 +184,9 @@ class WeightedSum:
     @property
     def mean_over_frames(self):
         """Whether the score of a video is the mean of its frames' scores, so that a random chunk of frames estimates it."""
-        return all(getattr(reward, "mean_over_frames", False) for _, reward in self.members.values())
+        return not self.floors and all(
+            getattr(reward, "mean_over_frames", False) for _, reward in self.members.values()
+        )
 
     @property
     def modules(self):
@@ -231,16 +254,25 @@ class WeightedSum:
         zero = torch.zeros(len(images), device=images.device)
         sums, scores = {True: zero, False: zero}, {}
         gradient = torch.zeros_like(images) if with_gradient else None
-        for name, (weight, reward) in self.members.items():
+        for name, (_, reward) in self.members.items():
             backward = with_gradient and reward.differentiable
             with torch.set_grad_enabled(backward):
                 result = reward(images if backward else images.detach(), prompts)
             check_scores(result, prompts, f"reward {name!r}")
             if backward and result.requires_grad:  # otherwise the score is a constant, with gradient zero
-                gradient += weight * getattr(reward, "gradient", score_gradient)(result, images)
+                gradient += getattr(reward, "gradient", score_gradient)(self._worth(name, result), images)
             scores[name] = result.detach().float().to(images.device)
-            sums[reward.differentiable] = sums[reward.differentiable] + weight * scores[name]
+            sums[reward.differentiable] = sums[reward.differentiable] + self._worth(name, scores[name])
         return Scores(sums[True], sums[False], scores, gradient)
+
+    def _worth(self, name, scores):
+        """What the scores (B,) of a member add to the sum."""
+        weight, unit = self.members[name][0], self.units[name]
+        worth = weight * scores / (unit if self.normalized else 1.0)
+        if name in self.floors:
+            floor = self.floors[name]
+            worth = worth - floor.weight * torch.relu(floor.value - scores) / unit
+        return worth
 
 
 def set_fps(reward, fps):

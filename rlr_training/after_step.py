@@ -41,6 +41,8 @@ def after_step(args, run, step, line, progress):
         Why the run is over: `STOPPED` if somebody has asked for it, the reason of early stopping, or `None`.
     """
     accelerator, reason = run.accelerator, None
+    if run.units is not None:
+        run.units.update(line)
     if args.heldout_reward is not None and step % args.heldout_steps == 0:
         try:
             with averaged(run.optimization):

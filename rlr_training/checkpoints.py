@@ -46,7 +46,7 @@ MAY_CHANGE = (
     *("guidance_batching", "vae_offload", "offload_blocks"),
 )
 # Flags that the script did not have before, and the values that stand for what it did then.
-NEW_FLAGS = {"cuda_graphs": False, "shard": False, "reward_option": []}
+NEW_FLAGS = {"cuda_graphs": False, "shard": False, "reward_option": [], "reward_normalize": False, "reward_floor": []}
 # Flags that the script had before and their defaults; `...` where the value does not matter.
 FORMER_FLAGS = {
     **{"subchain_sampling": "uniform", "zo_scale": 0.02, "baseline_steps": None},
@@ -238,9 +238,11 @@ def register_state(accelerator, model, config, sampler, rlr, others, ema=None):
         config: from `configuration`.
         sampler: `PromptSampler`.
         rlr: `RLRStep`.
-        others: {name: anything with `state_dict` and `load_state_dict`}.
+        others: {name: anything with `state_dict` and `load_state_dict`, or `None` for what the run does not have}.
         ema: the moving average of the adapter, if there is one.
     """
+
+    others = {name: part for name, part in others.items() if part is not None}
 
     def save(models, weights, directory):
         if not accelerator.is_main_process:

@@ -19,7 +19,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 
 from diffusion_models.levels import levels_of_steps
-from reward_models import parse_reward, parse_reward_options, parse_reward_paths
+from reward_models import parse_reward, parse_reward_floors, parse_reward_options, parse_reward_paths
 from rlr_utils import Settings
 from rlr_utils.settings import NEED_GRADIENT, check_settings
 
@@ -111,6 +111,11 @@ def _check_adapter(args, default_of):
 def _check_rewards(args):
     if args.heldout_reward is not None:
         parse_reward(args.heldout_reward)
+    known = {**parse_reward(args.heldout_reward or args.reward), **parse_reward(args.reward)}
+    for name in parse_reward_floors(args.reward_floor).keys() - known:
+        raise ValueError(
+            f"--reward_floor {name}...: the reward {name!r} is neither in --reward nor in --heldout_reward"
+        )
     if args.decode_batch_size != "auto" and (args.reward_batch_size or 0) > args.decode_batch_size:
         raise ValueError(
             f"--reward_batch_size {args.reward_batch_size} is more than --decode_batch_size {args.decode_batch_size}:"

@@ -50,7 +50,7 @@ def save_result(args, run, step):
         os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md")
     )
     with saving(curve):
-        plot_reward_curve(metrics_file, curve)
+        plot_reward_curve(metrics_file, curve, list(run.rewards.members), run.rewards.floors)
     with saving(card):
         run.save_card(step)
 

@@ -39,7 +39,7 @@ NOT_SHOWN = ("hub_token", "cache_dir", "resume_from_checkpoint", "overwrite_outp
 # Flags whose values are texts and no names of files.
 TEXTS = ("negative_prompt", "validation_prompts")
 # Flags that are given once for each value.
-REPEATED = ("reward_path", "reward_option")
+REPEATED = ("reward_path", "reward_option", "reward_floor")
 # The flags of training that mean the same to evaluate_rlr.py.
 EVALUATION_FLAGS = (
     *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir"),

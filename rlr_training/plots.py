@@ -20,7 +20,7 @@ import warnings
 
 import torch
 
-from .display import evenly_spaced, shown
+from .display import evenly_spaced, shown, without_files
 
 
 def caption(text, width=20, lines=3):
@@ -48,20 +48,30 @@ def save(figure, path, dpi):
         figure.savefig(path, dpi=dpi)
 
 
-def plot_reward_curve(metrics_file, path):
-    """Mean reward with its standard deviation by optimizer step, from metrics.jsonl."""
+def plot_reward_curve(metrics_file, path, members, floors):
+    """Mean reward with its standard deviation by optimizer step, from metrics.jsonl; of a sum also those of its members.
+
+    Args:
+        members: names of the members of the sum.
+        floors: {name: `Floor`} of some of them.
+    """
     with open(metrics_file, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
-    steps, mean, std = ([line[key] for line in lines] for key in ("step", "reward_mean", "reward_std"))
-    figure = new_figure((7, 4))
-    axes = figure.subplots()
-    axes.fill_between(steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2, lw=0)
-    axes.plot(steps, mean)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(
-        xlabel="optimizer step", ylabel="reward", title="Reward of the training images, mean and standard deviation"
-    )
-    axes.grid(alpha=0.3)
+    names = {"reward": "reward", **({name: name for name in members} if len(members) > 1 else {})}
+    figure = new_figure((7, 1.4 + 2.6 * len(names)))
+    for name, axes in zip(names, figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]):
+        steps, mean, std = ([line[key] for line in lines] for key in ("step", f"{name}_mean", f"{name}_std"))
+        axes.fill_between(
+            steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2, lw=0
+        )
+        axes.plot(steps, mean)
+        if name in floors:
+            axes.axhline(floors[name].value, color="tab:red", lw=1, ls="--")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel(caption(without_files(name), 40))
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("optimizer step")
+    figure.suptitle("Reward of the training images, mean and standard deviation")
     save(figure, path, dpi=120)
 
 

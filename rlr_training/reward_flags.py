@@ -72,6 +72,19 @@ def add_hacking_flags(parser):
     """Protection from reward hacking; see docs/evaluation.md."""
     add = parser.add_argument_group("protection from reward hacking").add_argument
     add(
+        "--reward_normalize",
+        action="store_true",
+        help="Divide each reward of a sum by the running standard deviation of its scores, so that weights compare.",
+    )
+    add(
+        "--reward_floor",
+        action="append",
+        default=[],
+        metavar="NAME:VALUE[:WEIGHT]",
+        help="Penalise images whose score by NAME, of --reward or --heldout_reward, is below VALUE: by WEIGHT (default: 10) for"
+        " each standard deviation that it is below. May be repeated.",
+    )
+    add(
         "--kl_weight",
         type=NOT_NEGATIVE,
         default=0.0,

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from diffusion_models.adapters import add_lora, files_of, load_lora, lora_disabled
 from diffusion_models.embeddings import PromptEmbeds
 from diffusion_models.loading import load_vae
+from reward_models import parse_reward, parse_reward_floors
 from reward_models.features import load_features
 from rlr_utils import RLRStep, Settings
 from rlr_utils.settings import NEED_GRADIENT, check_reward
@@ -57,6 +58,7 @@ from .processes import frozen_dtype, make_accelerator, to_device
 from .prompts import PromptSampler, load_training_prompts, warn_of_long_prompts
 from .scoring import BatchScorer, check_score_frames, load_reward_sum, settle_batch_sizes
 from .trial import compile_blocks, settle_memory, try_model
+from .units import RewardUnits, make_units, measure_units
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -78,6 +80,7 @@ class Run(NamedTuple):
         heldout: `HeldOut`, or `None`.
         stopping: `EarlyStopping`.
         rewards: `WeightedSum` that is trained for.
+        units: `RewardUnits` of them, or `None`.
         save_card: `save_card(step, results=None)` writes the model card.
         evaluation_command: compares the adapter with the base model.
         repo_id: of the repository on the Hub, or `None`.
@@ -96,6 +99,7 @@ class Run(NamedTuple):
     heldout: Optional[HeldOut]
     stopping: EarlyStopping
     rewards: Any
+    units: Optional[RewardUnits]
     save_card: Callable
     evaluation_command: str
     repo_id: Optional[str]
@@ -131,22 +135,22 @@ def prepare(args, script, tracker, families, defaults):
         schedule = rlr.draw_schedule()
         check_output_dir(args, resume_path)
         sampler, stopping = make_sampler(args, accelerator, prompts), EarlyStopping(args.early_stop_patience)
-        embeds = encode_prompts(args, accelerator, model, sampler, heldout, first_step)
+        units = make_units(args, rewards, prompts)
+        embeds = encode_prompts(args, accelerator, model, sampler, (heldout, units), first_step)
         network = to_device(args, accelerator, model, baseline_vae)
         chain = make_training_chain(args, accelerator, model, network, rlr, schedule)
         optimization = make_optimization(args, accelerator, trainable)
-        others = {"clipping": optimization.clipping, "early_stopping": stopping}
+        others = {"clipping": optimization.clipping, "early_stopping": stopping, "reward_units": units}
         register_state(accelerator, model, config, sampler, rlr, others, optimization.ema)
         chain_of, costs = make_chain_of(args, accelerator, model, chain, schedule, embeds, prompts, baseline_vae)
         scored_bytes = settle_batch_sizes(args, model, [rewards] if heldout is None else heldout.sums, prompts[0])
         expected = footprint(args, model, (heldout or rewards).modules, baseline_vae, costs.swept_bytes, scored_bytes)
-        draw = make_draw(args, model, embeds)
         start(args, accelerator, resume_path, stopping)
         repo_id, base_license = claim_output_dir(args, accelerator, config, tracker)
 
     command = command_of(flags, accelerator, script)
     run = Run(
-        *(accelerator, model, rlr, chain_of, draw),
+        *(accelerator, model, rlr, chain_of, make_draw(args, model, embeds)),
         scorer_of=partial(BatchScorer, args, accelerator, model, rewards),
         prediction_scorer_of=partial(BatchScorer, args, accelerator, model, rewards, vae=baseline_vae),
         sampler=sampler,
@@ -154,6 +158,7 @@ def prepare(args, script, tracker, families, defaults):
         heldout=heldout,
         stopping=stopping,
         rewards=rewards,
+        units=units,
         save_card=partial(save_model_card, args, model, command, prompts[0], repo_id, base_license),
         evaluation_command=evaluation_command_of(args, flags),
         repo_id=repo_id,
@@ -177,7 +182,8 @@ def load_run_rewards(args, prompts, accelerator):
         ValueError: for a reward that cannot be loaded, or that does not go with the estimator.
     """
     device, batch_size = accelerator.device, args.reward_batch_size
-    rewards, heldout = load_reward_sum(args, args.reward, prompts, device, batch_size), None
+    rewards, heldout = load_reward_sum(args, summed(args), prompts, device, batch_size), None
+    rewards.floors, rewards.normalized = parse_reward_floors(args.reward_floor), args.reward_normalize
     if args.heldout_reward is not None:
         with naming("--feature_model"):
             features = load_features(args.feature_model, device)
@@ -196,6 +202,15 @@ def load_run_rewards(args, prompts, accelerator):
             " (--train_batch_size or --gradient_accumulation_steps)"
         )
     return rewards, heldout
+
+
+def summed(args):
+    """--reward, with the rewards of --heldout_reward that have a floor only, whose weight is 0."""
+    terms = parse_reward(args.reward)
+    held = {name: term for name, term in parse_reward(args.heldout_reward or args.reward).items() if name not in terms}
+    floors = [name for name in parse_reward_floors(args.reward_floor) if name in held]
+    names = [name if held[name].revision is None else f"{name}@{held[name].revision}" for name in floors]
+    return ",".join([args.reward, *(f"{name}:0" for name in names)])
 
 
 def fit_to_model(args, accelerator, model, prompts, resume_path):
@@ -268,17 +283,20 @@ def make_rlr_step(args, accelerator, model, rewards, trainable):
         )
 
 
-def encode_prompts(args, accelerator, model, sampler, heldout, first_step):
+def encode_prompts(args, accelerator, model, sampler, others, first_step):
     """`PromptEmbeds` of the run, before its networks take the memory of the device.
 
     Args:
         sampler: `PromptSampler`, as at the beginning of the run; it is left unchanged.
-        heldout: `HeldOut`, or `None`.
+        others: each has the prompts of images that it draws, or is `None`.
         first_step: the step that the run starts after.
     """
     embeds = PromptEmbeds(model, accelerator.device)
     embeds.negative(args.negative_prompt)
-    drawn = [*(args.validation_prompts or []), *([] if heldout is None else heldout.prompts)]
+    drawn = [
+        *(args.validation_prompts or []),
+        *(prompt for one in others if one is not None for prompt in one.prompts),
+    ]
     encode_prompts_of_run(args, embeds, sampler, drawn, first_step, accelerator.is_local_main_process)
     return embeds
 
@@ -336,6 +354,8 @@ def begin(args, run, config, tracker, schedule, costs, expected):
     chain = run.chain_of(run.sampler.prompts[:1])
     print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable, costs, expected)
     warn_if_too_much(expected)
+    if run.units is not None and run.first_step == 0:
+        measure_units(args, run)
     if heldout is not None:
         run.stopping.start(heldout.measure_base(run.model, run.draw))
 

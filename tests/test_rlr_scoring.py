@@ -25,7 +25,8 @@ from reward_models import load_rewards, parse_reward
 from rlr_models import chain_of
 from rlr_testing import LORA, TINY_AESTHETIC, TINY_CLIP, same_adapter, tiny_model, train
 from rlr_training.errors import RunError
-from rlr_training.scoring import BatchScorer, checking_rewards, score_latents
+from rlr_training.scoring import BatchScorer, score_latents
+from rlr_training.services import checking_rewards
 from rlr_utils import RLRStep
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,6 +105,11 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def checking(rewards):
+    """What surrounds the images of a step that are scored with these rewards."""
+    return checking_rewards(SimpleNamespace(shard=False), SimpleNamespace(rewards=rewards), 1)
+
+
 def test_scores_are_checked_once_for_all_images(model):
     """Neither the rewards nor the RLR step ask for a number before that."""
     smooth = tiny_rewards("aesthetic,clip_score:5")
@@ -111,14 +117,14 @@ def test_scores_are_checked_once_for_all_images(model):
     with Waits() as waits:
         scorer_of(model, smooth)(latents, True)
     assert waits.number > 6
-    with checking_rewards():
+    with checking(smooth):
         with Waits() as waits:
             scorer_of(model, smooth)(latents, True)
         assert waits.number == 0
     rlr, chain = RLRStep(3), chain_of(model, 3)
     scorer = scorer_of(model, smooth)
     chain = chain.conditioned_on(model.embed(PROMPTS), model.embed([""]))
-    with checking_rewards(), Waits() as waits:
+    with checking(smooth), Waits() as waits:
         rlr.rollout(chain, latents, scorer)
     assert waits.number == 0
 
@@ -129,7 +135,7 @@ def test_what_failed_first_is_named_at_the_end(model, later_fails):
     broken = tiny_rewards("aesthetic,clip_score")
     broken.modules[0].head.layers[-1].bias.data.fill_(float("nan"))
     scored = []
-    with pytest.raises(RunError, match="reward 'aesthetic' returned nan for prompt 'a red one'"), checking_rewards():
+    with pytest.raises(RunError, match="reward 'aesthetic' returned nan for prompt 'a red one'"), checking(broken):
         scored.append(scorer_of(model, broken)(torch.randn(3, 4, 8, 8), False))
         scored.append(scorer_of(model, tiny_rewards("clip_score"))(torch.randn(3, 4, 8, 8), False))
         if later_fails:
@@ -144,7 +150,7 @@ def test_what_has_the_wrong_form_fails_at_once(model):
     rewards, reached = tiny_rewards("aesthetic"), False
     rewards.members["aesthetic"] = (1.0, lambda images, prompts: images.mean((2, 3)))
     rewards.members["aesthetic"][1].differentiable = True
-    with pytest.raises(RunError, match=r"reward 'aesthetic' returned a tensor of shape \(2, 3\)"), checking_rewards():
+    with pytest.raises(RunError, match=r"reward 'aesthetic' returned a tensor of shape \(2, 3\)"), checking(rewards):
         scorer_of(model, rewards)(torch.randn(3, 4, 8, 8), False)
         reached = True
     assert not reached

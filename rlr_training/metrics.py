@@ -58,7 +58,8 @@ def print_plan(accelerator, args, rlr, schedule, chain, sampler, trainable, cost
     }
     rows = {
         "model": args.pretrained_model_name_or_path,
-        "reward": args.reward,
+        "reward": args.reward + (", normalized" if args.reward_normalize else ""),
+        **({"reward floors": ", ".join(args.reward_floor)} if args.reward_floor else {}),
         "gradient estimator": args.gradient_estimator,
         "prompts": num_prompts,
         f"{kind}s per step": f"{images} = {args.train_batch_size} batch x {args.gradient_accumulation_steps}"

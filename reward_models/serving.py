@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -44,7 +45,14 @@ def load_here(name, term, paths, options, size):
     from accelerate import PartialState
 
     global _reward
+    threading.Thread(target=end_with_server, daemon=True).start()
     _reward = load_rewards({name: term}, paths, options=options, device=PartialState().device, size=size)
+
+
+def end_with_server():
+    """End a process that scores when the server ends, in whatever way."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def score_here(body):

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -100,7 +101,8 @@ class Server:
         )
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -245,6 +247,7 @@ def test_a_reward_whose_process_dies_is_started_again(server, caplog):
 
 
 def test_a_token_is_needed_and_never_shown(tmp_path, monkeypatch):
+    """And when the server is asked to end, so do the processes of its rewards."""
     server = Server(tmp_path, names=["mean"], **{TOKEN: "a secret"}).start().wait()
     try:
         for token in (None, "another"):
@@ -254,6 +257,16 @@ def test_a_token_is_needed_and_never_shown(tmp_path, monkeypatch):
             assert token is None or token not in str(error.value)
         monkeypatch.setenv(TOKEN, "a secret")
         load_reward("remote", options=server.options()["remote"])
+        server.process.terminate()
+        server.process.wait()
+        for _ in range(100):
+            try:
+                os.killpg(server.process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("the processes of the rewards are left")
     finally:
         server.kill()
     assert "secret" not in server.log.read_text() and server.url("mean") in server.log.read_text()

@@ -113,7 +113,7 @@ def run(input_args=None):
     args = parse_benchmark(parser, input_args)
     variants, settings, shown = VARIANTS, (80, 64, []), 6
     if args.quick:
-        variants = {name: VARIANTS[name] for name in ("aesthetic, floor", "jpeg_compressibility")}
+        variants = {name: VARIANTS[name] for name in ("aesthetic, floor",)}
         settings, shown = (
             (1, 4, ["--num_inference_steps", "2", "--train_batch_size", "2", "--num_heldout_images", "4"]),
             2,

@@ -14,7 +14,7 @@
 """The rewards that there are, and their options, without importing their modules."""
 
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 from urllib.parse import urlsplit
 
 import torch
@@ -80,8 +80,8 @@ class KnownReward(NamedTuple):
             reward itself if it has no files and no options.
         reads_prompts: whether the score depends on the prompt.
         meaning: what the reward measures, and the usual range of its scores.
-        options: {name: `Option`} beside `dtype`, which all that have files take.
-        dtype: precision of its networks.
+        options: {name: `Option`} beside `dtype`, which all that have networks take.
+        dtype: precision of its networks, `None` without any.
         has_labels: whether what follows the @ tells several of them apart, and is no revision. The loader gets the whole name.
     """
 
@@ -89,7 +89,7 @@ class KnownReward(NamedTuple):
     reads_prompts: bool
     meaning: str
     options: dict = {}
-    dtype: torch.dtype = torch.float32
+    dtype: Optional[torch.dtype] = torch.float32
     has_labels: bool = False
 
 
@@ -128,7 +128,10 @@ REWARDS = {
         "aesthetic predictor v2.5 on SigLIP so400m, about 1 to 10; from 5.5 on it is high",
     ),
     "ocr": KnownReward(
-        "ocr:ocr", True, "share of the quoted text in the prompt that rapidocr reads in the image, 0 to 1; no gradient"
+        "ocr:ocr",
+        True,
+        "share of the quoted text in the prompt that rapidocr reads in the image, 0 to 1; no gradient",
+        dtype=None,
     ),
     "vqa": KnownReward(
         "vqa:load",
@@ -150,6 +153,7 @@ REWARDS = {
             "format": Option(one_of("png", "raw"), "how images are sent: png (8 bits, default) or raw (float32)"),
             "timeout": Option(seconds, "seconds that a request may take (default: 60)"),
         },
+        dtype=None,
         has_labels=True,
     ),
     "video_smoothness": KnownReward(
@@ -165,12 +169,14 @@ REWARDS = {
     "videoalign_vq": KnownReward("videoalign:load_vq", True, "its visual quality, mean 0 and variance 1"),
     "videoalign_mq": KnownReward("videoalign:load_mq", True, "its motion quality, mean 0 and variance 1"),
     "videoalign_ta": KnownReward("videoalign:load_ta", True, "its text alignment, mean 0 and variance 1"),
-    "motion": KnownReward("motion:motion", False, "how much consecutive frames of a video differ, 0 (still) to 1"),
+    "motion": KnownReward(
+        "motion:motion", False, "how much consecutive frames of a video differ, 0 (still) to 1", dtype=None
+    ),
     "jpeg_compressibility": KnownReward(
-        "jpeg:jpeg_compressibility", False, "negative size in kB as a JPEG of quality 95; no gradient"
+        "jpeg:jpeg_compressibility", False, "negative size in kB as a JPEG of quality 95; no gradient", dtype=None
     ),
     "jpeg_incompressibility": KnownReward(
-        "jpeg:jpeg_incompressibility", False, "size in kB as a JPEG of quality 95; no gradient"
+        "jpeg:jpeg_incompressibility", False, "size in kB as a JPEG of quality 95; no gradient", dtype=None
     ),
 }
 
@@ -189,7 +195,7 @@ def parse_options(name, options):
         ValueError: if it has no such option, or the option no such value. The message names them.
     """
     known, values = known_reward(name), {}
-    own = {**({"dtype": DTYPE} if known.source.partition(":")[2].startswith("load") else {}), **known.options}
+    own = {**({} if known.dtype is None else {"dtype": DTYPE}), **known.options}
     for option, text in options.items():
         if option not in own:
             has = f"it has {', '.join(own)}" if own else "it has none"

@@ -354,10 +354,11 @@ def begin(args, run, config, tracker, schedule, costs, expected):
     chain = run.chain_of(run.sampler.prompts[:1])
     print_plan(accelerator, args, run.rlr, schedule, chain, run.sampler, run.optimization.trainable, costs, expected)
     warn_if_too_much(expected)
-    if run.units is not None and run.first_step == 0:
-        measure_units(args, run)
-    if heldout is not None:
-        run.stopping.start(heldout.measure_base(run.model, run.draw))
+    with bad_input_ends_the_run():
+        if run.units is not None and run.first_step == 0:
+            measure_units(args, run)
+        if heldout is not None:
+            run.stopping.start(heldout.measure_base(run.model, run.draw))
 
 
 def start(args, accelerator, resume_path, stopping):

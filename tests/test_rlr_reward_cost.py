@@ -11,6 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import pytest
+import reward_sizes
 from reward_cost import main
 
 
@@ -23,3 +25,11 @@ def test_quick_reward_cost_measures_every_reward(tmp_path, capsys):
     assert all(row["ratio"] > 0 and row["reward_seconds"] > 0 and row["reward_mib"] >= 0 for row in rows)
     assert "imagereward" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"reward_cost.csv", "reward_cost.png"}
+
+
+def test_sizes_are_those_of_the_classes_that_are_loaded(tmp_path):
+    """A published CLIP ViT-L/14 has 427,616,513 parameters."""
+    (row,) = reward_sizes.run(["--quick", "--out", str(tmp_path)])
+    assert row["reward"] == "aesthetic" and row["million_parameters"] == 427.6
+    assert row["gib"] == pytest.approx(427_616_513 * 4 / 2**30, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} == {"reward_sizes.csv"}

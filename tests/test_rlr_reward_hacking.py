@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import reward_hacks
 from reward_hacking import at_gain, early_stop, run
 
 
@@ -34,3 +35,9 @@ def test_variants_are_compared_at_the_same_gain():
     assert at_gain(rows, 3.5) is None
     row, best = early_stop(rows, patience=2)
     assert row["step"] == 30 and best == 10
+
+
+def test_quick_reward_hacks_draws_the_seeds_of_each_reward(tmp_path):
+    (row,) = reward_hacks.run(["--quick", "--workers", "0", "--out", str(tmp_path)])
+    assert row["variant"] == "aesthetic, floor" and 0 <= row["accuracy_tuned"] <= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"reward_hacks.csv", "reward_hacks.png"}

@@ -45,6 +45,7 @@ __all__ = [
     "WeightedSum",
     "load_reward",
     "load_rewards",
+    "check_options",
     "known_reward",
     "options_in_help",
     "parse_reward",
@@ -183,6 +184,16 @@ def parse_reward_options(entries):
             parse_options(name, {option: value})
         options.setdefault(name, {})[option] = value
     return options
+
+
+def check_options(options, names):
+    """Refuse options of rewards that are not among some names.
+
+    Raises:
+        ValueError: naming one.
+    """
+    for name in options.keys() - set(names):
+        raise ValueError(f"reward option {f'{name}...'!r}: the reward {name!r} is not in use")
 
 
 def parse_reward_floors(entries):

@@ -25,6 +25,7 @@ import sys
 
 from . import (
     REWARDS,
+    check_options,
     known_reward,
     load_rewards,
     options_in_help,
@@ -202,14 +203,15 @@ def score_all(args):
     from .images import open_image
 
     terms = parse_reward(args.reward)
-    prompts = read_prompts(args, terms)
+    prompts, options = read_prompts(args, terms), parse_reward_options(args.reward_option)
+    check_options(options, terms)
     for path in [] if args.videos else args.images:
         open_image(path).close()  # report an unreadable file before any image is scored
     first, fps = read(args.images[0], args)
     device, ends = PartialState().device, (prompts[0], prompts[-1])
     rewards = load_rewards(
         *(terms, parse_reward_paths(args.reward_path)),
-        options=parse_reward_options(args.reward_option),
+        options=options,
         device=device,
         size=(*first.shape[-2:], *first.shape[1:-3]),
         prompts=ends,

@@ -171,6 +171,12 @@ class WeightedSum:
         self.batch_size = batch_size
         self.floors, self.normalized, self.units = {}, False, dict.fromkeys(members, 1.0)
 
+    def set_floor(self, name, floor, others=None):
+        """Give a member a `Floor`, or a reward of another `WeightedSum`, which becomes a member with the weight 0."""
+        if name not in self.members:
+            self.members[name], self.units[name] = (0.0, others.members[name][1]), 1.0
+        self.floors[name] = floor
+
     @property
     def differentiable(self):
         """Whether all members are differentiable."""
@@ -264,6 +270,10 @@ class WeightedSum:
             scores[name] = result.detach().float().to(images.device)
             sums[reward.differentiable] = sums[reward.differentiable] + self._worth(name, scores[name])
         return Scores(sums[True], sums[False], scores, gradient)
+
+    def plain(self, scores):
+        """(B,), sum_m w_m R_m of `Scores`, without units and floors."""
+        return sum(weight * scores.members[name] for name, (weight, _) in self.members.items())
 
     def _worth(self, name, scores):
         """What the scores (B,) of a member add to the sum."""

@@ -69,6 +69,11 @@ class CustomReward(torch.nn.Module):
             # Without a gradient the callable gets a copy, so that in-place changes do not reach other rewards.
             return self.function(images if images.requires_grad else images.clone(), prompts)
 
+    def check_prompts(self, prompts):
+        """That of the callable, if it has one."""
+        with self.code.running(f"reward {self.name!r} refuses the prompts"):
+            getattr(self.function, "check_prompts", lambda prompts: None)(list(prompts))
+
     def gradient(self, scores, images):
         """See `score_gradient`, which runs the user's code if it has a backward pass of its own."""
         with self.code.running(f"reward {self.name!r} fails in its backward pass"):

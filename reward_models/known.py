@@ -42,12 +42,17 @@ def precision(text):
 
 def address(text):
     """The type of the option `url`."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not parts.path.strip("/"):
-        raise ValueError("must be of the form http://HOST:PORT/NAME")
-    if parts.username is not None or parts.query:
+    problem = "must be of the form http://HOST:PORT/NAME"
+    try:
+        parts = urlsplit(text)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.path.strip("/") and parts.port != 0
+    except ValueError:  # such as for a port that is no number
+        is_address = False
+    if not is_address or not text.isprintable() or " " in text or parts.query or parts.fragment:
+        raise ValueError(problem)
+    if parts.username is not None:
         raise ValueError("must hold no password: the environment variable RLR_REWARD_TOKEN is for that")
-    return text
+    return text.rstrip("/")
 
 
 def one_of(*values):
@@ -67,8 +72,8 @@ def seconds(text):
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError("must be a number of seconds above 0")
+    if not 0 < value <= 86400:
+        raise ValueError("must be a number of seconds above 0, and at most a day")
     return value
 
 

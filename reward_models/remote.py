@@ -19,6 +19,7 @@ The server is `python -m reward_models --serve`, or any that speaks as `serving.
 import base64
 import io
 import logging
+import math
 import os
 import random
 import time
@@ -29,6 +30,7 @@ import torch
 from PIL import Image
 
 from .base import check_batch
+from .loading import first_line
 
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,28 @@ logger = logging.getLogger(__name__)
 # The environment variable with the token that client and server share.
 TOKEN = "RLR_REWARD_TOKEN"
 LONGEST_PAUSE = 30  # seconds between two attempts
+MAX_PIXELS = 2**26  # of the images of a request: 256 of 512 x 512; a small file may hold far more
 WAITS = (429, 502, 503, 504, 500)  # what a server answers that may be well again later
 
 
-class Unreachable(OSError):
+class ServiceError(OSError):
+    """A server refuses a request, or answers something else than scores."""
+
+
+class Unreachable(ServiceError):
     """A server does not answer, or with errors of its own, for longer than it may."""
+
+
+def shared_token():
+    """The token of the environment without blanks around it, or `None`.
+
+    Raises:
+        ValueError: if it has characters that a header cannot hold.
+    """
+    token = os.environ.get(TOKEN, "").strip()
+    if not all("!" <= letter <= "~" for letter in token):
+        raise ValueError(f"the environment variable {TOKEN} holds other characters than those of ASCII without blanks")
+    return token or None
 
 
 def to_json(images, prompts, image_format):
@@ -68,15 +87,19 @@ def from_json(body):
     """
     if not isinstance(body, dict) or not isinstance(body.get("prompts"), list):
         raise ValueError('the body must be an object with "prompts", a list of texts')
-    prompts = body["prompts"]
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError('"prompts" must be a list of texts that is not empty')
+    prompts = read_texts(body["prompts"])
     if "float32" in body:
         shape = tuple(body.get("shape", ()))
         values = np.frombuffer(base64.b64decode(body["float32"], validate=True), dtype="<f4")
         images = torch.from_numpy(values.reshape(shape).astype(np.float32))
     else:
-        images = [from_png(text) for text in body.get("images", ())]
+        files = [base64.b64decode(text, validate=True) for text in body.get("images", ())]
+        if len(files) != len(prompts):
+            raise ValueError(f"{len(files)} images with {len(prompts)} prompts")
+        pixels = sum(math.prod(open_png(file).size) for file in files)
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"images of {pixels} pixels together are more than {MAX_PIXELS}")
+        images = [from_png(file) for file in files]
         if len({image.shape for image in images}) != 1:
             raise ValueError('"images" must be PNG files in base64, all of one size')
         images = torch.stack(images)
@@ -84,10 +107,27 @@ def from_json(body):
     return images, prompts
 
 
-def from_png(text):
-    """An image (3, H, W) in [0, 1] of a PNG in base64."""
-    image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+def read_texts(prompts):
+    """The prompts of a request.
+
+    Raises:
+        ValueError: if they are no texts, or none.
+    """
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError('"prompts" must be a list of texts that is not empty')
+    for prompt in prompts:
+        prompt.encode()  # half of a pair of surrogates is no text
+    return prompts
+
+
+def open_png(file):
+    """A PNG of so many bytes, of which only the header is read."""
+    return Image.open(io.BytesIO(file), formats=["PNG"])
+
+
+def from_png(file):
+    """An image (3, H, W) in [0, 1] of the bytes of a PNG."""
+    return torch.from_numpy(np.array(open_png(file).convert("RGB"))).permute(2, 0, 1) / 255
 
 
 class Remote(torch.nn.Module):
@@ -111,7 +151,7 @@ class Remote(torch.nn.Module):
         super().__init__()
         self.name, self.url, self.image_format = name, url, image_format
         self.patience = 600.0
-        token = os.environ.get(TOKEN)
+        token = shared_token()
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request
         self.client = httpx.Client(timeout=timeout, headers=headers, trust_env=False)
@@ -123,14 +163,29 @@ class Remote(torch.nn.Module):
         are_numbers = isinstance(scores, list) and all(isinstance(score, (int, float)) for score in scores)
         if not are_numbers or len(scores) != len(images):
             what = f"{len(scores)} scores" if are_numbers else "no list of scores"
-            raise ValueError(f"reward {self.name!r}: {self.url} answers {what} for {len(images)} images")
+            raise ServiceError(f"reward {self.name!r}: the server {self.url} answers {what} for {len(images)} images")
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def check_prompts(self, prompts):
+        """Ask a server of ours whether it refuses some of the prompts; others do not know the question.
+
+        Raises:
+            ValueError: if it does.
+        """
+        try:
+            response = self.client.post(f"{self.url}/check", json={"prompts": list(prompts)})
+        except httpx.HTTPError:
+            return
+        if response.status_code == 400:
+            raise ValueError(
+                f"reward {self.name!r}: the server {self.url} refuses the prompts ({message_of(response)})"
+            )
 
     def ask(self, body):
         """The answer to a request, as soon as there is one.
 
         Raises:
-            ValueError: if the server refuses the request.
+            ServiceError: if the server refuses the request.
             Unreachable: if there is no answer within `patience`.
         """
         started, pause, problem = time.monotonic(), 1.0, None
@@ -154,21 +209,21 @@ class Remote(torch.nn.Module):
         except httpx.TimeoutException as error:
             raise Unreachable(f"{place} has not answered within {self.client.timeout.read:g} seconds") from error
         except httpx.HTTPError as error:
-            raise Unreachable(f"{place} cannot be reached ({type(error).__name__}: {error})") from error
+            raise Unreachable(f"{place} cannot be reached ({first_line(error)})") from error
         if response.status_code in WAITS:
             raise Unreachable(f"{place} has an error ({response.status_code}: {message_of(response)})")
         if response.status_code == 401:
-            raise ValueError(f"{place} wants a token: set the environment variable {TOKEN} as on the server")
+            raise ServiceError(f"{place} wants a token: set the environment variable {TOKEN} as on the server")
         if response.status_code == 413:
-            raise ValueError(
-                f"{place} takes no larger requests: use --reward_batch_size 1, or raise its --max_body_mb"
+            raise ServiceError(
+                f"{place} takes no larger requests: lower --reward_batch_size, or raise its --max_body_mb"
             )
         if not response.is_success:
-            raise ValueError(f"{place} refuses the images ({response.status_code}: {message_of(response)})")
+            raise ServiceError(f"{place} refuses the images ({response.status_code}: {message_of(response)})")
         try:
             return response.json()
         except ValueError as error:
-            raise ValueError(f"{place} does not answer in JSON") from error
+            raise ServiceError(f"{place} does not answer in JSON") from error
 
 
 def message_of(response):
@@ -186,13 +241,15 @@ def load(path, revision, device, dtype, name, url=None, format="png", timeout=60
     Raises:
         ValueError: without an address, or if the server cannot be reached, or refuses the image.
     """
+    if path is not None:
+        raise ValueError(f"{path!r}: a server has its files itself")
     if url is None:
         raise ValueError(f"it needs an address: --reward_option {name}.url=http://HOST:PORT/NAME")
     reward = Remote(name, url, format, timeout)
     patience, reward.patience = reward.patience, 0
     try:
         reward(torch.full((1, 3, 64, 64), 0.5), ['a "test"'])
-    except Unreachable as error:
+    except ServiceError as error:
         raise ValueError(str(error)) from error
     reward.patience = patience
     return reward

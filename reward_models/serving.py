@@ -15,6 +15,7 @@
 
     POST /NAME      {"prompts": [text], "images": [PNG in base64]}, all of one size, or for the images as they are
                     {"prompts": [text], "shape": [B, 3, H, W], "float32": little-endian numbers in [0, 1] in base64}
+    POST /NAME/check  {"prompts": [text]}; whether the reward refuses one
     answer          {"scores": [number]}, or {"error": text} with the status 400 (a bad request, or a prompt that the reward
                     refuses), 401 (no token), 404 (no such reward), 413 (too large) or 500 (the reward has failed)
 
@@ -26,27 +27,38 @@ import hmac
 import json
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from . import load_rewards, parse_reward, parse_reward_options, parse_reward_paths
+from . import check_options, load_rewards, parse_reward, parse_reward_options, parse_reward_paths
 from .loading import first_line
-from .remote import TOKEN, from_json
+from .remote import TOKEN, from_json, read_texts, shared_token
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_reward = None  # of a process that scores
+_reward = _problem = None  # of a process that scores: its reward, or why it has none
 
 
 def load_here(name, term, paths, options, size):
     """Load a reward in a process that scores."""
     from accelerate import PartialState
 
-    global _reward
+    global _reward, _problem
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the server
     threading.Thread(target=end_with_server, daemon=True).start()
-    _reward = load_rewards({name: term}, paths, options=options, device=PartialState().device, size=size)
+    try:
+        _reward = load_rewards({name: term}, paths, options=options, device=PartialState().device, size=size)
+    except (ValueError, OSError) as error:
+        _problem = first_line(error)
+
+
+def problem_here():
+    """Why a process that scores has no reward, or `None`."""
+    return _problem
 
 
 def end_with_server():
@@ -55,25 +67,25 @@ def end_with_server():
     os._exit(1)
 
 
-def score_here(body):
-    """Score a request in a process that scores; returns the status and the answer."""
+def score_here(body, only_check):
+    """Score a request in a process that scores, or only check its prompts; returns the status and the answer."""
+    from accelerate import PartialState
+
     try:
-        images, prompts = from_json(json.loads(body))
+        content = json.loads(body)
+        images, prompts = (None, read_texts(content["prompts"])) if only_check else from_json(content)
     except Exception as error:  # whatever is sent must not end the server
         return 400, {"error": first_line(error)}
     try:
-        (scores,) = _reward(images, prompts, device=_reward_device()).members.values()
+        _reward.check_prompts(prompts)
+        if only_check:
+            return 200, {"scores": []}
+        (scores,) = _reward(images, prompts, device=PartialState().device).members.values()
     except ValueError as error:
         return 400, {"error": str(error)}
     except Exception as error:
         return 500, {"error": f"{type(error).__name__}: {first_line(error)}"}
     return 200, {"scores": scores.tolist()}
-
-
-def _reward_device():
-    from accelerate import PartialState
-
-    return PartialState().device
 
 
 class Worker:
@@ -85,28 +97,30 @@ class Worker:
 
     def __init__(self, *arguments):
         self.arguments = arguments
+        self.turn = asyncio.Lock()
         self.start()
 
     def start(self):
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=load_here, initargs=self.arguments)
 
-    def warm_up(self):
-        """Wait until the reward is loaded.
-
-        Raises:
-            BrokenProcessPool: if it cannot be.
-        """
-        self.pool.submit(int).result()
-
-    async def score(self, body):
-        pool = self.pool
+    def problem(self):
+        """Wait until the reward is loaded; why it cannot be, or `None`."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(pool, score_here, body)
+            return self.pool.submit(problem_here).result()
         except BrokenProcessPool:
-            if pool is self.pool:  # the first of several requests that it has taken along
+            return "its process has died"
+
+    async def score(self, body, only_check, request):
+        """The status and the answer, in the turn of the request; `None` if its client has gone by then."""
+        async with self.turn:
+            if await request.is_disconnected():
+                return None
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self.pool, score_here, body, only_check)
+            except BrokenProcessPool:
                 self.start()
-            return 500, {"error": "the process of the reward has died and is started again"}
+                return 500, {"error": "the process of the reward has died and is started again"}
 
 
 def route_of(name):
@@ -123,7 +137,7 @@ def make_app(workers, max_bytes, token):
         token: that a request must have, or `None`.
     """
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     def answer(status, content):
@@ -141,9 +155,11 @@ def make_app(workers, max_bytes, token):
             body += part
             if len(body) > max_bytes:
                 return answer(413, {"error": f"the body is larger than {max_bytes} bytes"})
-        return answer(*await worker.score(bytes(body)))
+        result = await worker.score(bytes(body), request.url.path.endswith("/check"), request)
+        return Response(status_code=499) if result is None else answer(*result)
 
-    return Starlette(routes=[Route("/{route}", score, methods=["POST"])])
+    routes = [Route(path, score, methods=["POST"]) for path in ("/{route}", "/{route}/check")]
+    return Starlette(routes=routes)
 
 
 def serve(args):
@@ -152,24 +168,43 @@ def serve(args):
     Raises:
         ValueError: if a library is missing, two rewards have one name, an address is open to others without a token, or a
             reward cannot be loaded.
+        OSError: if the address cannot be listened at.
     """
     try:
         import uvicorn
     except ImportError as error:
         raise ValueError("--serve needs starlette and uvicorn: pip install starlette uvicorn") from error
-    token = os.environ.get(TOKEN)
-    if args.host not in LOOPBACK and not token:
+    token, terms = shared_token(), parse_reward(args.serve)
+    check_service(args, token, terms)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family) as listening:  # before anything large is loaded
+        paths, options = parse_reward_paths(args.reward_path), parse_reward_options(args.reward_option)
+        workers = {route_of(name): Worker(name, term, paths, options, (64, 64)) for name, term in terms.items()}
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        for route, worker in workers.items():
+            problem = worker.problem()
+            if problem is not None:
+                raise ValueError(f"--serve: {problem}")
+            print(f"http://{host}:{args.port}/{route}", file=sys.stderr, flush=True)
+        app = make_app(workers, int(args.max_body_mb * 1e6), token)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def check_service(args, token, terms):
+    """Refuse what cannot be served.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    if args.host not in LOOPBACK and token is None:
         raise ValueError(f"--host {args.host} is open to others: set a token in the environment variable {TOKEN}")
-    terms = parse_reward(args.serve)
-    paths, options = parse_reward_paths(args.reward_path), parse_reward_options(args.reward_option)
     if len(set(map(route_of, terms))) < len(terms):
         raise ValueError(f"--serve {args.serve!r} has two rewards of one name")
-    workers = {route_of(name): Worker(name, term, paths, options, (64, 64)) for name, term in terms.items()}
-    for route, worker in workers.items():
-        try:
-            worker.warm_up()
-        except BrokenProcessPool as error:
-            raise ValueError(f"--serve: the reward {route!r} cannot be loaded, for the reason above") from error
-        print(f"http://{args.host}:{args.port}/{route}", file=sys.stderr, flush=True)
-    app = make_app(workers, int(args.max_body_mb * 1e6), token)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    for term in terms.values():
+        if term.weight != 1:
+            raise ValueError(f"--serve {term.entry!r}: weights belong to the sum of who asks")
+    check_options(parse_reward_options(args.reward_option), terms)
+    if not 0 < args.port < 2**16:
+        raise ValueError(f"--port {args.port} is not in 1..65535")
+    if not 0 < args.max_body_mb < 1e6:
+        raise ValueError(f"--max_body_mb {args.max_body_mb} is not above 0, or is a million or more")

@@ -101,18 +101,22 @@ class VQAScore(torch.nn.Module):
         return torch.tensor([*ids[:place], *[self.image_id] * image_tokens, *ids[place + 1 :]])
 
 
-def load(path, revision, device, dtype, model=MODEL_ID, question=QUESTION, answer=ANSWER):
+def load(path, revision, device, dtype, model=None, question=QUESTION, answer=ANSWER):
     """Load from the Hub, or from a folder of a transformers model for image-text-to-text.
 
     Supported are models that read patches, as Qwen2.5-VL, or a square of a fixed size, as LLaVA 1.5.
     """
-    source = model if path is None else path
+    if path is not None and model is not None:
+        raise ValueError(f"its folder {path!r} and its option model {model!r}: give one of them")
+    source = path or model or MODEL_ID
     kind = {"revision": revision} if path is None else {}
     with one_line_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **kind)
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", **kind)
     if tokenizer.chat_template is None:
         raise ValueError(f"{source!r}: its tokenizer has no chat template, in which a question would be asked")
+    if not tokenizer(answer, add_special_tokens=False).input_ids:
+        raise ValueError("its option answer is empty")
     reading = reading_of(processor)
     network = load_pretrained(AutoModelForImageTextToText, source, dtype=dtype, **kind)
     reward = VQAScore(network, tokenizer, reading, question, answer).to(device)

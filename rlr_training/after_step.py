@@ -14,7 +14,7 @@
 """What is due after an optimizer step: held-out rewards, metrics, checkpoint, validation, upload."""
 
 from accelerate.logging import get_logger
-from reward_models.remote import Unreachable
+from reward_models.remote import ServiceError
 
 from .checkpoints import save_checkpoint
 from .evaluation import log_validation, score_held_out
@@ -27,6 +27,25 @@ from .services import end_for_service
 
 
 logger = get_logger(__name__, log_level="INFO")
+
+
+def add_heldout(args, run, step, line):
+    """Add the held-out figures to the line of a step, and keep the adapter if it is the best; returns why to stop, or `None`."""
+    accelerator = run.accelerator
+    with averaged(run.optimization):
+        figures, is_best, reason = score_held_out(accelerator, run.heldout, run.stopping, run.draw, step)
+        if is_best and accelerator.is_main_process:
+            place_adapter(run.model, args.output_dir, "best")
+    line.update(figures)
+    return reason
+
+
+def finish_step(args, run):
+    """Score the held-out images of the step that a resumed run begins after, if a server failed then."""
+    if run.stopping.pending is not None:
+        line, run.stopping.pending = run.stopping.pending, None
+        add_heldout(args, run, run.first_step, line)
+        log_metrics(run.accelerator, args.output_dir, line)
 
 
 def after_step(args, run, step, line, progress):
@@ -45,14 +64,10 @@ def after_step(args, run, step, line, progress):
         run.units.update(line)
     if args.heldout_reward is not None and step % args.heldout_steps == 0:
         try:
-            with averaged(run.optimization):
-                figures, is_best, reason = score_held_out(accelerator, run.heldout, run.stopping, run.draw, step)
-                if is_best and accelerator.is_main_process:
-                    place_adapter(run.model, args.output_dir, "best")
-        except Unreachable as error:
-            log_metrics(accelerator, args.output_dir, line)
+            reason = add_heldout(args, run, step, line)
+        except ServiceError as error:
+            run.stopping.pending = line  # for `finish_step` when the run goes on
             end_for_service(args, run, step, error)
-        line.update(figures)
     log_metrics(accelerator, args.output_dir, line)
     progress.update(line)
     stopped = accelerator.check_trigger()

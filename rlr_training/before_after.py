@@ -64,13 +64,13 @@ def drawn_and_scored(args, share, rewards, heldout, prompts, model):
             return {name: rewards(drawn, prompts, device=device) for name, drawn in images.items()}
 
     scored, held = scores_of(rewards), None
-    scores = {"total": {name: one.total.cpu() for name, one in scored.items()}}
+    scores = {"total": {name: rewards.plain(one).cpu() for name, one in scored.items()}}
     for member in rewards.members:
         scores[member] = {name: one.members[member].cpu() for name, one in scored.items()}
     if heldout is not None:
         try:
             held = {name: one.total.cpu() for name, one in scores_of(heldout).items()}
-        except ValueError as error:  # a prompt that a custom reward was not tried on
+        except (ValueError, OSError) as error:  # a prompt that a custom reward was not tried on, a server that is gone
             held = one_line(error)
     return {"images": images, "rewards": scores, "heldout": held}
 

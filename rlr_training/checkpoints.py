@@ -124,12 +124,16 @@ def resume_point(args):
     return path, step
 
 
+def is_address(option):
+    """Whether an entry of --reward_option says where a server is, or how long it may take."""
+    name, _, setting = option.partition("=")[0].rpartition(".")
+    return name.partition("@")[0] == "remote" and setting in ("url", "timeout")
+
+
 def configuration(args, num_processes):
     """All arguments of the run without the token, and without where its servers are, as JSON holds them."""
     config = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    config["reward_option"] = [
-        one for one in args.reward_option if not re.match(r"remote(@[^.]*)?\.(url|timeout)=", one)
-    ]
+    config["reward_option"] = [one for one in args.reward_option if not is_address(one)]
     return json.loads(json.dumps({**config, "num_processes": num_processes}))
 
 

@@ -19,7 +19,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 
 from diffusion_models.levels import levels_of_steps
-from reward_models import parse_reward, parse_reward_floors, parse_reward_options, parse_reward_paths
+from reward_models import check_options, parse_reward, parse_reward_floors, parse_reward_options, parse_reward_paths
 from rlr_utils import Settings
 from rlr_utils.settings import NEED_GRADIENT, check_settings
 
@@ -78,8 +78,7 @@ def _check_options(args):
     """Refuse options of rewards that the run does not have."""
     sums = filter(None, (args.reward, getattr(args, "heldout_reward", None)))
     scored = {name for one in sums for name in parse_reward(one)}
-    for name in parse_reward_options(args.reward_option).keys() - scored:
-        raise ValueError(f"--reward_option {name}...: the reward {name!r} is not in use")
+    check_options(parse_reward_options(args.reward_option), scored)
 
 
 def _check_noise(args):

@@ -178,7 +178,7 @@ class HeldOut:
                 offload_models(*self.modules, device=device, offload=args.reward_offload),
             ):
                 by_frame = self.features(images, args.decode_batch_size)
-                trained = self.rewards(images, prompts, device=device).total
+                trained = self.rewards.plain(self.rewards(images, prompts, device=device))
                 held = self.heldout(images, prompts, device=device).total
         except ValueError as error:
             raise RunError(f"held-out images: {error}") from error
@@ -216,10 +216,13 @@ class EarlyStopping:
 
     Args:
         patience: stop after so many scorings below the best; `None` for never.
+
+    Attributes:
+        pending: the line in metrics.jsonl of a step whose held-out images could not be scored, or `None`.
     """
 
     def __init__(self, patience):
-        self.patience = patience
+        self.patience, self.pending = patience, None
         self.best, self.best_step, self.waited = -math.inf, 0, 0
 
     def start(self, score):
@@ -250,11 +253,11 @@ class EarlyStopping:
 
     def state_dict(self):
         best = self.best if math.isfinite(self.best) else None
-        return {"best": best, "best_step": self.best_step, "waited": self.waited}
+        return {"best": best, "best_step": self.best_step, "waited": self.waited, "pending": self.pending}
 
     def load_state_dict(self, state):
         self.best = -math.inf if state["best"] is None else state["best"]
-        self.best_step, self.waited = state["best_step"], state["waited"]
+        self.best_step, self.waited, self.pending = state["best_step"], state["waited"], state.get("pending")
 
 
 def score_held_out(accelerator, heldout, stopping, draw, step):

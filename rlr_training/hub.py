@@ -26,6 +26,7 @@ from reward_models import parse_reward, parse_reward_options
 from reward_models.loading import first_line
 
 from .chains import kind_of, sampling_options, size_of
+from .checkpoints import is_address
 from .display import rows_of, scores_shown, shortened, with_error
 from .prompts import levels_of
 
@@ -149,6 +150,8 @@ def command_of(flags, accelerator, script):
         words += ["--mixed_precision", accelerator.mixed_precision]
     words.append(script)
     for name, value in flags.items():
+        if name == "reward_option":  # a card says nothing of the machines of a network
+            value = [f"{one.partition('=')[0]}=..." if is_address(one) else one for one in value]
         if name not in NOT_SHOWN:
             shown = flag_words(name, value)
             words += shown if name in TEXTS else map(without_folders, shown)

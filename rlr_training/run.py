@@ -22,11 +22,12 @@ from accelerate.utils import set_seed
 from diffusion_models.adapters import add_lora, files_of, load_lora, lora_disabled
 from diffusion_models.embeddings import PromptEmbeds
 from diffusion_models.loading import load_vae
-from reward_models import parse_reward, parse_reward_floors
+from reward_models import parse_reward_floors
 from reward_models.features import load_features
 from rlr_utils import RLRStep, Settings
 from rlr_utils.settings import NEED_GRADIENT, check_reward
 
+from .after_step import finish_step
 from .chains import (
     conditioned,
     encode_prompts_of_run,
@@ -182,17 +183,19 @@ def load_run_rewards(args, prompts, accelerator):
         ValueError: for a reward that cannot be loaded, or that does not go with the estimator.
     """
     device, batch_size = accelerator.device, args.reward_batch_size
-    rewards, heldout = load_reward_sum(args, summed(args), prompts, device, batch_size), None
-    rewards.floors, rewards.normalized = parse_reward_floors(args.reward_floor), args.reward_normalize
+    rewards, held, heldout = load_reward_sum(args, args.reward, prompts, device, batch_size), None, None
     if args.heldout_reward is not None:
         with naming("--feature_model"):
             features = load_features(args.feature_model, device)
         held = load_reward_sum(args, args.heldout_reward, prompts, device, batch_size)
         heldout = HeldOut(args, accelerator, rewards, held, features, prompts)
+    rewards.normalized = args.reward_normalize
+    for name, floor in parse_reward_floors(args.reward_floor).items():
+        rewards.set_floor(name, floor, held)
     if args.reward_offload:  # not before: custom rewards are tried on the device that they will be called on
         for module in rewards.modules if heldout is None else heldout.modules:
             module.to("cpu")
-    with naming(f"--reward {args.reward!r}:"):
+    with naming(f"--reward {args.reward!r}{''.join(f' --reward_floor {one}' for one in args.reward_floor)}:"):
         settings = Settings(**rlr_settings(args))
         check_reward(settings, rewards.has_gradient, not rewards.differentiable, name=flag_of)
     weighs_rewards = args.gradient_estimator not in NEED_GRADIENT and not rewards.differentiable
@@ -202,15 +205,6 @@ def load_run_rewards(args, prompts, accelerator):
             " (--train_batch_size or --gradient_accumulation_steps)"
         )
     return rewards, heldout
-
-
-def summed(args):
-    """--reward, with the rewards of --heldout_reward that have a floor only, whose weight is 0."""
-    terms = parse_reward(args.reward)
-    held = {name: term for name, term in parse_reward(args.heldout_reward or args.reward).items() if name not in terms}
-    floors = [name for name in parse_reward_floors(args.reward_floor) if name in held]
-    names = [name if held[name].revision is None else f"{name}@{held[name].revision}" for name in floors]
-    return ",".join([args.reward, *(f"{name}:0" for name in names)])
 
 
 def fit_to_model(args, accelerator, model, prompts, resume_path):
@@ -359,6 +353,7 @@ def begin(args, run, config, tracker, schedule, costs, expected):
             measure_units(args, run)
         if heldout is not None:
             run.stopping.start(heldout.measure_base(run.model, run.draw))
+            finish_step(args, run)
 
 
 def start(args, accelerator, resume_path, stopping):

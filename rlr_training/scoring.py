@@ -57,7 +57,7 @@ def load_reward_sum(args, text, prompts, device, batch_size):
         frame_reduction=getattr(args, "frame_reduction", "mean"),
         fps=getattr(args, "fps", None),
     )
-    rewards.check_prompts(prompts)
+    rewards.check_prompts([*prompts, *(getattr(args, "validation_prompts", None) or [])])
     for service in rewards.services:
         service.patience = getattr(args, "reward_timeout", service.patience)
     return rewards

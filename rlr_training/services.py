@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Rewards that servers score: what a run does when one is gone."""
+"""Rewards that servers score: what a run does when one fails."""
 
 import json
 import random
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from reward_models.base import deferred_checks
-from reward_models.remote import Unreachable
+from reward_models.remote import ServiceError
 
 from .checkpoints import checkpoints_of, save_checkpoint
 from .errors import RunError, bad_input_ends_the_run
@@ -32,7 +32,7 @@ def checking_rewards(args, run, step):
     """Within it, the images of a step are drawn and scored.
 
     The numbers that rewards get and return are checked at its end, all at once, so that no device waits. If a server that
-    scores is gone, also one that another process asks, the state before the step is saved.
+    scores fails, also one that another process asks, the state before the step is saved.
 
     Args:
         run: `Run`.
@@ -45,7 +45,7 @@ def checking_rewards(args, run, step):
         with bad_input_ends_the_run(), agreeing_on_services(args, run.rewards), deferred_checks():
             yield
     except RunError as error:
-        if isinstance(error.__cause__, Unreachable):
+        if isinstance(error.__cause__, ServiceError):
             restore(run, states)
             end_for_service(args, run, step - 1, error)
         raise
@@ -59,19 +59,19 @@ def agreeing_on_services(args, *sums):
         sums: each `WeightedSum` that is scored.
 
     Raises:
-        Unreachable: on all of them, if a server is gone for one.
+        ServiceError: on all of them, if a server fails for one.
     """
     gone = None
     try:
         yield
-    except Unreachable as error:
+    except ServiceError as error:
         if args.shard:  # the others may wait for this one in a call of the network, and end with it
             raise
         gone = str(error)
     if any(rewards.services for rewards in sums) and not args.shard:
         gone = next(filter(None, gather_object([gone])), None)
         if gone is not None:
-            raise Unreachable(gone)
+            raise ServiceError(gone)
 
 
 def states_of(run):
@@ -93,7 +93,7 @@ def restore(run, states):
 
 
 def end_for_service(args, run, step, error):
-    """Save a checkpoint of a step, unless there is one, and end a run whose server is gone.
+    """Save a checkpoint of a step, unless there is one, and end a run whose server fails.
 
     Raises:
         RunError: saying how to go on.
@@ -103,5 +103,5 @@ def end_for_service(args, run, step, error):
     if step > 0 and step not in checkpoints_of(args.output_dir):
         save_checkpoint(run.accelerator, args, step, run.optimization.trainable)
     raise RunError(
-        f"{error}; nothing is lost: when the server is back, continue with the same command and --resume_from_checkpoint latest"
+        f"{error}; nothing is lost: when the server is well, continue with the same command and --resume_from_checkpoint latest"
     ) from error

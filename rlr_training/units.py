@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import offload_models
 
 from .display import shown
+from .services import agreeing_on_services
 from .shares import Share
 
 
@@ -60,7 +61,10 @@ class RewardUnits:
         self._set()
 
     def _set(self):
-        self.rewards.units = {name: math.sqrt(value) or 1.0 for name, value in self.variance.items()}
+        deviations = {name: math.sqrt(value) for name, value in self.variance.items()}
+        # Below a millionth of the mean it is the rounding of the scores.
+        least = {name: 1e-6 * max(1.0, abs(mean)) for name, mean in self.mean.items()}
+        self.rewards.units = {name: one if one > least[name] else 1.0 for name, one in deviations.items()}
 
     def state_dict(self):
         return {"mean": self.mean, "variance": self.variance}
@@ -82,12 +86,13 @@ def measure_units(args, run):
     accelerator, prompts, number = run.accelerator, run.units.prompts, len(run.units.prompts)
     share = Share(accelerator, number)
     images = run.draw(share.of(prompts), args.train_batch_size, first_seed=UNIT_SEED + share.first)
-    with offload_models(*run.rewards.modules, device=accelerator.device, offload=args.reward_offload):
+    judges = offload_models(*run.rewards.modules, device=accelerator.device, offload=args.reward_offload)
+    with agreeing_on_services(args, run.rewards), judges:
         members = run.rewards(images, share.of(prompts), device=accelerator.device).members
     scores = {name: share.gathered(values.cpu()) for name, values in members.items()}
     line = {"num_images": number}
     for name, values in scores.items():
-        line[f"{name}_mean"], line[f"{name}_std"] = values.mean().item(), values.std().item()
+        line[f"{name}_mean"], line[f"{name}_std"] = values.mean().item(), values.double().std().item()
     run.units.update(line)
     listed = ", ".join(f"{name} {shown(unit)}" for name, unit in run.rewards.units.items())
     logger.info(f"units of the rewards, from {number} images: {listed}")

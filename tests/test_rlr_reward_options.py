@@ -107,7 +107,7 @@ def test_options_of_rewards_that_are_not_in_use_are_refused(capsys):
     assert parse_args(["--heldout_reward", "vqa:1", *option]).reward_option == option[1:]
     with pytest.raises(SystemExit):
         parse_args(["--reward", "aesthetic", *option])
-    assert "--reward_option vqa...: the reward 'vqa' is not in use" in capsys.readouterr().err
+    assert "reward option 'vqa...': the reward 'vqa' is not in use" in capsys.readouterr().err
 
 
 def test_the_command_of_an_evaluation_has_the_options_of_what_it_scores():

@@ -164,6 +164,44 @@ def test_units_are_kept_in_checkpoints_and_the_held_out_floor_is_a_member(tmp_pa
     assert (tmp_path / "whole" / "reward_curve.png").stat().st_size > 20_000
 
 
+@pytest.mark.parametrize("value", [0.1, 5.3, 0.9, 1e4])
+def test_the_rounding_of_equal_scores_is_no_unit(value):
+    rewards = WeightedSum({"a": (1.0, None)})
+    scores = torch.full((16,), value)
+    RewardUnits(rewards, []).update({"num_images": 16, "a_mean": scores.mean().item(), "a_std": scores.std().item()})
+    assert rewards.units == {"a": 1.0}
+
+
+def test_held_out_figures_and_the_comparison_are_of_the_plain_sum(tmp_path):
+    """Whose values do not move with the units, nor with a floor."""
+    flags = [*FLAGS[:-8], "--heldout_reward", "clip_score", "--num_heldout_images", "4", "--heldout_steps", "1"]
+    flags += [
+        "--feature_model",
+        TINY_CLIP,
+        "--learning_rate",
+        "1e-12",
+        "--max_train_steps",
+        "3",
+        "--num_eval_images",
+        "4",
+    ]
+    lines = train(tmp_path / "out", *flags)
+    first, *others = (line["heldout_trained_mean"] for line in lines)
+    assert others == pytest.approx([first] * 2, rel=1e-5)
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    members = results["members"]
+    plain = members["aesthetic"]["base"]["mean"] + 0.5 * members["jpeg_compressibility"]["base"]["mean"]
+    assert results["base"]["mean"] == pytest.approx(plain, rel=1e-5) and "clip_score" in members
+
+
+def test_a_held_out_reward_with_a_floor_is_loaded_once():
+    rewards, held = a_sum("aesthetic"), a_sum("clip_score:2")
+    rewards.set_floor("clip_score", Floor(0.5, 3.0), held)
+    rewards.set_floor("aesthetic", Floor(1.0, 2.0))
+    assert rewards.members["clip_score"] == (0.0, held.members["clip_score"][1])
+    assert rewards.floors == {"clip_score": (0.5, 3.0), "aesthetic": (1.0, 2.0)} and rewards.units["clip_score"] == 1.0
+
+
 def test_two_ranks_have_the_same_units(tmp_path):
     run_two_ranks(tmp_path / "out", *FLAGS[:3], "--reward_floor", "aesthetic:100", "--max_train_steps", "2")
     assert len(metrics_of(tmp_path / "out")) == 2

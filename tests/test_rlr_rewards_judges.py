@@ -192,10 +192,25 @@ def test_case_marks_and_spaces_do_not_count():
     assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3 and edit_distance("abc", "") == 3
 
 
-def test_a_run_on_prompts_without_a_text_is_refused_before_it_starts(tmp_path, capsys):
+@pytest.mark.parametrize("where", ["--prompts", "--validation_prompts"])
+def test_a_run_on_prompts_without_a_text_is_refused_before_it_starts(tmp_path, where):
     pytest.importorskip("rapidocr")
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text('a sign "STOP"\na fox\n')
+    prompts.write_text('a sign "STOP"\n' + ("a fox\n" if where == "--prompts" else ""))
+    flags = ["--prompts", str(prompts), "--reward", "ocr"]
     with pytest.raises(SystemExit, match="reads the text that the prompt quotes, and 'a fox' quotes none"):
-        train(tmp_path / "out", "--prompts", str(prompts), "--reward", "ocr")
+        train(
+            tmp_path / "out", *flags, *(["--validation_prompts", "a fox"] if where == "--validation_prompts" else [])
+        )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_custom_reward_may_refuse_prompts(tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "def picky(images, prompts):\n    return images.mean((1, 2, 3))\n\ndef check(prompts):\n"
+        "    if 'a fox' in prompts:\n        raise ValueError('no foxes')\n\npicky.check_prompts = check\n"
+    )
+    rewards = load_rewards(parse_reward(f"{tmp_path}/picky.py:picky"), {}, size=(32, 32))
+    rewards.check_prompts(["a dog"])
+    with pytest.raises(ValueError, match="picky' refuses the prompts: ValueError: no foxes"):
+        rewards.check_prompts(["a dog", "a fox"])

@@ -14,6 +14,7 @@
 """Rewards that a server scores: a real server in a process of its own, and rude ones."""
 
 import base64
+import io
 import json
 import os
 import signal
@@ -30,8 +31,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 import torch
+from PIL import Image
 from reward_models import load_reward, load_rewards, parse_reward, parse_reward_options
-from reward_models.remote import TOKEN, Unreachable, from_json, to_json
+from reward_models.remote import TOKEN, ServiceError, Unreachable, from_json, to_json
 from rlr_processes import printed_by, start_run, torchrun
 from rlr_testing import ROOT, metrics_of, same_adapter, train
 
@@ -53,6 +55,24 @@ def fickle(images, prompts):
 def values(images, prompts):
     return images.flatten(1).amax(1)
 
+calls = 0
+
+def slow(images, prompts):
+    global calls
+    calls += 1
+    if prompts != ["count"]:
+        time.sleep(0.5)
+    return torch.full((len(prompts),), float(calls))
+
+def picky(images, prompts):
+    return images.mean((1, 2, 3))
+
+def check(prompts):
+    if "me" in prompts:
+        raise ValueError("not me")
+
+picky.check_prompts = check
+slow.differentiable = picky.differentiable = False
 mean.differentiable = fickle.differentiable = values.differentiable = False
 """
 
@@ -66,7 +86,7 @@ def free_port():
 class Server:
     """`python -m reward_models --serve` of the functions of `CODE`, which may be killed and started again."""
 
-    def __init__(self, folder, *flags, names=("mean", "fickle", "values"), **environment):
+    def __init__(self, folder, *flags, names=("mean", "fickle", "values", "slow", "picky"), **environment):
         (folder / "rewards.py").write_text(CODE)
         self.port, self.log = free_port(), folder / "server.log"
         served = ",".join(f"{folder}/rewards.py:{name}" for name in names)
@@ -152,6 +172,16 @@ def rude():
 # What is sent
 
 
+def png(side):
+    """A black image as PNG in base64."""
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+PNG_8, PNG_9, BOMB = png(8), png(9), png(8_500)
+
+
 def test_images_arrive_as_they_are_or_rounded_to_8_bits():
     images, prompts = torch.rand(3, 3, 5, 7), ["a", "b", "ü"]
     for image_format, tolerance in (("raw", 0), ("png", 0.5 / 255 + 1e-6)):
@@ -165,7 +195,10 @@ def test_images_arrive_as_they_are_or_rounded_to_8_bits():
         ([], "must be an object"),
         ({"prompts": "a"}, "must be an object"),
         ({"prompts": []}, "a list of texts that is not empty"),
-        ({"prompts": ["a"], "images": []}, "must be PNG files in base64"),
+        ({"prompts": ["a"], "images": []}, "0 images with 1 prompts"),
+        ({"prompts": ["\ud800"], "images": ["a"]}, "surrogates not allowed"),
+        ({"prompts": ["a"], "images": [BOMB]}, "images of 72250000 pixels together are more than"),
+        ({"prompts": ["a", "b"], "images": [PNG_8, PNG_9]}, "must be PNG files in base64, all of one size"),
         ({"prompts": ["a"], "images": ["%%"]}, "base64"),
         ({"prompts": ["a"], "shape": [1, 3, 2, 2], "float32": "AAAA"}, "size"),
         ({"prompts": ["a"], "shape": [1, 3, 1, 1], "float32": base64.b64encode(bytes(10) + b"\0@").decode()}, "0, 1"),
@@ -218,7 +251,7 @@ def test_clients_at_once_lose_and_mix_up_nothing(server):
 
 def test_too_large_requests_are_refused(server):
     reward = load_reward("remote", options={"url": server.url("mean"), "format": "raw"})
-    with pytest.raises(ValueError, match="takes no larger requests: use --reward_batch_size 1"):
+    with pytest.raises(ServiceError, match="takes no larger requests: lower --reward_batch_size"):
         reward(torch.rand(2, 3, 128, 128), ["a", "b"])
     assert reward(torch.rand(1, 3, 32, 32), ["a"]).shape == (1,)
 
@@ -226,12 +259,16 @@ def test_too_large_requests_are_refused(server):
 @pytest.mark.parametrize(
     ("name", "prompt", "problem"),
     [
-        ("nothing", None, r"refuses the images \(404: there is no such reward, but mean, fickle, values\)"),
+        (
+            "nothing",
+            None,
+            r"refuses the images \(404: there is no such reward, but mean, fickle, values, slow, picky\)",
+        ),
         ("fickle", "refuse", r"refuses the images \(400: .*fickle.*I will not.*"),
     ],
 )
 def test_what_the_server_refuses_is_said(server, name, prompt, problem):
-    with pytest.raises(ValueError, match=problem) as error:
+    with pytest.raises((ValueError, ServiceError), match=problem) as error:
         reward = load_reward("remote", options={"url": server.url(name)})
         reward(torch.rand(1, 3, 8, 8), [prompt])
     assert "\n" not in str(error.value)
@@ -248,14 +285,14 @@ def test_a_reward_whose_process_dies_is_started_again(server, caplog):
 
 def test_a_token_is_needed_and_never_shown(tmp_path, monkeypatch):
     """And when the server is asked to end, so do the processes of its rewards."""
-    server = Server(tmp_path, names=["mean"], **{TOKEN: "a secret"}).start().wait()
+    server = Server(tmp_path, names=["mean"], **{TOKEN: "a-secret"}).start().wait()
     try:
         for token in (None, "another"):
             monkeypatch.delenv(TOKEN, raising=False) if token is None else monkeypatch.setenv(TOKEN, token)
             with pytest.raises(ValueError, match=f"wants a token: set the environment variable {TOKEN}") as error:
                 load_reward("remote", options=server.options()["remote"])
             assert token is None or token not in str(error.value)
-        monkeypatch.setenv(TOKEN, "a secret")
+        monkeypatch.setenv(TOKEN, "a-secret")
         load_reward("remote", options=server.options()["remote"])
         server.process.terminate()
         server.process.wait()
@@ -280,6 +317,10 @@ def test_a_token_is_needed_and_never_shown(tmp_path, monkeypatch):
         (["--serve", "beauty"], "unknown reward 'beauty'"),
         (["--serve", "motion", "--reward", "motion", "x.png"], "--serve scores no images of its own"),
         (["x.png"], "give images and --reward, or --serve"),
+        (["--serve", "motion:2"], "--serve 'motion:2': weights belong to the sum of who asks"),
+        (["--serve", "motion", "--reward_option", "vqa.answer=No"], "the reward 'vqa' is not in use"),
+        (["--serve", "motion", "--port", "99999"], "--port 99999 is not in 1..65535"),
+        (["--serve", "motion", "--max_body_mb", "inf"], "--max_body_mb inf is not above 0"),
     ],
 )
 def test_a_server_that_cannot_be_is_refused(flags, problem, capsys, monkeypatch):
@@ -289,6 +330,49 @@ def test_a_server_that_cannot_be_is_refused(flags, problem, capsys, monkeypatch)
     with pytest.raises(SystemExit) as error:
         main(parse_args(flags))
     assert problem in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_a_token_that_no_header_can_hold_is_refused_and_an_empty_one_is_none(monkeypatch, rude):
+    _, options = rude()
+    for token in ("sécret", "two words", "line\nbreak"):
+        monkeypatch.setenv(TOKEN, token)
+        with pytest.raises(ValueError, match=f"the environment variable {TOKEN} holds other characters") as error:
+            load_reward("remote", options=options)
+        assert token not in str(error.value)
+    monkeypatch.setenv(TOKEN, " ")
+    assert "authorization" not in load_reward("remote", options=options).client.headers
+
+
+def test_a_reward_that_cannot_be_loaded_ends_the_server_in_one_line(tmp_path):
+    server = Server(tmp_path, names=["nothing"]).start()
+    assert server.process.wait() == 1
+    (line,) = [line for line in server.log.read_text().splitlines() if "error" in line.lower()]
+    assert line.startswith("python -m reward_models: error: --serve: reward ") and "has no callable 'nothing'" in line
+
+
+def test_requests_whose_clients_have_gone_are_not_scored(server):
+    """Four clients that give up after a tenth of a second; the reward takes longer."""
+    before = httpx.post(server.url("slow"), json=to_json(torch.zeros(1, 3, 8, 8), ["count"], "raw")).json()["scores"][
+        0
+    ]
+
+    def give_up(i):
+        with suppress(httpx.TimeoutException):
+            httpx.post(server.url("slow"), json=to_json(torch.zeros(1, 3, 8, 8), ["x"], "raw"), timeout=0.1)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(give_up, range(4)))
+    after = httpx.post(server.url("slow"), json=to_json(torch.zeros(1, 3, 8, 8), ["count"], "raw")).json()["scores"][0]
+    assert after - before <= 2  # itself, and the one that had begun
+
+
+def test_prompts_that_a_server_refuses_are_refused_before_any_image(server):
+    rewards = load_rewards(parse_reward("remote"), {}, options=server.options("picky"), size=(8, 8))
+    rewards.check_prompts(["a", "b"])
+    with pytest.raises(ValueError, match=r"refuses the prompts \(.*refuses the prompts: ValueError: not me"):
+        rewards.check_prompts(["a", "me"])
+    other = load_rewards(parse_reward("remote"), {}, options=server.options("mean"), size=(8, 8))
+    other.check_prompts(["a", "me"])
 
 
 # The client
@@ -308,7 +392,7 @@ def test_a_server_that_cannot_be_is_refused(flags, problem, capsys, monkeypatch)
 def test_wrong_answers_are_refused_at_once(rude, answer, problem):
     server, options = rude(answer)
     reward = load_reward("remote", options=options)
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(ServiceError, match=problem):
         reward(torch.rand(2, 3, 8, 8), ["a", "b"])
     assert server.seen == [1, 2]
 
@@ -342,6 +426,11 @@ def test_a_slow_server_is_given_up_after_the_time_that_it_may_take(rude):
         ({}, "it needs an address: --reward_option remote.url=http://HOST:PORT/NAME"),
         ({"url": "localhost:8000/x"}, "must be of the form http://HOST:PORT/NAME"),
         ({"url": "http://localhost:8000"}, "must be of the form http://HOST:PORT/NAME"),
+        ({"url": "http://localhost:abc/x"}, "must be of the form http://HOST:PORT/NAME"),
+        ({"url": "http://localhost:99999/x"}, "must be of the form http://HOST:PORT/NAME"),
+        ({"url": "http://localhost/a\tb"}, "must be of the form http://HOST:PORT/NAME"),
+        ({"url": "http://localhost/x?a=1"}, "must be of the form http://HOST:PORT/NAME"),
+        ({"url": "http://localhost/x", "timeout": "1e12"}, "and at most a day"),
         ({"url": "http://me:secret@localhost/x"}, "must hold no password"),
         ({"url": "http://localhost/x", "timeout": "-1"}, "must be a number of seconds above 0"),
         ({"url": "http://localhost/x", "format": "jpeg"}, "must be one of png, raw"),
@@ -403,6 +492,11 @@ def test_a_run_loses_nothing_when_its_server_goes(tmp_path):
         process.join()
         assert process.exitcode == 0, printed_by(parts)
         assert same_adapter(whole, parts)
+        compared = ("reward_mean", "heldout_mean", "drift")
+        lines = [
+            [{key: line.get(key) for key in compared} for line in metrics_of(folder)] for folder in (whole, parts)
+        ]
+        assert lines[0] == lines[1] and lines[0][2]["heldout_mean"] is not None
     finally:
         server.kill()
 
@@ -433,3 +527,34 @@ def test_a_server_that_is_gone_for_one_rank_ends_both_with_a_checkpoint(server, 
     assert result.returncode != 0 and steps > 0
     assert result.stderr.count("nothing is lost") == 2
     assert (tmp_path / "out" / f"checkpoint-{steps}" / "random_states_1.pkl").is_file()
+
+
+def test_a_held_out_scoring_that_a_server_refused_is_made_up_for(tmp_path, rude):
+    """When the run goes on, with a server at another address: its line is that of a run that was not disturbed."""
+    flags = [
+        "--heldout_reward",
+        "remote",
+        "--num_heldout_images",
+        "4",
+        "--heldout_steps",
+        "2",
+        "--max_train_steps",
+        "4",
+    ]
+    flags += ["--feature_model", os.path.join(ROOT, "assets/tiny-aesthetic/clip"), "--decode_batch_size", "1"]
+
+    def run(folder, *script, more=()):
+        _, options = rude(*script)
+        return train(tmp_path / folder, *flags, "--reward_option", f"remote.url={options['url']}", *more)
+
+    whole = run("whole", {})
+    # The prompts, and four images of the base model.
+    with pytest.raises(SystemExit, match="nothing is lost"):
+        run("parts", *[{}] * 5, {"status": 400})
+    assert [line["step"] for line in metrics_of(tmp_path / "parts")] == [1]
+    parts = run("parts", {}, more=["--resume_from_checkpoint", "latest"])
+    compared = [
+        [(line["step"], line.get("heldout_mean"), line.get("drift")) for line in one] for one in (whole, parts)
+    ]
+    assert compared[0] == compared[1] and compared[0][1][1] == 0.5
+    assert same_adapter(tmp_path / "whole", tmp_path / "parts")

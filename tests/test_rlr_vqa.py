@@ -125,6 +125,12 @@ def test_in_half_precision_the_probability_is_in_float32(folders):
     assert not torch.equal(scores, expected)
 
 
+def test_a_folder_and_the_name_of_a_model_or_no_answer_are_refused(folders):
+    for option, problem in (("model", "give one of them"), ("answer", "its option answer is empty")):
+        with pytest.raises(ValueError, match=problem):
+            load_reward("vqa", path=folders["qwen"], options={option: "x" if option == "model" else ""})
+
+
 def test_special_tokens_in_prompts_are_refused(folders):
     reward = load_reward("vqa", path=folders["qwen"])
     with pytest.raises(ValueError, match=r"vqa: the prompt 'a <\|image_pad\|>' contains the special token"):

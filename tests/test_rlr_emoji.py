@@ -22,6 +22,7 @@ import make_emoji_assets
 import pytest
 import torch
 import torch.nn.functional as F
+from emoji_models import measuring
 from emoji_models.classifier import HELD_OUT, accuracies, classifier_code, read
 from emoji_models.clip import make_clip
 from emoji_models.data import BACKGROUNDS, RESOLUTION, STYLE_WORDS, Captions, EmojiImages, caption, random_placement
@@ -257,6 +258,8 @@ def test_all_stages_follow_each_other(tmp_path, monkeypatch, capsys):
     (out / "tiny-emoji-rewards" / "emoji_classifier.py").write_text(open(code, encoding="utf-8").read())
     flags = ["--quick", "--emoji", EMOJI, "--out", str(out), "--work_dir", str(tmp_path / "work")]
     monkeypatch.setattr(sys, "argv", ["make_emoji_assets.py", *flags])
+    for settings in measuring.SETTINGS.values():  # of the images that the cards are about
+        monkeypatch.setitem(settings, "num_inference_steps", 2)
     make_emoji_assets.main()
     for made, committed in ((out / "tiny-emoji", TINY_EMOJI), (out / "tiny-emoji-rewards", REWARDS)):
         assert set(os.listdir(made)) - {"__pycache__"} == set(os.listdir(committed)) - {"__pycache__"}

@@ -15,17 +15,17 @@
 
 import csv
 
-from flow_estimators import CASES, main
+from flow_estimators import QUICK, main
 
 
 def test_quick_flow_estimators_run_once_and_report(tmp_path, capsys):
     rows = main(["--quick", "--workers", "0", "--out", str(tmp_path)])
-    assert [row["estimator"] for row in rows] == list(CASES)
+    assert [row["estimator"] for row in rows] == QUICK
     printed = capsys.readouterr().out
-    assert "1 optimizer steps of 16 images, T = 2" in printed and all(f"\n{name} " in printed for name in CASES)
+    assert "1 optimizer steps of 16 images, T = 2" in printed and all(f"\n{name} " in printed for name in QUICK)
     with open(tmp_path / "flow_estimators.csv", encoding="utf-8") as file:
         assert next(file).startswith("# python benchmarks/flow_estimators.py --quick, ")
-        assert [row["estimator"] for row in csv.DictReader(file)] == list(CASES)
+        assert [row["estimator"] for row in csv.DictReader(file)] == QUICK
     assert (tmp_path / "flow_estimators.png").stat().st_size > 5000
     # A second call finds all runs in the file.
     lines = (tmp_path / "flow_estimators.jsonl").read_text()

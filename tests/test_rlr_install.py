@@ -101,8 +101,8 @@ def test_the_metadata_are_complete(target):
     assert metadata["Name"] == "rlr-diffusion" and metadata["Version"] == declared["version"]
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
     assert metadata["Summary"] == declared["description"] and "# RLR" in metadata.get_payload()
-    assert set(metadata.get_all("Provides-Extra")) == {"dev", "quantize", "wandb"}
-    required = {extra: set() for extra in ("", "dev", "quantize", "wandb")}
+    assert set(metadata.get_all("Provides-Extra")) == {"dev", "ocr", "quantize", "serve", "wandb"}
+    required = {extra: set() for extra in ("", "dev", "ocr", "quantize", "serve", "wandb")}
     for requirement in distribution.requires:
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
         required[extra[1] if extra else ""].add(normalized(requirement))

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Options of rewards: NAME.OPTION=VALUE."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reward_models import (
@@ -24,7 +26,8 @@ from reward_models import (
     parse_reward_options,
 )
 from rlr_testing import TINY_AESTHETIC, TINY_CLIP
-from rlr_training.hub import evaluation_command_of
+from rlr_training.checkpoints import configuration
+from rlr_training.hub import command_of, evaluation_command_of
 from train_rlr_sd import parse_args
 
 
@@ -130,3 +133,15 @@ def test_every_option_is_in_the_help():
 def test_an_unknown_option_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match="there is no such option of 'aesthetic'; it has dtype"):
         load_reward("aesthetic", path="nowhere", options={"size": "1"})
+
+
+def test_where_servers_are_is_neither_in_checkpoints_nor_in_cards():
+    """So that a run goes on with a server at another address; labels may have dots."""
+    own = ["remote@v1.2.format=raw", "vqa.question=Is it {prompt}?"]
+    places = ["remote@v1.2.url=http://10.0.0.7:8000/x", "remote@v1.2.timeout=5"]
+    flags = [word for option in (*own, *places) for word in ("--reward_option", option)]
+    args = parse_args(["--reward", "remote@v1.2,vqa", *flags])
+    assert configuration(args, 1)["reward_option"] == own
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
+    command = command_of({"reward_option": args.reward_option}, accelerator, "train_rlr_sd.py")
+    assert "10.0.0.7" not in command and "remote@v1.2.url=..." in command and "format=raw" in command

@@ -20,8 +20,7 @@ import pytest
 import torch
 from reward_models import Floor, load_rewards, parse_reward, parse_reward_floors
 from reward_models.base import WeightedSum
-from rlr_processes import run_two_ranks
-from rlr_testing import TINY_AESTHETIC, TINY_CLIP, metrics_of, same_adapter, train
+from rlr_testing import TINY_AESTHETIC, TINY_CLIP, same_adapter, train
 from rlr_training.units import DECAY, RewardUnits
 from train_rlr_sd import parse_args
 
@@ -200,8 +199,3 @@ def test_a_held_out_reward_with_a_floor_is_loaded_once():
     rewards.set_floor("aesthetic", Floor(1.0, 2.0))
     assert rewards.members["clip_score"] == (0.0, held.members["clip_score"][1])
     assert rewards.floors == {"clip_score": (0.5, 3.0), "aesthetic": (1.0, 2.0)} and rewards.units["clip_score"] == 1.0
-
-
-def test_two_ranks_have_the_same_units(tmp_path):
-    run_two_ranks(tmp_path / "out", *FLAGS[:3], "--reward_floor", "aesthetic:100", "--max_train_steps", "2")
-    assert len(metrics_of(tmp_path / "out")) == 2

@@ -267,7 +267,11 @@ def test_a_compiled_network_is_saved_and_resumed_like_another(tmp_path, straight
         ["--mixing", "0.5"],
         # Variances are those within a micro-batch, whether the next one is of another rank or of this one.
         ["--max_train_steps", "3", "--sweep_fraction", "1"],
-        ["--gradient_estimator", "ddpo", "--baseline", "predicted_x0"],
+        # The units of the rewards are of all images, too.
+        [
+            *("--gradient_estimator", "ddpo", "--baseline", "predicted_x0", "--reward", "aesthetic,clip_score"),
+            *("--reward_normalize", "--reward_floor", "aesthetic:5"),
+        ],
         # Three images of a prompt, one of which is drawn by the other rank.
         ["--baseline", "per_prompt", "--images_per_prompt", "3", "--mixing", "0.5"],
     ],

@@ -156,7 +156,7 @@ def test_the_displacement_is_that_of_a_dot(side, num_frames):
     [("DigitAccuracy", "a red {} moving left"), ("DirectionAccuracy", "a red seven moving {}")],
 )
 def test_the_rewards_say_whether_a_video_shows_what_its_prompt_asks_for(real, name, other):
-    reward, _ = import_callable(f"{READER}:{name}")
+    reward, _ = import_callable(f"{READER}:{name}", {})
     assert (reward.takes_videos, reward.differentiable) == (True, False)
     right = [caption(*of) for of in zip(real.digits.tolist(), real.colors.tolist(), real.motions.tolist())]
     scores = reward(real.videos, right)

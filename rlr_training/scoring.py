@@ -75,6 +75,10 @@ def check_score_frames(args, model, rewards):
             f"--score_frames {CHUNK} needs a decoder that can be stopped, and that of a {model.pipeline_class} decodes"
             " videos as a whole: use --score_frames all"
         )
+    if chosen == CHUNK and rewards.floors:
+        raise ValueError(
+            f"--score_frames {CHUNK} and --reward_floor: the penalty of a mean is not the mean of penalties; use --score_frames all"
+        )
     if chosen == CHUNK and not rewards.mean_over_frames:
         raise ValueError(
             f"--score_frames {CHUNK} is for rewards that are means over frames, and --reward {args.reward!r} with"

@@ -219,6 +219,11 @@ def test_the_evaluation_shows_videos_and_how_they_move(tmp_path, prompts):
         (lambda: TINY_SD, [], "a StableDiffusionPipeline is not supported here, but by another script"),
         (tiny_wan, ["--num_frames", "8"], "videos of 8 frames: not one and a multiple of 4"),
         (tiny_wan, ["--score_frames", "chunk"], "--score_frames chunk is for rewards that are means over frames"),
+        (
+            tiny_wan,
+            ["--score_frames", "chunk", "--reward", RED, "--reward_floor", f"{RED}:1"],
+            "the penalty of a mean is not the mean of penalties",
+        ),
         (tiny_wan, ["--score_frames", "10"], "--score_frames 10 is more than the 9 frames of a video"),
         (tiny_wan, ["--score_frames", "some"], "--score_frames 'some' is not a whole number"),
         (tiny_ltx, ["--score_frames", "chunk", "--reward", RED], "needs a decoder that can be stopped"),

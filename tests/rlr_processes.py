@@ -104,6 +104,13 @@ def run_two_ranks(output_dir, *flags, script="train_rlr_sd"):
     call_on_two_ranks(_run_script, script, arguments, log=output_dir)
 
 
+def fail_on_two_ranks(output_dir, *flags):
+    """A run on two ranks, both of which must end with an error; returns what they have printed."""
+    arguments = [*BASE, "--output_dir", str(output_dir), *flags]
+    assert exit_codes(_run_script, "train_rlr_sd", arguments, log=output_dir) == [1, 1]
+    return printed_by(output_dir)
+
+
 def torchrun(output_dir, *flags):
     """A run of two ranks by torchrun itself, which may fail; returns the finished process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -118,6 +125,11 @@ def call_on_two_ranks(function, *args, log):
     Args:
         function, log: as for `start`.
     """
+    assert exit_codes(function, *args, log=log) == [0, 0], printed_by(log)
+
+
+def exit_codes(function, *args, log):
+    """Those of the two ranks of `call_on_two_ranks`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,4 +141,4 @@ def call_on_two_ranks(function, *args, log):
         if rank.is_alive():  # and will wait for ever
             rank.kill()
             rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0], printed_by(log)
+    return [rank.exitcode for rank in ranks]

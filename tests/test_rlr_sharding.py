@@ -185,24 +185,16 @@ def score(x_0, with_gradient):
     return rewards, -2 * (x_0 - 1) / x_0[0].numel() if with_gradient else None
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_gradient_is_that_of_whole_networks(compared, case):
-    assert set(compared[case]["differences"]) == set(CASES[case]["estimators"])
-    for estimator, difference in compared[case]["differences"].items():
-        assert difference < 1e-5, estimator
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_each_rank_has_about_half_of_the_weights(compared, case):
-    """The adapter is whole on each; a scale of one row is on the first."""
-    assert 0.5 < compared[case]["bytes"] < 0.6
-
-
-@pytest.mark.parametrize("case", [case for case, options in CASES.items() if options.get("counted")])
-def test_the_weights_that_are_gathered_are_counted_beside_a_swept_step(compared, case):
-    """Two of its parts at a time. The step itself takes what it does on whole networks, and buffers to gather them."""
-    assert 0.2 < compared[case]["buffers"] < 1
-    assert 0.1 < compared[case]["brought"] < 0.9
+def test_sharded_networks_have_the_gradient_of_whole_ones_for_half_of_the_weights(compared):
+    """The adapter is whole on each rank; a scale of one row is on the first. Of the weights two parts are gathered at a time;
+    a swept step takes what it does on whole networks, and buffers to gather them. One test, for one launch of two ranks."""
+    for case, found in compared.items():
+        assert set(found["differences"]) == set(CASES[case]["estimators"])
+        assert max(found["differences"].values()) < 1e-5, (case, found)
+        assert 0.5 < found["bytes"] < 0.6, (case, found)
+        assert 0.1 < found["brought"] < 0.9, (case, found)
+        assert ("buffers" in found) == CASES[case].get("counted", False)
+        assert 0.2 < found.get("buffers", 0.5) < 1, (case, found)
 
 
 def test_no_large_part_of_a_unet_is_gathered_for_a_whole_call():

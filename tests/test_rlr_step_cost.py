@@ -32,7 +32,7 @@ def rows_of(path):
 
 
 def test_quick_step_cost_counts_calls_and_measures_time_and_memory(tmp_path, capsys, monkeypatch):
-    all_groups, kept = step_cost.groups_of, ("estimators", "steps T", "sub-chain h")
+    all_groups, kept = step_cost.groups_of, ("estimators", "steps T")
     monkeypatch.setattr(step_cost, "groups_of", lambda args: {title: all_groups(args)[title] for title in kept})
     estimators = ["rlr", "full_bp", "truncated_bp", "draft_lv", "ddpo"]
     groups = step_cost.main(["--quick", "--out", str(tmp_path), "--estimators", *estimators])

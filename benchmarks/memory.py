@@ -126,14 +126,15 @@ def count(precision, checkpointing, batch_sizes, preset, num_steps):
     return rows
 
 
-def compare(preset, batch_sizes, num_steps, precision, checkpointing):
-    """Measure a step of full_bp; returns a line with that and the count."""
+def compare(counted, preset, num_steps):
+    """Measure a step of full_bp; returns a line with that and the count, a row of `count`."""
     device = "GPU" if torch.accelerator.is_available() else "CPU"
-    case = Case("full_bp", num_steps, batch_sizes[0], 2, 32 if preset == "bundle" else 512)
-    counted = in_own_process(count, precision, checkpointing, batch_sizes, preset, num_steps)[0]
-    measured = in_own_process(memory, settings_of(preset, None, precision, checkpointing), [case])[0]
+    precision, batch_size = counted["precision"], counted["batch_size"]
+    case = Case("full_bp", num_steps, batch_size, 2, 32 if preset == "bundle" else 512)
+    settings = settings_of(preset, None, precision, counted["gradient_checkpointing"])
+    measured = in_own_process(memory, settings, [case])[0]
     return (
-        f"full_bp, {num_steps} steps, batch {batch_sizes[0]}, {precision}, {device}:"
+        f"full_bp, {num_steps} steps, batch {batch_size}, {precision}, {device}:"
         f" {measured['peak_mib'] / 1024:.2f} GiB measured, {counted['peak_gib']:.2f} counted"
     )
 
@@ -208,7 +209,7 @@ def main(input_args=None):
     print_table(rows)
     print("\n".join(recipes(rows)))
     if args.measure:
-        print(compare(preset, batch_sizes[:1], args.num_inference_steps, *variants[0]))
+        print(compare(rows[0], preset, args.num_inference_steps))
     write_csv(rows, os.path.join(args.out, "memory.csv"), header)
     plot(rows, os.path.join(args.out, "memory.png"))
     return rows

@@ -24,10 +24,9 @@ from gradient_quality import KINDS, estimators_for, main, measure_toy
 from rlr_testing import ROOT
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_bias_and_variance_on_the_closed_form(seed):
+def test_bias_and_variance_on_the_closed_form():
     """Unbiased estimators pass a z-test that truncated ones fail. Baselines and mixing reduce the variance of REINFORCE."""
-    rows = {row["estimator"]: row for row in measure_toy(seed, batches=256, batch_size=128)}
+    rows = {row["estimator"]: row for row in measure_toy(0, batches=256, batch_size=128)}
     biased = ("truncated_bp 1", "truncated_bp 5", "alignprop")
     for name, row in rows.items():
         assert row["max_z"] > 20 if name in biased else row["max_z"] < 5, row

@@ -33,6 +33,7 @@ import pytest
 import torch
 from PIL import Image
 from reward_models import load_reward, load_rewards, parse_reward, parse_reward_options
+from reward_models.__main__ import main, parse_args
 from reward_models.remote import TOKEN, ServiceError, Unreachable, from_json, to_json
 from rlr_processes import fail_on_two_ranks, printed_by, start_run
 from rlr_testing import ROOT, metrics_of, same_adapter, train
@@ -288,8 +289,6 @@ def test_a_reward_whose_process_dies_is_started_again(server, caplog):
     ],
 )
 def test_a_server_that_cannot_be_is_refused(flags, problem, capsys, monkeypatch):
-    from reward_models.__main__ import main, parse_args
-
     monkeypatch.delenv(TOKEN, raising=False)
     with pytest.raises(SystemExit) as error:
         main(parse_args(flags))
@@ -308,10 +307,11 @@ def test_a_token_that_no_header_can_hold_is_refused_and_an_empty_one_is_none(mon
 
 
 def test_a_reward_that_cannot_be_loaded_ends_the_server_in_one_line(tmp_path):
-    server = Server(tmp_path, names=["nothing"]).start()
-    assert server.process.wait() == 1
-    (line,) = [line for line in server.log.read_text().splitlines() if "error" in line.lower()]
-    assert line.startswith("python -m reward_models: error: --serve: reward ") and "has no callable 'nothing'" in line
+    (tmp_path / "rewards.py").write_text(CODE)
+    with pytest.raises(
+        SystemExit, match=r"^python -m reward_models: error: --serve: reward .* has no callable 'nothing'$"
+    ):
+        main(parse_args(["--serve", f"{tmp_path}/rewards.py:nothing", "--port", str(free_port())]))
 
 
 def test_requests_whose_clients_have_gone_are_not_scored(server):

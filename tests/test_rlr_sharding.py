@@ -29,7 +29,7 @@ from diffusion_models.quantize import stored_bytes
 from rlr_flow_models import tiny_sd3
 from rlr_models import seeded
 from rlr_processes import call_on_two_ranks, run_two_ranks, torchrun
-from rlr_testing import ASSETS, BASE, LORA, TINY_CLIP, metrics_of, refused, same_adapter, tiny_pipeline
+from rlr_testing import ASSETS, BASE, LORA, TINY_CLIP, TINY_SD, metrics_of, refused, same_adapter, tiny_pipeline
 from rlr_training import finish
 from rlr_training.checkpoints import NEW_FLAGS, STATE_FILE, check_same_run, read_state
 from rlr_training.errors import RunError
@@ -80,7 +80,7 @@ SIZE_FLAGS = ("height", "width", "num_frames")
 def compared(tmp_path_factory):
     """{case: what `compare` has found}, of one launch of two ranks."""
     folder = tmp_path_factory.mktemp("compared")
-    folders = dict.fromkeys(CASES, os.path.join(ASSETS, "tiny-emoji"))
+    folders = dict.fromkeys(CASES, TINY_SD)
     wan = tiny_wan()  # made here: a rank but the first would save none
     folders |= {
         "Stable Diffusion 3": tiny_sd3(),

@@ -52,6 +52,7 @@ from bench_common import (
 from diffusion_models.adapters import load_adapter
 from diffusion_models.embeddings import PromptEmbeds
 from frontier_report import TUNING_SEED, Cell, best_rate, cell_of, plot, print_table, summarize
+from reward_models.custom import import_callable
 from rlr_training.chains import conditioned, make_chain, sampling_options, set_defaults, set_size
 from rlr_training.checks import rlr_settings
 from rlr_training.evaluation import HELDOUT_SEED, heldout_prompts, load_base, make_draw
@@ -68,8 +69,7 @@ from train_rlr_sd import parse_args
 
 
 MODEL, REWARDS_FOLDER = (os.path.join(ASSETS, name) for name in ("tiny-emoji", "tiny-emoji-rewards"))
-CLIP, CODE = (os.path.join(REWARDS_FOLDER, name) for name in ("clip", "emoji_classifier.py"))
-ACCURACY = f"{CODE}:ConceptAccuracy"
+CLIP, ACCURACY = (os.path.join(REWARDS_FOLDER, name) for name in ("clip", "emoji_classifier.py:ConceptAccuracy"))
 FLAGS = [
     *("--pretrained_model_name_or_path", MODEL, "--prompts", os.path.join(ASSETS, "emoji.txt")),
     *("--reward_path", f"aesthetic={REWARDS_FOLDER}", "--reward_path", f"clip_score={CLIP}", "--feature_model", CLIP),
@@ -120,18 +120,14 @@ class Settings(NamedTuple):
 
 @functools.cache
 def classifier():
-    scope = {"__file__": CODE}
-    with open(CODE, encoding="utf-8") as file:
-        exec(compile(file.read(), CODE, "exec"), scope)
-    return scope["load_classifier"]()[0], scope["RESOLUTION"]
+    accuracy, _ = import_callable(ACCURACY, {})
+    return accuracy.classifier
 
 
 def is_3d(images, prompts):
     """1 for an image that the classifier takes for a 3D emoji, 0 for a cartoon: a black box."""
-    network, side = classifier()
-    images = torch.nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    with torch.no_grad():
-        return network(images)[1].argmax(1).float()
+    with torch.no_grad():  # the model draws images of the size that the classifier reads
+        return classifier()(images)[1].argmax(1).float()
 
 
 is_3d.differentiable = False

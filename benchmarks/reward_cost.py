@@ -63,6 +63,9 @@ from transformers import (
 )
 
 
+# The vision and the text tower of CLIP ViT-L/14.
+CLIP_L_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_L_WORDS = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROMPT = "a photo of a red squirrel riding a bicycle"
 
 
@@ -106,8 +109,7 @@ def imagereward_case(vit, bert):
 def cases(quick):
     """{name: function that builds the `Case`}, so that one network at a time is in memory."""
     tokenizer = CLIPTokenizer.from_pretrained(TINY_CLIP)
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    words = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    tower, words = CLIP_L_TOWER, CLIP_L_WORDS
     vit_h, vit, bert = clip_config(VIT_H_14), VIT_L_16, {**words, "vocab_size": 30524}
     if quick:
         tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}

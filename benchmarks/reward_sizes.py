@@ -23,6 +23,7 @@ import os
 
 import torch
 from bench_common import VERSIONS, make_parser, parse_benchmark, write_csv
+from reward_cost import CLIP_L_TOWER, CLIP_L_WORDS
 from reward_models.hpsv2 import VIT_H_14, clip_config
 from reward_models.hpsv3 import make_head
 from reward_models.imagereward import VIT_L_16
@@ -44,9 +45,8 @@ from transformers import (
 
 
 def clip_large():
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    words = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return [CLIPModel(CLIPConfig(vision_config={**tower, "patch_size": 14}, text_config=words, projection_dim=768))]
+    tower = {**CLIP_L_TOWER, "patch_size": 14}
+    return [CLIPModel(CLIPConfig(vision_config=tower, text_config=CLIP_L_WORDS, projection_dim=768))]
 
 
 def clip_huge():

@@ -19,8 +19,6 @@ import os
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from .base import check_batch
-from .clip import TOKENIZER_FILES, normalize, resize
 from .loading import (
     existing_file,
     has_file,
@@ -32,7 +30,7 @@ from .loading import (
     read_texts,
     rename_keys,
 )
-from .vision_language import QWEN2_VL_CHAT, QWEN2_VL_NAMES, choose_size, make_patches
+from .vision_language import QWEN2_VL_CHAT, QWEN2_VL_NAMES, OneByOne, Patches, base_of, check_special_tokens
 
 
 MODEL_ID, BASE_ID, CHECKPOINT = "MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct", "HPSv3.safetensors"
@@ -49,7 +47,7 @@ def make_head(width):
     )
 
 
-class HPSv3(torch.nn.Module):
+class HPSv3(OneByOne):
     """R = mu of (mu, log sigma) = head(h), where h is the network's state at the token that asks for the rating.
 
     The original resizes images of 8 bits and rounds the result. Here neither is rounded, so that the score has a gradient.
@@ -61,37 +59,27 @@ class HPSv3(torch.nn.Module):
         instruction, request: the texts that the network was trained with, before and after the prompt.
     """
 
-    differentiable = True
-
     def __init__(self, network, head, tokenizer, instruction, request):
         super().__init__()
         self.network, self.head, self.tokenizer = network, head, tokenizer
         self.instruction, self.request = instruction, request
-
-    def forward(self, images, prompts):
-        check_batch(images, prompts)
-        # One at a time, because padding would make the texts equally long.
-        return torch.stack([self.score(image[None], prompt) for image, prompt in zip(images, prompts)])
-
-    def check_prompts(self, prompts):
-        for prompt in prompts:
-            self.tokens(prompt, 1)
-
-    def score(self, image, prompt):
-        """The score of an image (1, 3, H, W) in [0, 1]."""
-        vision, wide = self.network.config.vision_config, self.head[0].weight.dtype
+        vision = network.config.vision_config
         patch, merge = vision.patch_size, vision.spatial_merge_size
         pixels = TOKENS * (patch * merge) ** 2
-        size = choose_size(*image.shape[-2:], patch * merge, pixels, pixels)
-        image = normalize(resize(image.to(wide), size))
-        patches, grid = make_patches(image.expand(2, -1, -1, -1), patch, merge)
-        ids = self.tokens(prompt, len(patches) // merge**2).to(image.device)
+        self.reading = Patches(patch, merge, (pixels, pixels))
+
+    def score(self, image, prompt):
+        """The score of an image (3, H, W) in [0, 1]."""
+        wide = self.head[0].weight.dtype
+        inputs = self.reading(image[None].to(wide))
+        patches = inputs["pixel_values"]
+        ids = self.tokens(prompt, len(patches) // self.reading.merge**2).to(image.device)
         # The authors' code numbered all tokens in order, not the image's by place.
         positions = torch.arange(len(ids), device=image.device).expand(3, 1, -1)
         states = self.network(
             input_ids=ids[None],
             pixel_values=patches.to(self.network.dtype),
-            image_grid_thw=torch.tensor([grid], device=image.device),
+            image_grid_thw=inputs["image_grid_thw"],
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state[0]
@@ -104,9 +92,7 @@ class HPSv3(torch.nn.Module):
         Raises:
             ValueError: if the prompt contains a special token.
         """
-        special = next((token for token in (REWARD_TOKEN, IMAGE_TOKEN) if token in prompt), None)
-        if special is not None:
-            raise ValueError(f"hpsv3: the prompt {prompt[:80]!r} contains the special token {special}")
+        check_special_tokens("hpsv3", prompt, (REWARD_TOKEN, IMAGE_TOKEN))
         text = self.instruction.format(text_prompt=prompt) + self.request
         text = QWEN2_VL_CHAT.format(vision=IMAGE_TOKEN * image_tokens, text=text)
         return torch.tensor(self.tokenizer(text).input_ids)
@@ -141,12 +127,7 @@ def load(path, revision, device, dtype):
     """
     texts = read_instruction(path)
     file = hub_file(MODEL_ID, CHECKPOINT, revision) if path is None else existing_file(path, CHECKPOINT)
-    base = BASE_ID if path is None else os.path.join(path, "base")
-    if path is not None and os.path.isdir(base):
-        for names in (("config.json",), TOKENIZER_FILES):
-            existing_file(base, *names)  # without them transformers would ask the Hub, or create an empty tokenizer
-    else:
-        base = BASE_ID
+    base = base_of(path, BASE_ID)
     with one_line_errors(base):
         tokenizer = Qwen2Tokenizer.from_pretrained(base)
         tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)

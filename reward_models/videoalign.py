@@ -25,8 +25,7 @@ import re
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLForConditionalGeneration
 
-from .base import check_batch
-from .clip import TOKENIZER_FILES, normalize, resize
+from .clip import normalize, resize
 from .loading import (
     check_keys,
     existing_file,
@@ -37,7 +36,15 @@ from .loading import (
     read_texts,
     rename_keys,
 )
-from .vision_language import QWEN2_VL_CHAT, QWEN2_VL_NAMES, choose_size, make_patches
+from .vision_language import (
+    QWEN2_VL_CHAT,
+    QWEN2_VL_NAMES,
+    OneByOne,
+    base_of,
+    check_special_tokens,
+    choose_size,
+    make_patches,
+)
 
 
 DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment: the order of the head's outputs
@@ -70,7 +77,7 @@ def choose_frames(num_frames, fps, wanted_fps):
     return torch.linspace(0, num_frames - 1, 2 * round(number / 2)).round().long()
 
 
-class VideoAlign(torch.nn.Module):
+class VideoAlign(OneByOne):
     """R = sum_d (w_d . h_d - m_d) / s_d, where h_d is the network's state at the special token of the dimension d.
 
     Args:
@@ -85,8 +92,8 @@ class VideoAlign(torch.nn.Module):
         fps: number of frames per second of the videos.
     """
 
-    differentiable = True
     takes_videos = True
+    kind = "videos"
 
     def __init__(self, network, head, tokenizer, template, config, dimensions):
         super().__init__()
@@ -103,14 +110,7 @@ class VideoAlign(torch.nn.Module):
             self.register_buffer(kind, torch.tensor(values, dtype=head.dtype))
 
     def forward(self, videos, prompts):
-        check_batch(videos, prompts, "videos")
-        # One at a time, because padding would make the texts equally long.
-        scores = torch.stack([self.score(video, prompt) for video, prompt in zip(videos, prompts)])
-        return scores[:, self.dimensions].sum(1)
-
-    def check_prompts(self, prompts):
-        for prompt in prompts:
-            self.tokens(prompt, 1)
+        return super().forward(videos, prompts)[:, self.dimensions].sum(1)
 
     def score(self, video, prompt):
         """The scores (3,) of a video (F, 3, H, W) in [0, 1] in all `DIMENSIONS`."""
@@ -139,9 +139,7 @@ class VideoAlign(torch.nn.Module):
         Raises:
             ValueError: if the prompt contains a special token.
         """
-        special = [token for token in (*REWARD_TOKENS, VIDEO_TOKEN) if token in prompt]
-        if special:
-            raise ValueError(f"videoalign: the prompt {prompt[:80]!r} contains the special token {special[0]}")
+        check_special_tokens("videoalign", prompt, (*REWARD_TOKENS, VIDEO_TOKEN))
         text = QWEN2_VL_CHAT.format(vision=VIDEO_TOKEN * video_tokens, text=self.template.format(text_prompt=prompt))
         return torch.tensor(self.tokenizer(text).input_ids)
 
@@ -249,12 +247,7 @@ def load(path, revision, device, dtype, dimensions=DIMENSIONS):
             " github.com/KwaiVGI/VideoAlign, and give the folder as --reward_path NAME=DIR"
         )
     config, template = read_config(path), read_template(path)
-    base = os.path.join(path, "base")
-    if os.path.isdir(base):
-        for names in (("config.json",), TOKENIZER_FILES):
-            existing_file(base, *names)  # without them transformers would ask the Hub, or create an empty tokenizer
-    else:
-        base = config["model_config"]["model_name_or_path"]
+    base = base_of(path, config["model_config"]["model_name_or_path"])
     with one_line_errors(base):
         tokenizer = Qwen2Tokenizer.from_pretrained(base)
         tokenizer.add_tokens(list(REWARD_TOKENS), special_tokens=True)

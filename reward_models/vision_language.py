@@ -14,12 +14,15 @@
 """Images as vision-language models read them, in torch, so that a gradient passes."""
 
 import math
+import os
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .clip import normalize, preprocess_clip, resize
+from .base import check_batch
+from .clip import TOKENIZER_FILES, normalize, preprocess_clip, resize
+from .loading import existing_file
 
 
 # Qwen2-VL's chat format for an image or video and a text.
@@ -31,6 +34,53 @@ QWEN2_VL_CHAT = (
 QWEN2_VL_NAMES = ((r"^model\.(?!language_model|visual)", "model.language_model."), (r"^visual\.", "model.visual."))
 # Mean difference from the model's own processor, which rounds to 8 bits, in normalized units.
 TOLERANCE = 0.05
+
+
+class OneByOne(torch.nn.Module):
+    """A reward of a language model, which scores one image or video after the other: padding would make all texts equally long.
+
+    A subclass has `score(image, prompt)` of an image (3, H, W), or a video (F, 3, H, W), in [0, 1], and `tokens(prompt, number)`
+    of the text about one of so many tokens, which raises a ValueError for a prompt that it cannot hold.
+    """
+
+    differentiable = True
+    kind = "images"
+
+    def forward(self, images, prompts):
+        check_batch(images, prompts, self.kind)
+        return torch.stack([self.score(image, prompt) for image, prompt in zip(images, prompts)])
+
+    def check_prompts(self, prompts):
+        for prompt in prompts:
+            self.tokens(prompt, 1)
+
+
+def check_special_tokens(name, prompt, tokens):
+    """Refuse a prompt with one of the special tokens.
+
+    Args:
+        name: of the reward.
+
+    Raises:
+        ValueError: naming reward, prompt and token.
+    """
+    special = next((token for token in tokens if token in prompt), None)
+    if special is not None:
+        raise ValueError(f"{name}: the prompt {prompt[:80]!r} contains the special token {special}")
+
+
+def base_of(path, name):
+    """The folder `base` in a reward's folder, with the model that was fine-tuned, or else the model's name on the Hub.
+
+    Raises:
+        ValueError: if the folder lacks its configuration or tokenizer.
+    """
+    base = None if path is None else os.path.join(path, "base")
+    if base is None or not os.path.isdir(base):
+        return name
+    for names in (("config.json",), TOKENIZER_FILES):
+        existing_file(base, *names)  # without them transformers would ask the Hub, or create an empty tokenizer
+    return base
 
 
 def choose_size(height, width, factor, min_pixels, max_pixels):
@@ -63,13 +113,20 @@ class Patches:
     """What Qwen2-VL, Qwen2.5-VL and Qwen3-VL read of an image: patches, of about as many pixels as the image has.
 
     Args:
-        processor: the model's own image processor.
+        patch: side of a patch in pixels.
+        merge: side of the square of patches that become a token.
+        limits: the least and the largest number of pixels to which an image is resized.
+        colors: mean and standard deviation of the pixels. Default: CLIP's.
     """
 
-    def __init__(self, processor):
-        self.patch, self.merge = processor.patch_size, processor.merge_size
-        self.limits = processor.size["shortest_edge"], processor.size["longest_edge"]
-        self.colors = processor.image_mean, processor.image_std
+    def __init__(self, patch, merge, limits, colors=()):
+        self.patch, self.merge, self.limits, self.colors = patch, merge, limits, colors
+
+    @classmethod
+    def of(cls, processor):
+        """Those of a model's own image processor."""
+        limits = processor.size["shortest_edge"], processor.size["longest_edge"]
+        return cls(processor.patch_size, processor.merge_size, limits, (processor.image_mean, processor.image_std))
 
     def __call__(self, image):
         """An image (1, 3, H, W) in [0, 1] -> arguments of the network."""
@@ -105,7 +162,7 @@ def reading_of(processor):
     Raises:
         ValueError: if neither does, on an image that both are tried on.
     """
-    reading = (Patches if hasattr(processor, "merge_size") else Crop)(processor)
+    reading = Patches.of(processor) if hasattr(processor, "merge_size") else Crop(processor)
     image = torch.rand(1, 3, 6, 7, generator=torch.Generator().manual_seed(0))
     image = (resize(image, (90, 110)) * 255).round().to(torch.uint8)
     expected = processor(images=Image.fromarray(image[0].permute(1, 2, 0).numpy()), return_tensors="pt")

@@ -21,9 +21,8 @@ import inspect
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from .base import check_batch
 from .loading import load_pretrained, one_line_errors
-from .vision_language import reading_of
+from .vision_language import OneByOne, check_special_tokens, reading_of
 
 
 MODEL_ID = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -31,7 +30,7 @@ QUESTION = 'Does this image show "{prompt}"? Please answer yes or no.'
 ANSWER = "Yes"
 
 
-class VQAScore(torch.nn.Module):
+class VQAScore(OneByOne):
     """R = P(answer | image, question), the probability of the answer's first token among all tokens.
 
     Args:
@@ -42,8 +41,6 @@ class VQAScore(torch.nn.Module):
         answer: such as "Yes".
     """
 
-    differentiable = True
-
     def __init__(self, network, tokenizer, reading, question, answer):
         super().__init__()
         self.network, self.tokenizer, self.reading, self.question = network, tokenizer, reading, question
@@ -51,19 +48,10 @@ class VQAScore(torch.nn.Module):
         self.image_id = network.config.image_token_id
         self.takes_types = "mm_token_type_ids" in inspect.signature(network.forward).parameters
 
-    def forward(self, images, prompts):
-        check_batch(images, prompts)
-        # One at a time, because padding would make the texts equally long.
-        return torch.stack([self.score(image[None], prompt) for image, prompt in zip(images, prompts)])
-
-    def check_prompts(self, prompts):
-        for prompt in prompts:
-            self.tokens(prompt, 1)
-
     def score(self, image, prompt):
-        """The probability, in float32 or wider, of an image (1, 3, H, W) in [0, 1]."""
+        """The probability, in float32 or wider, of an image (3, H, W) in [0, 1]."""
         wide = torch.promote_types(self.network.dtype, torch.float32)
-        inputs = self.reading(image.to(wide))
+        inputs = self.reading(image[None].to(wide))
         inputs["pixel_values"] = inputs["pixel_values"].to(self.network.dtype)
         inputs["input_ids"] = self.tokens(prompt, self.image_tokens(inputs)).to(image.device)[None]
         if self.takes_types:
@@ -86,9 +74,7 @@ class VQAScore(torch.nn.Module):
         Raises:
             ValueError: if the prompt contains a special token, or the chat template has no place for an image.
         """
-        special = next((token for token in self.tokenizer.all_special_tokens if token in prompt), None)
-        if special is not None:
-            raise ValueError(f"vqa: the prompt {prompt[:80]!r} contains the special token {special}")
+        check_special_tokens("vqa", prompt, self.tokenizer.all_special_tokens)
         content = [{"type": "image"}, {"type": "text", "text": self.question.replace("{prompt}", prompt)}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -76,9 +76,13 @@ def check_shared_flags(args):
 
 def _check_options(args):
     """Refuse options of rewards that the run does not have."""
+    check_options(parse_reward_options(args.reward_option), _scored(args))
+
+
+def _scored(args):
+    """The names of the rewards that a run scores; an evaluation has none that is held out."""
     sums = filter(None, (args.reward, getattr(args, "heldout_reward", None)))
-    scored = {name for one in sums for name in parse_reward(one)}
-    check_options(parse_reward_options(args.reward_option), scored)
+    return {name for one in sums for name in parse_reward(one)}
 
 
 def _check_noise(args):
@@ -110,8 +114,7 @@ def _check_adapter(args, default_of):
 def _check_rewards(args):
     if args.heldout_reward is not None:
         parse_reward(args.heldout_reward)
-    known = {**parse_reward(args.heldout_reward or args.reward), **parse_reward(args.reward)}
-    for name in parse_reward_floors(args.reward_floor).keys() - known:
+    for name in parse_reward_floors(args.reward_floor).keys() - _scored(args):
         raise ValueError(
             f"--reward_floor {name}...: the reward {name!r} is neither in --reward nor in --heldout_reward"
         )

@@ -15,6 +15,7 @@
 
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -63,13 +64,12 @@ def settle_memory(args, model, chain, chain_of):
         chain_of: `chain_of(chain) -> DenoisingChain` of a batch.
     """
     halves = ("joint", "split") if chain_of(chain).guided else ("joint",)
-    settings = [
-        (checkpointing, batching)
-        for checkpointing in (
-            ("off", "on") if args.gradient_checkpointing == "auto" else [args.gradient_checkpointing]
+    settings = list(
+        product(
+            ("off", "on") if args.gradient_checkpointing == "auto" else [args.gradient_checkpointing],
+            halves if args.guidance_batching == "auto" else [args.guidance_batching],
         )
-        for batching in (halves if args.guidance_batching == "auto" else [args.guidance_batching])
-    ]
+    )
     x = torch.zeros(model.latents_shape(args.train_batch_size, size_of(args)), device=chain.timesteps.device)
     for checkpointing, batching in settings:
         chain.split_guidance = batching == "split"

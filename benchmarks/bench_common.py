@@ -176,6 +176,11 @@ def in_own_process(function, *args):
 # Training runs
 
 
+def as_flags(values):
+    """{"seed": 0, ...} as the words --seed 0 ..."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 def rows_of_runs(path, run, keys, sizes, workers):
     """The rows `run(*key, *sizes)` of all runs; those that are not in the file `path` are run, and added to it.
 

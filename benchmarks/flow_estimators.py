@@ -30,6 +30,7 @@ from bench_common import (
     ASSETS,
     VERSIONS,
     add_workers_flag,
+    as_flags,
     best_rates,
     forget_earlier_run,
     make_parser,
@@ -84,7 +85,7 @@ def run(name, rate, seed, num_steps, steps, images):
     reward, flags = CASES[name]
     numbers = {"num_inference_steps": num_steps, "max_train_steps": steps, "num_eval_images": images, "seed": seed}
     numbers |= {"learning_rate": rate, "reward": reward}
-    flags = [*FLAGS, *flags, *(word for flag, value in numbers.items() for word in (f"--{flag}", str(value)))]
+    flags = [*FLAGS, *flags, *as_flags(numbers)]
     with tempfile.TemporaryDirectory() as folder:
         output_dir = os.path.join(folder, "out")
         train(parse_args([*flags, "--output_dir", output_dir]))

@@ -11,18 +11,53 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What study.py compares, and what it costs: rewards, estimators, and the price of an optimizer step in bare calls."""
+"""What study.py compares, and the work that an optimizer step takes."""
 
 import functools
+import importlib
 import os
 from typing import NamedTuple
 
 import torch
-from bench_runs import FLAGS
+from bench_common import ASSETS, as_flags
+from diffusion_models.adapters import load_adapter
+from diffusion_models.embeddings import PromptEmbeds
+from reward_models.custom import import_callable
+from rlr_training.chains import conditioned, make_chain, sampling_options, set_defaults, set_size
 from rlr_training.checks import rlr_settings
+from rlr_training.evaluation import HELDOUT_SEED, heldout_prompts, load_base, make_draw
+from rlr_training.memory import Operations
+from rlr_training.prompts import load_prompts
+from rlr_training.scoring import decoder_of, load_reward_sum, score_latents
+from rlr_training.trial import try_model
 from rlr_utils import RLRStep
-from rlr_utils.settings import NEED_GRADIENT
-from train_rlr_sd import parse_args
+
+
+REWARDS_FOLDER = os.path.join(ASSETS, "tiny-emoji-rewards")
+CLIP, ACCURACY = (os.path.join(REWARDS_FOLDER, name) for name in ("clip", "emoji_classifier.py:ConceptAccuracy"))
+FLAGS = [
+    *("--prompts", os.path.join(ASSETS, "emoji.txt"), "--guidance_scale", "4.5", "--feature_model", CLIP),
+    *("--reward_path", f"aesthetic={REWARDS_FOLDER}", "--reward_path", f"clip_score={CLIP}"),
+    *("--num_eval_images", "0", "--report_to", "none", "--checkpointing_steps", "1000"),
+]
+
+
+# Rewards of our own
+
+
+@functools.cache
+def classifier():
+    accuracy, _ = import_callable(ACCURACY, {})
+    return accuracy.classifier
+
+
+def is_3d(images, prompts):
+    """1 for an image that the classifier takes for a 3D emoji, 0 for a cartoon: a black box."""
+    with torch.no_grad():  # the model draws images of the size that the classifier reads
+        return classifier()(images)[1].argmax(1).float()
+
+
+is_3d.differentiable = False
 
 
 def fast_sine(images, prompts):
@@ -36,173 +71,195 @@ def fast_sine(images, prompts):
     return torch.sin(1200 * (images * direction).sum((1, 2, 3)))
 
 
-SINE = f"{os.path.abspath(__file__)}:fast_sine"
+SINE, IS_3D = (f"{os.path.abspath(__file__)}:{name}" for name in ("fast_sine", "is_3d"))
 
 
-class Reward(NamedTuple):
-    """A reward of the study.
-
-    Attributes:
-        trained: what is trained for, as for --reward.
-        heldout: what is measured besides.
-        has_gradient: whether the reward has a gradient.
-        mixing: that the price of rlr assumes. With "auto" it is that of the first step; 0.5 stands for a rough reward, where
-            the likelihood ratio gets a share at every step later on.
-    """
-
-    trained: str
-    heldout: str
-    has_gradient: bool = True
-    mixing: object = "auto"
+# What is compared
 
 
-REWARDS = {
-    "smooth": Reward("aesthetic", "clip_score"),
-    "text": Reward("clip_score", "aesthetic"),
-    "rough": Reward(f"aesthetic,{SINE}:0.5", "clip_score", mixing=0.5),
-    "black box": Reward("jpeg_compressibility", "clip_score", has_gradient=False),
-}
-PAPER = ["--gradient_estimator", "rlr_paper", "--subchain_length", "2", "--rest"]
-# {name: flags of train_rlr_sd.py}
+def estimator(name, *flags):
+    return ["--gradient_estimator", name, *flags]
+
+
+def paper(length, rest):
+    return estimator("rlr_paper", "--subchain_length", str(length), "--rest", rest)
+
+
+# {name: flags}
 ESTIMATORS = {
     "rlr": [],
-    "rlr, predicted_x0": ["--baseline", "predicted_x0"],
-    "rlr, leave_one_out": ["--baseline", "leave_one_out"],
-    "rlr, per_prompt": ["--baseline", "per_prompt", "--images_per_prompt", "2"],
-    "rlr, no baseline": ["--baseline", "none"],
-    "rlr_paper, zeroth_order": [*PAPER, "zeroth_order"],
-    "rlr_paper, likelihood_ratio": [*PAPER, "likelihood_ratio"],
-    "rlr_paper, none": [*PAPER, "none"],
-    "ddpo": ["--gradient_estimator", "ddpo"],
-    "full_bp": ["--gradient_estimator", "full_bp"],
-    "alignprop": ["--gradient_estimator", "alignprop"],
-    "truncated_bp 1": ["--gradient_estimator", "truncated_bp", "--truncation_steps", "1"],
-    "truncated_bp 5": ["--gradient_estimator", "truncated_bp", "--truncation_steps", "5"],
-    "draft_lv": ["--gradient_estimator", "draft_lv"],
+    "full_bp": estimator("full_bp"),
+    "alignprop": estimator("alignprop"),
+    "truncated_bp 5": estimator("truncated_bp", "--truncation_steps", "5"),
+    "truncated_bp 1": estimator("truncated_bp", "--truncation_steps", "1"),
+    "ddpo": estimator("ddpo"),
+    "rlr_paper": paper(2, "zeroth_order"),
+    "h = 1": paper(1, "zeroth_order"),
+    "h = 4": paper(4, "zeroth_order"),
+    "no half order": paper(0, "zeroth_order"),
+    "no zeroth order": paper(2, "none"),
+    "neither": paper(0, "none"),
 }
-# The baseline that "rlr" has by default for a reward gets no row of its own; for others it is leave-one-out.
-DEFAULT_BASELINE = {"rough": None, "black box": "rlr, predicted_x0"}
-# At .02 estimators that need a gradient ruin the images of smooth and rough rewards, so that a comparison means nothing.
-LEARNING_RATES = (5e-3, 1e-2, 1.4e-2)
-TUNING_SEED = 100
-SEEDS = range(5)
+WITH_GRADIENT = ("rlr", "full_bp", "alignprop", "truncated_bp 5", "truncated_bp 1", "ddpo")
+# For a reward that has no gradient, or a part without one.
+BLACK_BOX = ("rlr", "ddpo", "rlr_paper")
+
+
+class Comparison(NamedTuple):
+    """Estimators at equal work on a reward.
+
+    Attributes:
+        reward: as for --reward.
+        estimators: keys of `ESTIMATORS`.
+        num_steps: T.
+        flow: whether the embedded Stable Diffusion 3 is tuned, instead of the embedded Stable Diffusion.
+        mixing: that the work of rlr assumes. With "auto" it is that of the first step; .5 stands for a rough reward, where the
+            likelihood ratio gets a share at every later step.
+    """
+
+    reward: str
+    estimators: tuple
+    num_steps: int = 20
+    flow: bool = False
+    mixing: object = "auto"
+
+    @property
+    def black_box(self):
+        """Whether the reward, or a part of a sum, has no gradient."""
+        return any(name in self.reward for name in ("jpeg_compressibility", "is_3d"))
+
+
+COMPARISONS = {
+    "smooth": Comparison("aesthetic", WITH_GRADIENT),
+    "text": Comparison("clip_score", WITH_GRADIENT),
+    "rough": Comparison(f"aesthetic,{SINE}:0.5", WITH_GRADIENT, mixing=0.5),
+    "file size": Comparison("jpeg_compressibility", BLACK_BOX),
+    "decision": Comparison(IS_3D, BLACK_BOX),
+    "sum": Comparison("aesthetic,jpeg_compressibility:2", BLACK_BOX),
+    "flow smooth": Comparison("aesthetic", ("rlr", "full_bp", "alignprop", "truncated_bp 1", "ddpo"), flow=True),
+    "flow file size": Comparison("jpeg_compressibility", BLACK_BOX, flow=True),
+    "terms": Comparison("aesthetic", ("rlr_paper", "h = 1", "h = 4", "no half order", "no zeroth order", "neither")),
+    "T = 10": Comparison("aesthetic", ("rlr", "alignprop", "ddpo"), num_steps=10),
+    "T = 50": Comparison("aesthetic", ("rlr", "alignprop", "ddpo"), num_steps=50),
+}
 
 
 class Settings(NamedTuple):
-    """What all cells share.
+    """What all runs share.
 
     Attributes:
-        budget: seconds of bare calls for a run.
-        batch_size: images of an optimizer step.
-        num_steps: T.
-        num_images: on which an adapter is evaluated.
+        steps: optimizer steps of rlr, whose work every run of a comparison gets.
+        batch_size: images of a step.
+        num_images: on which an adapter is judged.
+        scorings: along a run.
     """
 
-    budget: float
-    batch_size: int
-    num_steps: int
-    num_images: int
+    steps: int = 24
+    batch_size: int = 8
+    num_images: int = 64
+    scorings: int = 4
 
 
-class Cell(NamedTuple):
-    """A run of train_rlr_sd.py."""
-
-    reward: str
-    estimator: str
-    learning_rate: float
-    seed: int
+QUICK = Settings(1, 2, 4, 1)
 
 
-def flags_of(settings):
-    """The flags that all runs share, besides `bench_runs.FLAGS`."""
-    size = str(settings.batch_size)
-    return [
-        *("--num_inference_steps", str(settings.num_steps), "--train_batch_size", size),
-        *("--decode_batch_size", size, "--lr_scheduler", "linear", "--resolution", "32"),
+def script_of(name):
+    """The training script of a comparison."""
+    return importlib.import_module("train_rlr_flow" if COMPARISONS[name].flow else "train_rlr_sd")
+
+
+def arguments(name, estimator, settings, numbers=None, flags=()):
+    """The arguments of the training script for a run."""
+    comparison = COMPARISONS[name]
+    model = [
+        "--pretrained_model_name_or_path",
+        os.path.join(ASSETS, "tiny-emoji-sd3" if comparison.flow else "tiny-emoji"),
     ]
+    model += ["--max_sequence_length", "1"] if comparison.flow else []
+    size = settings.batch_size
+    sizes = {"num_inference_steps": comparison.num_steps, "train_batch_size": size, "decode_batch_size": size}
+    words = [
+        *model,
+        *FLAGS,
+        "--reward",
+        comparison.reward,
+        *ESTIMATORS[estimator],
+        *as_flags({**sizes, **(numbers or {})}),
+    ]
+    return script_of(name).parse_args([*words, *flags])
 
 
-def estimator_flags(estimator, num_steps):
-    """The flags of an estimator. All graphs are kept where the sweep can use those of the rollout, at a cost in memory."""
-    flags = ESTIMATORS[estimator]
-    keeps_graphs = estimator not in ("draft_lv", "rlr_paper, zeroth_order")
-    return [*flags, "--keep_graphs", str(num_steps)] if keeps_graphs else flags
+class Judge:
+    """The model of a comparison without an adapter, and what its images are judged by.
+
+    Attributes:
+        base: (reward, concept accuracy) of the base model.
+    """
+
+    def __init__(self, name, settings):
+        self.args = arguments(name, "rlr", settings)
+        self.prompts = heldout_prompts(load_prompts(self.args.prompts), settings.num_images)
+        self.model = load_base(self.args, torch.float32)
+        set_size(self.args, self.model)
+        set_defaults(self.args, self.model)
+        self.rewards, self.accuracy = (
+            load_reward_sum(self.args, text, self.prompts, "cpu", None) for text in (self.args.reward, ACCURACY)
+        )
+        self.embeds = PromptEmbeds(self.model, "cpu")
+        self.base = self.scores()
+
+    def scores(self):
+        drawn = make_draw(self.args, self.model, self.embeds)(self.prompts, 16, first_seed=HELDOUT_SEED)
+        return tuple(one(drawn, self.prompts).total.mean().item() for one in (self.rewards, self.accuracy))
+
+    def scores_by_scale(self, folder, scales):
+        """{scale: (reward, concept accuracy)} of an adapter."""
+        pipeline = self.model.pipeline
+        load_adapter(pipeline, folder, "tuned")
+        try:
+            found = {}
+            for scale in scales:
+                pipeline.set_adapters(["tuned"], [scale])
+                found[scale] = self.scores()
+            return found
+        finally:
+            pipeline.unload_lora_weights()
 
 
-def needs_gradient(estimator):
-    """Whether an estimator is of no use for a black box."""
-    return any(name in ESTIMATORS[estimator] for name in NEED_GRADIENT)
+judge_of = functools.cache(Judge)
 
 
-def estimators_of(reward):
-    """The estimators that can be used with a reward, each under one name."""
-    names = [name for name in ESTIMATORS if REWARDS[reward].has_gradient or not needs_gradient(name)]
-    return [name for name in names if name != DEFAULT_BASELINE.get(reward, "rlr, leave_one_out")]
-
-
-class Cost(NamedTuple):
-    """What an image takes on average: U-Net calls, and steps at which a predicted image is scored."""
-
-    forward: float
-    swept: float
-    predicted: float
+# Work
 
 
 @functools.cache
-def planned_cost(reward, estimator, num_steps):
-    """The `Cost` of an estimator, as `RLRStep` counts it."""
-    flags = ["--num_inference_steps", str(num_steps), *estimator_flags(estimator, num_steps)]
-    settings = rlr_settings(parse_args([*FLAGS, *flags]))
-    if settings["estimator"] == "rlr":
-        settings["mixing"] = REWARDS[reward].mixing
-    rlr = RLRStep(num_steps, REWARDS[reward].has_gradient, **settings)
+def prices(name, settings):
+    """{call: floating-point operations for an image} of network, decoder and reward."""
+    judge = judge_of(name, settings)
+    args, model = judge.args, judge.model
+    chain = make_chain(args, model, model.network, torch.device("cpu"), sampling_options(args, model))
+    costs = try_model(args, model, conditioned(args, chain, judge.embeds)(judge.prompts[:1]), None)
+    latents = torch.zeros(model.latents_shape(1, (args.height, args.width)))
+    scored = {}
+    for with_gradient in {False, judge.rewards.has_gradient}:
+        with Operations() as counter:
+            score_latents(decoder_of(args, model), judge.rewards, latents, judge.prompts[:1], 1, with_gradient)
+        scored[with_gradient] = counter.total
+    return {"forward": costs.forward, "swept": costs.swept, "score": scored[False], "gradient": scored.get(True)}
+
+
+def work_of(name, estimator, settings):
+    """Floating-point operations of an optimizer step."""
+    return settings.batch_size * work_of_image(name, estimator, prices(name, settings), settings)
+
+
+def work_of_image(name, estimator, price, settings):
+    """What an image takes at the prices of its calls, on average."""
+    comparison, args = COMPARISONS[name], arguments(name, estimator, settings)
+    has_gradient = price["gradient"] is not None
+    options = rlr_settings(args) | ({"mixing": comparison.mixing} if estimator == "rlr" else {})
+    rlr = RLRStep(comparison.num_steps, has_gradient, black_box=comparison.black_box, **options)
     schedule = rlr.draw_schedule()
-    return Cost(*rlr.expected_calls(schedule), len(rlr.predicted_steps(schedule)))
-
-
-def cost_of_run(reward, estimator, num_steps, swept, predicted):
-    """The `Cost` of a run that swept, and predicted, so many steps on average."""
-    planned = planned_cost(reward, estimator, num_steps)
-    # Where graphs are kept, the forward pass of a swept step is that of the rollout.
-    is_kept = "--keep_graphs" in estimator_flags(estimator, num_steps)
-    forward = planned.forward + (planned.swept - swept if is_kept else 0)
-    return Cost(forward, swept, predicted)
-
-
-def price_of(reward, estimator, prices, cost):
-    """Seconds of bare calls for an image.
-
-    Args:
-        prices: {call: seconds for an image}.
-        cost: `Cost`.
-    """
-    score, gradient = prices[f"score {reward}"], prices.get(f"gradient {reward}")
-    scoring = score if gradient is None or estimator == "ddpo" else gradient
-    if estimator == "draft_lv":
-        scoring = score + 2 * gradient
-    network = cost.forward * prices["forward"] + cost.swept * prices["vjp"]
-    return network + scoring + cost.predicted * score
-
-
-def step_price(reward, estimator, prices, settings, cost=None):
-    """Seconds of bare calls for an optimizer step, at its planned cost or at another."""
-    cost = cost or planned_cost(reward, estimator, settings.num_steps)
-    return price_of(reward, estimator, prices, cost) * settings.batch_size
-
-
-def cell_of(row):
-    """The `Cell` of a row."""
-    return Cell(row["reward"], row["estimator"], row["learning_rate"], int(row["seed"]))
-
-
-def best_learning_rate(rows, reward, estimator):
-    """The learning rate whose run on the tuning seed ended highest, or `None` if there is no such run."""
-    tried = [Cell(reward, estimator, rate, TUNING_SEED) for rate in LEARNING_RATES]
-    own = [row for row in rows if cell_of(row) in tried]
-    return max(own, key=lambda row: row["final"])["learning_rate"] if own else None
-
-
-def rows_of_seeds(rows, reward, estimator, cells):
-    """Of rows of cells or curves those of `SEEDS`, at the learning rate that the cells have chosen."""
-    rate = 0.0 if estimator == "base" else best_learning_rate(cells, reward, estimator)
-    return [row for row in rows if row["seed"] in SEEDS and cell_of(row)[:3] == (reward, estimator, rate)]
+    calls, predicted = rlr.expected_calls(schedule), len(rlr.predicted_steps(schedule))
+    scoring = price["gradient"] if has_gradient and estimator != "ddpo" else price["score"]
+    return calls.forward * price["forward"] + calls.swept * price["swept"] + scoring + predicted * price["score"]

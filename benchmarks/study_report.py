@@ -1,3 +1,5 @@
+#!/usr/bin/env python
+# coding=utf-8
 # Copyright 2026 The RLR Team. All rights reserved.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
@@ -10,194 +12,216 @@
 # distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
-# limitations under the License.
-"""Tables and plots of study.py, from its rows of runs and of training rewards."""
+"""The table and the plot of study.py, from its rows of points."""
 
+import math
 import statistics
+from typing import NamedTuple
 
-import torch
 from matplotlib.figure import Figure
-from study_plan import ESTIMATORS, REWARDS, SINE, cost_of_run, rows_of_seeds, step_price
 
 
-# Variants of rlr are blue, those of the paper purple, those that truncate orange to red.
-COLORS = dict(
-    zip(
-        ESTIMATORS,
-        (
-            *("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1", "#54278f", "#807dba", "#bcbddc"),
-            *("black", "green", "gold", "orange", "orangered", "darkred"),
-        ),
-    )
-)
+TUNING_SEED = 100
+KEPT = 0.95  # of the base model's concept accuracy
+# Those of estimators that are in more than one comparison; others take matplotlib's next one.
+COLORS = {
+    "rlr": "C0",
+    "ddpo": "black",
+    "alignprop": "C1",
+    "full_bp": "C2",
+    "truncated_bp 5": "C3",
+    "truncated_bp 1": "C4",
+}
+COLORS["rlr_paper"] = "C5"
 
 
-def summarize(cells):
-    """{reward: rows, the highest final reward first}, a row for each estimator over the seeds.
+class Cell(NamedTuple):
+    """A run of a training script."""
 
-    Args:
-        cells: rows of runs.
-    """
-    table = {}
-    for reward in REWARDS:
-        rows = []
-        for estimator in ("base", *ESTIMATORS):
-            own = rows_of_seeds(cells, reward, estimator, cells)
-            if own:
-                rows.append({"reward": reward, "estimator": estimator, **_summary(own)})
-        table[reward] = sorted(rows, key=lambda row: -row["final"])
-    return table
+    comparison: str
+    estimator: str
+    learning_rate: float
+    seed: int
 
 
-def _summary(own):
-    summary = {"learning_rate": own[0]["learning_rate"], "seeds": len(own), "steps": int(own[0]["steps"])}
-    for name in ("final", "other", "diversity", "nearest_real"):
-        values = [row[name] for row in own]
-        summary[name] = statistics.mean(values)
-        if name == "final":
-            # NaN for a single seed, and where a run has failed.
-            spread = torch.tensor(values, dtype=torch.float64).std().item() if len(values) > 1 else float("nan")
-            summary["standard_error"] = spread / len(values) ** 0.5
-    return summary
+def cell_of(row):
+    return Cell(row["comparison"], row["estimator"], row["learning_rate"], int(row["seed"]))
 
 
-def curve_of(curves, cells, reward, estimator, prices, settings):
-    """(seconds, means, standard errors) over the seeds of an estimator's training rewards."""
-    # A run that was stopped before its row was written has been run again: its curve is there twice, with equal rows.
-    own = {(row["step"], row["seed"]): row["reward_mean"] for row in rows_of_seeds(curves, reward, estimator, cells)}
-    steps = sorted({step for step, _ in own})
-    by_step = [[mean for (step, _), mean in own.items() if step == wanted] for wanted in steps]
-    means = [statistics.mean(values) for values in by_step]
-    errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in by_step]
-    price = step_price(reward, estimator, prices, settings)
-    return [step * price for step in steps], means, errors
+def along_run(rows):
+    return [row for row in rows if row["kind"] == "run"]
 
 
-def seconds_to(level, seconds, means):
-    """When a curve first reaches a level, linear between its points, or `None` if it never does."""
-    for i, (now, mean) in enumerate(zip(seconds, means)):
-        if mean >= level:
-            if i == 0:
-                return now
-            before, low = seconds[i - 1], means[i - 1]
-            return before + (now - before) * (level - low) / (mean - low)
-    return None
+def paths_of(rows):
+    """The points (accuracy, score) of a run, in order: along the run, and by the scale of its adapter."""
+    along = along_run(rows)
+    scaled = [(row["at"], row) for row in rows if row["kind"] == "scale"]
+    by_scale = [row for _, row in sorted([(0.0, along[0]), *scaled, (1.0, along[-1])], key=lambda pair: pair[0])]
+    return [[(row["accuracy"], row["score"]) for row in path] for path in (along, by_scale)]
 
 
-def print_tables(table):
-    """A table for each reward, and one with the final rewards of all, in Markdown."""
-    for reward, rows in table.items():
-        print(
-            f"\n**{reward}**: `{REWARDS[reward].trained.replace(SINE, 'fast_sine')}`; held out:"
-            f" `{REWARDS[reward].heldout}`\n\n"
-            "| | learning rate | steps | final reward | held out | diversity | distance to real digits |\n"
-            "|---|---|---|---|---|---|---|"
-        )
-        for row in rows:
-            is_run = row["estimator"] != "base"
-            final = f"{row['final']:.3f}" + (f" ± {row['standard_error']:.3f}" if is_run else "")
-            shown = [f"{row['learning_rate']:g}", f"{row['steps']}"] if is_run else ["", ""]
-            shown += [final, f"{row['other']:.3f}", f"{row['diversity']:.4f}", f"{row['nearest_real']:.2f}"]
-            print(f"| {row['estimator']} | {' | '.join(shown)} |")
-    print(f"\n| | {' | '.join(table)} |\n|{'---|' * (len(table) + 1)}")
-    for estimator in ("base", *ESTIMATORS):
-        shown = " | ".join(_final_reward(rows, estimator) for rows in table.values())
-        print(f"| {'base model' if estimator == 'base' else f'`{estimator}`'} | {shown} |")
+def score_at(rows, kept):
+    """The highest reward of a run with at least `kept` of the base model's accuracy, between two points linearly."""
+    found = []
+    for path in paths_of(rows):
+        least = kept * path[0][0]
+        for (before, low), (after, high) in zip(path, path[1:]):
+            found += [score for accuracy, score in ((before, low), (after, high)) if accuracy >= least]
+            if (before - least) * (after - least) < 0:
+                found.append(low + (before - least) / (before - after) * (high - low))
+    return max(found)
 
 
-def _final_reward(rows, estimator):
-    """An estimator's final reward with its standard error in Markdown, the highest of the rows in bold."""
+def area(rows):
+    """The mean of the score over what is kept of the accuracy, from 80 to 100 %."""
+    return statistics.mean(score_at(rows, 0.8 + 0.2 * i / 20) for i in range(21))
+
+
+def groups_of(rows):
+    """{Cell: its rows}."""
+    groups = {}
     for row in rows:
-        if row["estimator"] == estimator:
-            digits = 2 if abs(row["final"]) > 2 else 3
-            final = f"{row['final']:.{digits}f}"
-            if estimator == "base":
-                return final
-            bold = "**" if row is rows[0] else ""
-            return f"{bold}{final}{bold} ± {row['standard_error']:.{digits}f}"
-    return "–"
+        groups.setdefault(cell_of(row), []).append(row)
+    return groups
 
 
-def findings(table, curves, cells, prices, settings):
-    """What the study shows, in lines: rlr against its rivals, rlr against ddpo by compute, and runs over budget."""
+def best_rate(rows, comparison, estimator):
+    """The learning rate with the best score on the tuning seed, or `None` if none was tried."""
+    scores = {
+        cell.learning_rate: score_at(own, KEPT)
+        for cell, own in groups_of(rows).items()
+        if (cell.comparison, cell.estimator, cell.seed) == (comparison, estimator, TUNING_SEED)
+    }
+    return max(scores, key=scores.get) if scores else None
+
+
+def runs_of(rows, comparison, estimator):
+    """The rows of each seed that nothing was chosen on, at the best learning rate."""
+    rate = best_rate(rows, comparison, estimator)
     return [
-        *_differences(table),
-        *_speed_up(table, curves, cells, prices, settings),
-        *_overspent(table, cells, prices, settings),
+        own
+        for cell, own in groups_of(rows).items()
+        if cell[:3] == (comparison, estimator, rate) and cell.seed != TUNING_SEED
     ]
 
 
-def _differences(table):
-    """The difference of rlr to the best, full_bp, alignprop and ddpo, with its standard error."""
-    lines = []
-    for reward, rows in table.items():
-        by_name = {row["estimator"]: row for row in rows}
-        best = [row["estimator"] for row in rows[:1]]
-        for name in dict.fromkeys([*best, "full_bp", "alignprop", "ddpo"]):
-            if {"rlr", name} <= by_name.keys() and name != "rlr" and by_name["rlr"]["seeds"] > 1:
-                first, second = by_name["rlr"], by_name[name]
-                gap = first["final"] - second["final"]
-                error = (first["standard_error"] ** 2 + second["standard_error"] ** 2) ** 0.5
-                lines.append(f"{reward}: rlr minus {name} is {gap:+.4f}, {gap / error:+.1f} standard errors")
-    return lines
+def work_to_reach(rows, score):
+    """The work after which a run's reward is as high as a score for the first time, in TFLOP, or infinity."""
+    along = along_run(rows)
+    for before, after in zip(along, along[1:]):
+        if after["score"] >= score:
+            share = max(0.0, (score - before["score"]) / (after["score"] - before["score"]))
+            return before["at"] + share * (after["at"] - before["at"])
+    return math.inf
 
 
-def _speed_up(table, curves, cells, prices, settings):
-    """After how much of ddpo's compute rlr reaches the training reward at which ddpo ends."""
-    if not {"rlr", "ddpo"} <= {row["estimator"] for row in table["smooth"]}:
-        return []
-    seconds, means, _ = curve_of(curves, cells, "smooth", "rlr", prices, settings)
-    _, means_of_ddpo, _ = curve_of(curves, cells, "smooth", "ddpo", prices, settings)
-    reached = seconds_to(means_of_ddpo[-1], seconds, means)
-    when = "never" if reached is None else f"after {reached / settings.budget:.3f} of the compute"
-    return [f"smooth: rlr reaches the last training reward of ddpo {when}"]
+def summarize(rows, comparisons):
+    """A row of the table for each comparison and estimator, the best first.
 
-
-def _overspent(table, cells, prices, settings):
-    """The estimators whose runs cost over 2 % more than planned."""
-    lines = []
-    for row in (row for rows in table.values() for row in rows if row["estimator"] != "base"):
-        reward, name = row["reward"], row["estimator"]
-        spent = []
-        for run in rows_of_seeds(cells, reward, name, cells):
-            cost = cost_of_run(reward, name, settings.num_steps, run["swept"], run["predicted"])
-            spent.append(step_price(reward, name, prices, settings, cost) * run["steps"])
-        mean = statistics.mean(spent)
-        if mean > 1.02 * step_price(reward, name, prices, settings) * row["steps"]:
-            lines.append(f"{reward}: {name} is over budget, {mean:.1f} of {settings.budget:g} seconds")
-    return lines
-
-
-def plot(table, curves, cells, prices, settings, path):
-    """Above, training reward against compute, with bands of a standard error; below, final against held-out reward.
-
-    Below, up and to the right is better, and up and to the left is a reward that is exploited.
+    Args:
+        rows: of points.
+        comparisons: {name: `study_plan.Comparison`}.
     """
-    rewards = [reward for reward in REWARDS if len(table[reward]) > 1] or list(REWARDS)
-    figure = Figure(figsize=(4 * len(rewards) + 3, 8.5), layout="constrained")
-    grid = figure.subplots(2, len(rewards), squeeze=False)
-    for reward, (above, below) in zip(rewards, grid.T):
-        by_name = {row["estimator"]: row for row in table[reward]}
-        if "base" in by_name:
-            below.plot(by_name["base"]["other"], by_name["base"]["final"], "k*", ms=14, label="base model")
-        for marker, (name, color) in zip("os8^Dv<>pP*hXd", COLORS.items()):
-            if name not in by_name:
-                continue
-            row = by_name[name]
-            seconds, means, errors = curve_of(curves, cells, reward, name, prices, settings)
-            low, high = ([m + side * e for m, e in zip(means, errors)] for side in (-1, 1))
-            above.fill_between(seconds, low, high, color=color, alpha=0.15, lw=0)
-            above.plot(seconds, means, color=color, lw=2.5 if name == "rlr" else 1.2, label=name)
-            below.errorbar(
-                row["other"], row["final"], row["standard_error"], fmt=marker, color=color, ms=8, label=name
+    table = []
+    for name, comparison in comparisons.items():
+        runs = {estimator: runs_of(rows, name, estimator) for estimator in comparison.estimators}
+        runs = {estimator: own for estimator, own in runs.items() if own}
+        best = {estimator: statistics.mean(top_of(own) for own in runs[estimator]) for estimator in runs}
+        lines = [summary(own, best) for own in runs.values()]
+        table += sorted(lines, key=lambda line: -line["score_at_95"])
+    return table
+
+
+def top_of(rows):
+    """The highest reward along a run."""
+    return max(row["score"] for row in along_run(rows))
+
+
+def summary(runs, best):
+    """The row of an estimator.
+
+    Args:
+        runs: the rows of each seed.
+        best: {estimator: the highest reward along its runs, on average}.
+    """
+    scores, ends = [score_at(own, KEPT) for own in runs], [along_run(own)[-1] for own in runs]
+    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
+    mean = {key: statistics.mean(end[key] for end in ends) for key in ("score", "accuracy", "at")}
+    reached = {
+        f"work_to_{rival}": statistics.median(work_to_reach(own, best[rival]) for own in runs)
+        if rival in best
+        else math.nan
+        for rival in ("ddpo", "alignprop")
+    }
+    cell = cell_of(runs[0][0])
+    return {
+        **{"comparison": cell.comparison, "estimator": cell.estimator, "learning_rate": cell.learning_rate},
+        **{"seeds": len(runs), "base": runs[0][0]["score"], "score_at_95": statistics.mean(scores), "error": error},
+        **{"area": statistics.mean(map(area, runs)), "end": mean["score"], "end_accuracy": mean["accuracy"]},
+        **{"work": mean["at"], **reached},
+    }
+
+
+def findings(table):
+    """rlr, or where it is not compared the first, against each other estimator, in lines."""
+    lines = []
+    for name in dict.fromkeys(row["comparison"] for row in table):
+        rows = [row for row in table if row["comparison"] == name]
+        own = next((row for row in rows if row["estimator"] == "rlr"), rows[0])
+        for row in (row for row in rows if row is not own):
+            gap, error = own["score_at_95"] - row["score_at_95"], math.hypot(own["error"], row["error"])
+            errors = f"{gap / error:+.1f} standard errors" if error > 0 else "no error known"
+            lines.append(f"{name}: {own['estimator']} minus {row['estimator']} is {gap:+.4g}, {errors}")
+    return lines
+
+
+def print_table(table):
+    """The tables in Markdown, and the findings."""
+    for name in dict.fromkeys(row["comparison"] for row in table):
+        rows = [row for row in table if row["comparison"] == name]
+        print(f"\n**{name}**, base model {rows[0]['base']:.3f}, {rows[0]['work']:.3g} TFLOP a run\n")
+        print("| | rate | reward at 95 % | area | at the end | concepts | work to `ddpo`'s best | to `alignprop`'s |")
+        print("|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            shares = " | ".join(share(row[f"work_to_{rival}"], row["work"]) for rival in ("ddpo", "alignprop"))
+            print(
+                f"| `{row['estimator']}` | {row['learning_rate']:g} | {row['score_at_95']:.3f} ± {row['error']:.3f} |"
+                f" {row['area']:.3f} | {row['end']:.3f} | {row['end_accuracy']:.2f} | {shares} |"
             )
-        above.set(title=reward, xlabel="seconds of bare calls", ylabel="reward of the training images")
-        below.set(xlabel=f"{REWARDS[reward].heldout}, held out", ylabel=f"final reward: {reward}")
-        for axes in (above, below):
-            axes.grid(alpha=0.3)
-    for row, where in zip(grid, ("upper", "lower")):
-        # Not every estimator has a row for each reward.
-        handles = {name: handle for axes in row for handle, name in zip(*axes.get_legend_handles_labels())}
-        names = [name for name in ("base model", *ESTIMATORS) if name in handles]
-        figure.legend([handles[name] for name in names], names, loc=f"outside right {where}", fontsize=9)
+    print("\n" + "\n".join(findings(table)))
+
+
+def share(work, whole):
+    return "" if math.isnan(work) else "never" if math.isinf(work) else f"{work / whole:.2f}"
+
+
+def plot(rows, table, path):
+    """The frontier of each estimator, and the reward by work; a row for each comparison. Faint lines are seeds."""
+    names = list(dict.fromkeys(row["comparison"] for row in table))
+    figure = Figure(figsize=(11, 3.6 * max(1, len(names))), layout="constrained")
+    for axes, name in zip(figure.subplots(max(1, len(names)), 2, squeeze=False), names):
+        # Colors by name, so that an estimator has the same one in all rows.
+        for row in sorted((row for row in table if row["comparison"] == name), key=lambda row: row["estimator"]):
+            plot_runs(axes, row["estimator"], runs_of(rows, name, row["estimator"]))
+        axes[0].axvline(KEPT, color="black", lw=0.8)
+        axes[0].set(title=name, xlabel="concept accuracy kept, of the base model's", ylabel="reward")
+        axes[1].set(xlabel="work, TFLOP", ylabel="reward")
+        axes[0].invert_xaxis()
+        axes[0].legend(fontsize=8)
+        for one in axes:
+            one.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
+
+
+def plot_runs(axes, estimator, runs):
+    """The frontier and the course of an estimator's runs."""
+    color = COLORS.get(estimator)
+    kept = [0.5 + 0.5 * i / 50 for i in range(51)]
+    frontiers = [[score_at(own, one) for one in kept] for own in runs]
+    for frontier in frontiers:
+        axes[0].plot(kept, frontier, color=color, lw=0.5, alpha=0.4)
+    axes[0].plot(kept, [statistics.mean(values) for values in zip(*frontiers)], color=color, label=estimator)
+    courses = [[[row[key] for row in along_run(own)] for own in runs] for key in ("at", "score")]
+    axes[1].plot(
+        *([statistics.mean(values) for values in zip(*course)] for course in courses), color=color, marker="."
+    )

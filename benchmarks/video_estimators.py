@@ -38,6 +38,7 @@ from bench_common import (
     TINY_CLIP,
     VERSIONS,
     add_workers_flag,
+    as_flags,
     forget_earlier_run,
     make_parser,
     metrics_of,
@@ -115,7 +116,7 @@ def run(case, rate, seed, num_steps, steps, videos, heldout):
     numbers["num_heldout_images"] = heldout
     # The rough reward is not hacked so soon: one scoring at the end will do.
     numbers["heldout_steps"] = max(1, steps // 8) if reward == "smooth" else steps
-    flags = [*flags_of(case), *(word for flag, value in numbers.items() for word in (f"--{flag}", str(value)))]
+    flags = [*flags_of(case), *as_flags(numbers)]
     with tempfile.TemporaryDirectory() as folder:
         args = parse_args([*flags, "--output_dir", os.path.join(folder, "out")])
         train(args)

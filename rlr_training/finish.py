@@ -34,6 +34,7 @@ from .optimizer import averaged
 from .output_dir import METRICS_FILE, place_adapter
 from .plots import plot_reward_curve
 from .processes import frozen_dtype
+from .report import write_run_report
 from .shares import Share
 
 
@@ -41,18 +42,20 @@ STOPPED = "stopped"
 
 
 def save_result(args, run, step):
-    """Write the adapter, its moving average, the reward curve and the model card into the output folder."""
+    """Write the adapter, its moving average, the reward curve, the model card and the report into the output folder."""
     place_adapter(run.model, args.output_dir, with_kohya=getattr(args, "export_kohya", False))
     if run.optimization.ema is not None:
         with averaged(run.optimization):
             place_adapter(run.model, args.output_dir, "ema")
-    metrics_file, curve, card = (
-        os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md")
+    metrics_file, curve, card, report = (
+        os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md", "report.html")
     )
     with saving(curve):
         plot_reward_curve(metrics_file, curve, list(run.rewards.members), run.rewards.floors)
     with saving(card):
-        run.save_card(step)
+        run.save_card(run.command, step)
+    with saving(report):
+        write_run_report(args, run.command, step)
 
 
 def finish(args, run, step, end):
@@ -120,7 +123,8 @@ def compare_at_the_end(args, run, step):
         return [f"the comparison with the base model has failed: {failed[0]}"]
     try:
         results, failures = compare_with_base(args, share, [part for part, _ in parts], prompts)
-        run.save_card(step, results)
+        run.save_card(run.command, step, results)
+        write_run_report(args, run.command, step, results)
     except (ValueError, OSError) as error:
         return [f"the comparison with the base model has failed: {one_line(error)}"]
     print_comparison(args, results)

@@ -149,13 +149,32 @@ def command_of(flags, accelerator, script):
     if accelerator.mixed_precision != "no" and "mixed_precision" not in flags:  # from accelerate's configuration
         words += ["--mixed_precision", accelerator.mixed_precision]
     words.append(script)
-    for name, value in flags.items():
-        if name == "reward_option":  # a card says nothing of the machines of a network
-            value = [f"{one.partition('=')[0]}=..." if is_address(one) else one for one in value]
+    for name, value in without_addresses(flags).items():
         if name not in NOT_SHOWN:
             shown = flag_words(name, value)
             words += shown if name in TEXTS else map(without_folders, shown)
     return shlex.join(words)
+
+
+def without_addresses(values):
+    """{flag: value}, in which --reward_option says nothing of the machines of a network."""
+    options = values.get("reward_option") or []
+    options = [f"{one.partition('=')[0]}=..." if is_address(one) else one for one in options]
+    return {**values, "reward_option": options} if options else values
+
+
+def settings_shown(args):
+    """{name: text} of all settings of a run, without secrets and folders of this machine."""
+    found = {}
+    for name, value in without_addresses(vars(args)).items():
+        if name not in NOT_SHOWN and value is not None and value is not False:
+            texts = map(str, value if isinstance(value, (list, tuple)) else [value])
+            found[name] = " ".join(texts if name in TEXTS else map(without_folders, texts))
+    return found
+
+
+def versions_shown():
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def evaluation_command_of(args, flags):
@@ -179,15 +198,15 @@ def evaluation_command_of(args, flags):
     return shlex.join([*words, "--output_dir", f"{os.path.normpath(output_dir)}-evaluation"])
 
 
-def save_model_card(args, model, command, prompt, repo_id, base_license, step, results=None):
+def save_model_card(args, model, prompt, repo_id, base_license, command, step, results=None):
     """Write README.md into the output folder: what the adapter is, how to use it, and the scores if there are any.
 
     Args:
         model: `DiffusionModel`.
-        command: from `command_of`.
         prompt: of the example.
         repo_id: from `create_repository`, or `None`.
         base_license: from `license_of`, or `None`.
+        command: from `command_of`.
         step: how many optimizer steps were taken.
         results: from `evaluation.compare_with_base`.
     """
@@ -223,7 +242,7 @@ change after {args.dcot_boundaries[0]} and {args.dcot_boundaries[1]} of the step
 {command}
 ```
 
-Seed {args.seed}; {", ".join(f"{name} {version(name)}" for name in LIBRARIES)}. `metrics.jsonl` has the figures of every step, `training_args.json` all arguments.
+Seed {args.seed}; {versions_shown()}. `metrics.jsonl` has the figures of every step, `training_args.json` all arguments.
 """
     if base_license is None:
         text += "\nThe license of the base model applies to what is derived from it. It is not known to this card.\n"

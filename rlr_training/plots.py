@@ -23,6 +23,10 @@ import torch
 from .display import evenly_spaced, shown, without_files
 
 
+# {figure of metrics.jsonl: its title} of images of fixed seeds, measured now and then
+MEASURED = {"heldout": "held-out reward", "diversity": "diversity, held-out images"}
+
+
 def caption(text, width=20, lines=3):
     """A prompt or name beside a small image: wrapped, shortened to a few lines, with dollar signs as they are.
 
@@ -49,7 +53,8 @@ def save(figure, path, dpi):
 
 
 def plot_reward_curve(metrics_file, path, members, floors):
-    """Mean reward with its standard deviation by optimizer step, from metrics.jsonl; of a sum also those of its members.
+    """Figures by optimizer step, from metrics.jsonl: the mean reward with its standard deviation, of a sum also those of its
+    members, and where they were measured the held-out reward and diversity, without.
 
     Args:
         members: names of the members of the sum.
@@ -58,21 +63,28 @@ def plot_reward_curve(metrics_file, path, members, floors):
     with open(metrics_file, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     names = {"reward": "reward", **({name: name for name in members} if len(members) > 1 else {})}
+    names |= {name: title for name, title in MEASURED.items() if any(mean_key(name) in line for line in lines)}
     figure = new_figure((7, 1.4 + 2.6 * len(names)))
     for name, axes in zip(names, figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]):
-        steps, mean, std = ([line[key] for line in lines] for key in ("step", f"{name}_mean", f"{name}_std"))
-        axes.fill_between(
-            steps, [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)], alpha=0.2, lw=0
-        )
-        axes.plot(steps, mean)
+        own = [line for line in lines if mean_key(name) in line]
+        steps, mean = ([line[key] for line in own] for key in ("step", mean_key(name)))
+        axes.plot(steps, mean, marker="." if name in MEASURED else None)
+        if name not in MEASURED:  # the same seeds each time: their deviation is no spread of the curve
+            std = [line[f"{name}_std"] for line in own]
+            low, high = ([m + side * s for m, s in zip(mean, std)] for side in (-1, 1))
+            axes.fill_between(steps, low, high, alpha=0.2, lw=0)
         if name in floors:
             axes.axhline(floors[name].value, color="tab:red", lw=1, ls="--")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel(caption(without_files(name), 40))
+        axes.set_ylabel(caption(without_files(names[name]), 40))
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
-    figure.suptitle("Reward of the training images, mean and standard deviation")
+    figure.suptitle("Rewards of the training images, mean and standard deviation")
     save(figure, path, dpi=120)
+
+
+def mean_key(name):
+    return name if name == "diversity" else f"{name}_mean"
 
 
 def plot_before_after(images, scores, prompts, path, below=(), columns=8):

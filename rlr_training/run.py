@@ -82,7 +82,8 @@ class Run(NamedTuple):
         stopping: `EarlyStopping`.
         rewards: `WeightedSum` that is trained for.
         units: `RewardUnits` of them, or `None`.
-        save_card: `save_card(step, results=None)` writes the model card.
+        command: starts the same run.
+        save_card: `save_card(command, step, results=None)` writes the model card.
         evaluation_command: compares the adapter with the base model.
         repo_id: of the repository on the Hub, or `None`.
         first_step: the step that the run starts after.
@@ -101,6 +102,7 @@ class Run(NamedTuple):
     stopping: EarlyStopping
     rewards: Any
     units: Optional[RewardUnits]
+    command: str
     save_card: Callable
     evaluation_command: str
     repo_id: Optional[str]
@@ -149,7 +151,6 @@ def prepare(args, script, tracker, families, defaults):
         start(args, accelerator, resume_path, stopping)
         repo_id, base_license = claim_output_dir(args, accelerator, config, tracker)
 
-    command = command_of(flags, accelerator, script)
     run = Run(
         *(accelerator, model, rlr, chain_of, make_draw(args, model, embeds)),
         scorer_of=partial(BatchScorer, args, accelerator, model, rewards),
@@ -160,7 +161,8 @@ def prepare(args, script, tracker, families, defaults):
         stopping=stopping,
         rewards=rewards,
         units=units,
-        save_card=partial(save_model_card, args, model, command, prompts[0], repo_id, base_license),
+        command=command_of(flags, accelerator, script),
+        save_card=partial(save_model_card, args, model, prompts[0], repo_id, base_license),
         evaluation_command=evaluation_command_of(args, flags),
         repo_id=repo_id,
         first_step=first_step,

@@ -26,6 +26,7 @@ import warnings
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import html5lib
 import numpy as np
 import pytest
 import torch
@@ -214,6 +215,7 @@ class Report(HTMLParser):
 
 def test_the_report_is_one_file_with_all_images(evaluation):
     text = (evaluation.folder / "report.html").read_text(encoding="utf-8")
+    html5lib.HTMLParser(strict=True).parse(text)
     report = Report(text)
     assert [row[0] for row in report.rows] == ["model", "base", "strong", "weak"]
     assert {len(row) for row in report.rows} == {1 + 2 + 4} and "num_inference_steps: 3" in text

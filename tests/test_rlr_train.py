@@ -35,7 +35,7 @@ def test_a_run_leaves_an_adapter_metrics_images_and_a_card(tmp_path, capsys):
     metrics = train(out, "--num_eval_images", "6", "--report_to", "tensorboard", "--decode_batch_size", "2")
     assert {path.name for path in out.iterdir()} == {
         *(LORA, "metrics.jsonl", "reward_curve.png", "before_after.png", "evaluation.json", "README.md", "logs"),
-        *("training_args.json", "checkpoint-2"),
+        *("training_args.json", "checkpoint-2", "report.html"),
     }
     assert [line["step"] for line in metrics] == [1, 2]
     printed = capsys.readouterr().out

@@ -30,7 +30,7 @@ import train_rlr_video
 
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "assets" / "README.md"]
 PARSERS = {
     **dict.fromkeys(("train_rlr_sd.py", "rlr-train-sd"), train_rlr_sd.parse_args),
     **dict.fromkeys(("train_rlr_flow.py", "rlr-train-flow"), train_rlr_flow.parse_args),
@@ -42,7 +42,7 @@ FOLDERS = (*PACKAGES, "tests", "tools", "benchmarks", "docs", "assets")
 # Flags of other programs, and those of diffusers' scripts that ours do not have.
 OTHER_FLAGS = {
     *("--extra", "--exclude", "--num_processes", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr"),
-    *("--master_port", "--standalone", "--help", "--version", "--upgrade", "--no-deps", "--index-url"),
+    *("--master_port", "--standalone", "--durations", "--help", "--version", "--upgrade", "--no-deps", "--index-url"),
     *("--lora_dropout", "--upcast_before_saving", "--dataloader_num_workers", "--skip_final_inference"),
     *("--optimizer", "--enable_xformers_memory_efficient_attention", "--use_dora"),
 }

@@ -73,7 +73,8 @@ class LoopbackHub:
 
     def answer(self, path):
         """(status, headers, body) of a file, or of an error."""
-        owner, name, kind, revision, file = ([*path.strip("/").split("/", 4), ""] + [""] * 4)[:5]
+        parts = path.strip("/").removeprefix("datasets/").split("/", 4)
+        owner, name, kind, revision, file = ([*parts, ""] + [""] * 4)[:5]
         repository = f"{owner}/{name}"
         if repository in self.refused:
             status, code = self.refused[repository]

@@ -134,6 +134,9 @@ def run(input_args=None):
                     run_comparison(name, args.seeds, path, header, settings, pool)
     rows = read_csv(path)
     table = summarize(rows, COMPARISONS)
+    if not table:
+        print("no estimator has a run of a seed yet, only those that choose learning rates")
+        return table
     print_table(table)
     write_csv(table, os.path.join(args.out, "study.csv"), header)
     plot(rows, table, os.path.join(args.out, "study.png"))

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Does a chain of thought help a reward of fine scale? Edge sharpness on the embedded pipeline, at equal U-Net calls.
+"""Does a chain of thought help a reward of fine scale? Edge sharpness of emoji, at equal U-Net calls.
 
     python benchmarks/dcot.py        or, for a short test, with --quick
 
 Four variants on several seeds: with and without a chain of thought, and with the half-order sub-chain anywhere or in the fine
-third of the chain. The captions of the embedded pipeline have a color and a digit and no detail, so the coarse prompt leaves
-out the color ("a seven"), and the mid and fine prompts are the caption. Prints a table and writes dcot.csv and dcot.png.
+third of the chain. The levels of "a fox" are "a fox on a white background", "a fox" and "a 3d fox": captions of the kinds that the
+embedded model has learned from. Prints a table and writes dcot.csv and dcot.png.
 """
 
 import json
@@ -27,13 +27,26 @@ import statistics
 import tempfile
 
 import torch
-from bench_common import DIGITS, add_workers_flag, make_parser, parse_benchmark, plot_seeds, worker_pool, write_csv
-from bench_runs import train
+from bench_common import (
+    ASSETS,
+    VERSIONS,
+    add_workers_flag,
+    as_flags,
+    forget_earlier_run,
+    make_parser,
+    parse_benchmark,
+    plot_seeds,
+    worker_pool,
+    write_csv,
+)
 from rlr_training.prompts import load_prompts
+from study_plan import FLAGS
 from tqdm import tqdm
+from train_rlr_sd import main as train
+from train_rlr_sd import parse_args
 
 
-BATCH_SIZE = 16
+EMOJI = os.path.join(ASSETS, "emoji.txt")
 
 
 def sharpness(images, prompts):
@@ -44,16 +57,20 @@ def sharpness(images, prompts):
 
 
 def write_prompts(folder):
-    """Write the captions with their levels as JSONL; returns the path."""
+    """Write the prompts with their levels as JSONL; returns the path."""
     path = os.path.join(folder, "levels.jsonl")
     with open(path, "w", encoding="utf-8") as file:
-        for caption in load_prompts(DIGITS):
-            levels = {"coarse": f"a {caption.split()[-1]}", "mid": caption, "fine": caption}
-            file.write(json.dumps({"prompt": caption, **levels}) + "\n")
+        for prompt in load_prompts(EMOJI):
+            levels = {
+                "coarse": f"{prompt} on a white background",
+                "mid": prompt,
+                "fine": f"a 3d {prompt.partition(' ')[2]}",
+            }
+            file.write(json.dumps({"prompt": prompt, **levels}) + "\n")
     return path
 
 
-def run(has_thought, is_fine, seed, num_steps, steps):
+def run(has_thought, is_fine, seed, num_steps, steps, batch_size, images):
     """The row of one training run.
 
     Args:
@@ -61,20 +78,23 @@ def run(has_thought, is_fine, seed, num_steps, steps):
         is_fine: whether the sub-chain starts in the fine third only.
         num_steps: T.
         steps: optimizer steps.
+        batch_size: images of a step.
+        images: on which base and tuned model are compared.
     """
     torch.set_num_threads(1)
+    forget_earlier_run()
     last_start = max(num_steps // 3 - 1, 2) if is_fine else num_steps - 1
     with tempfile.TemporaryDirectory() as folder:
         output_dir = os.path.join(folder, "out")
+        numbers = {"num_inference_steps": num_steps, "max_train_steps": steps, "seed": seed, "learning_rate": 3e-3}
+        numbers |= {"train_batch_size": batch_size, "decode_batch_size": batch_size, "num_eval_images": images}
         flags = [
-            *("--prompts", write_prompts(folder) if has_thought else DIGITS),
+            *("--pretrained_model_name_or_path", os.path.join(ASSETS, "tiny-emoji"), *FLAGS, *as_flags(numbers)),
+            *("--prompts", write_prompts(folder) if has_thought else EMOJI, "--output_dir", output_dir),
             *("--reward", f"{os.path.abspath(__file__)}:sharpness", "--gradient_estimator", "rlr_paper"),
             *("--rest", "likelihood_ratio", "--subchain_length", "2", "--subchain_range", "2", str(last_start)),
-            *("--num_inference_steps", str(num_steps), "--max_train_steps", str(steps), "--seed", str(seed)),
-            *("--train_batch_size", str(BATCH_SIZE), "--decode_batch_size", str(BATCH_SIZE)),
-            *("--num_eval_images", "60"),
         ]
-        train(output_dir, flags)
+        train(parse_args(flags))
         with open(os.path.join(output_dir, "evaluation.json"), encoding="utf-8") as file:
             results = json.load(file)
     return {
@@ -108,14 +128,15 @@ def main(input_args=None):
     parser = make_parser(__doc__)
     add_workers_flag(parser)
     args = parse_benchmark(parser, input_args)
-    seeds, num_steps, steps = (1, 4, 1) if args.quick else (3, 20, 20)
+    seeds, *sizes = (1, 4, 1, 2, 4) if args.quick else (3, 20, 24, 16, 64)
+    num_steps, steps, batch_size, _ = sizes
     variants = [(has_thought, is_fine) for is_fine in (False, True) for has_thought in (False, True)]
     with worker_pool(args.workers) as pool:
-        futures = [pool.submit(run, *variant, seed, num_steps, steps) for variant in variants for seed in range(seeds)]
+        futures = [pool.submit(run, *variant, seed, *sizes) for variant in variants for seed in range(seeds)]
         rows = [future.result() for future in tqdm(futures, desc="Runs")]
     header = (
-        f"python benchmarks/dcot.py{' --quick' if args.quick else ''}, {platform.machine()}, torch {torch.__version__},"
-        f" {seeds} seeds, {steps} optimizer steps of {BATCH_SIZE} images, T = {num_steps}"
+        f"python benchmarks/dcot.py{' --quick' if args.quick else ''}, {platform.machine()}, {VERSIONS},"
+        f" {seeds} seeds, {steps} optimizer steps of {batch_size} images, T = {num_steps}"
     )
     groups = group(rows)
     print(header)

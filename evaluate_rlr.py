@@ -192,7 +192,10 @@ def main(args):
             raise ValueError(
                 f"--output_dir {args.output_dir!r} holds another evaluation: use another, or --overwrite_output_dir"
             )
-        prompts = load_prompts(args.prompts)[: args.num_prompts or None]
+        known = load_prompts(args.prompts)
+        prompts = known[: args.num_prompts or None]
+        if len(prompts) < len(known):
+            print(f"the first {len(prompts)} of {len(known)} prompts are used; --num_prompts 0 takes all")
         prompts = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
         features = load_features(args.feature_model, device)
         real = None if args.real_images is None else load_real(args.real_images, features)

@@ -14,9 +14,9 @@
 # See the License for the specific language governing permissions and
 """How far a reward can rise while images stay what they are: estimators at equal work on the embedded emoji models.
 
-    python benchmarks/study.py              it can be stopped, and continues when started again
+    python benchmarks/study.py              some 15 hours on two cores; it can be stopped, and continues when started again
     python benchmarks/study.py --quick      a short run that tests it
-    python benchmarks/study.py --report     the table and the plot of the runs so far
+    python benchmarks/study.py --report     the tables and the plot of the runs so far
 
 study_plan.py lists the comparisons, each of some estimators on a reward. Every run has an estimator, a learning rate and a seed,
 and the work of 24 optimizer steps of rlr, in floating-point operations that torch counts: of network, decoder and reward. Along
@@ -135,7 +135,7 @@ def run(input_args=None):
     rows = read_csv(path)
     table = summarize(rows, COMPARISONS)
     if not table:
-        print("no estimator has a run of a seed yet, only those that choose learning rates")
+        print(f"{path} has no runs yet but those that choose learning rates" if rows else f"there is no {path} yet")
         return table
     print_table(table)
     write_csv(table, os.path.join(args.out, "study.csv"), header)

@@ -126,7 +126,7 @@ class Comparison(NamedTuple):
     @property
     def black_box(self):
         """Whether the reward, or a part of a sum, has no gradient."""
-        return any(name in self.reward for name in ("jpeg_compressibility", "is_3d"))
+        return self.estimators == BLACK_BOX
 
 
 COMPARISONS = {

@@ -185,10 +185,15 @@ def print_table(table):
         for row in rows:
             shares = " | ".join(share(row[f"work_to_{rival}"], row["work"]) for rival in ("ddpo", "alignprop"))
             print(
-                f"| `{row['estimator']}` | {row['learning_rate']:g} | {row['score_at_95']:.3f} ± {row['error']:.3f} |"
+                f"| `{row['estimator']}` | {row['learning_rate']:g} | {with_error(row)} |"
                 f" {row['area']:.3f} | {row['end']:.3f} | {row['end_accuracy']:.2f} | {shares} |"
             )
     print("\n" + "\n".join(findings(table)))
+
+
+def with_error(row):
+    error = "one seed" if math.isnan(row["error"]) else f"{row['error']:.3f}"
+    return f"{row['score_at_95']:.3f} ± {error}"
 
 
 def share(work, whole):

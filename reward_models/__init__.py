@@ -27,6 +27,7 @@ To add a reward, write a module with a function `load(path, revision, device, dt
 import math
 import os
 import re
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from typing import NamedTuple, Optional
@@ -129,8 +130,10 @@ def parse_reward(text):
             name, weight = re.fullmatch(r"(.+?:[^\W\d]\w*)(?::(.*))?|.*", entry, re.DOTALL).groups()
             revision = None
         if name is None:
+            close = get_close_matches(entry, REWARDS, 1)
             raise ValueError(
-                f"unknown reward {entry!r}, known are: {', '.join(REWARDS)}; for your own reward write"
+                f"unknown reward {entry!r}{f' (did you mean {close[0]!r}?)' if close else ''}, known are:"
+                f" {', '.join(REWARDS)}; for your own reward write"
                 " package.module:callable or path/to/file.py:callable"
             )
         if revision == "":
@@ -179,7 +182,10 @@ def parse_reward_options(entries):
         if not (name and dot and option.isidentifier() and equals):
             raise ValueError(f"reward option {entry!r} is not of the form NAME.OPTION=VALUE")
         if known_reward(name) is None and ":" not in name:
-            raise ValueError(f"reward option {entry!r}: unknown reward {name!r}, known are: {', '.join(REWARDS)}")
+            raise ValueError(
+                f"reward option {entry!r}: unknown reward {name!r}, known are: {', '.join(REWARDS)}; of your own reward write"
+                " path/to/file.py:callable.OPTION=VALUE, as in --reward"
+            )
         if known_reward(name) is not None:
             parse_options(name, {option: value})
         options.setdefault(name, {})[option] = value

@@ -313,7 +313,7 @@ def check_scores(scores, prompts, name):
     """
     problem = None
     if not isinstance(scores, torch.Tensor):
-        problem = f"a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},)"
+        problem = f"a {type(scores).__name__} instead of a tensor of shape ({len(prompts)},): use torch.tensor or torch.stack"
     elif scores.shape != (len(prompts),):
         problem = f"a tensor of shape {tuple(scores.shape)} instead of ({len(prompts)},)"
     elif scores.is_meta:

@@ -45,7 +45,8 @@ PROBLEMS = (
     (RevisionNotFoundError, "the repository has no such revision"),
     (
         (LocalEntryNotFoundError, OfflineModeIsEnabled),
-        "the Hub cannot be reached and the files are not in the cache: go online once, or use a local folder",
+        "the Hub cannot be reached and the files are not in the cache: go online once, or name a local folder (for a"
+        " reward with --reward_path NAME=FOLDER, for a model with the flag that names it)",
     ),
     (EntryNotFoundError, "the repository has no such file"),
     (pickle.UnpicklingError, "not a plain checkpoint of tensors: it would run code, or it is damaged"),

@@ -35,7 +35,7 @@ def add_heldout(args, run, step, line):
     with averaged(run.optimization):
         figures, is_best, reason = score_held_out(accelerator, run.heldout, run.stopping, run.draw, step)
         if is_best and accelerator.is_main_process:
-            place_adapter(run.model, args.output_dir, "best")
+            place_adapter(run.model, args.output_dir, "best", getattr(args, "export_kohya", False))
     line.update(figures)
     return reason
 

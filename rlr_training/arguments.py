@@ -172,7 +172,12 @@ def add_prompt_flags(parser, boundaries):
 def add_validation_flags(parser):
     """Images that people look at."""
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="Prompts of images for validation/ and the trackers.")
+    add(
+        "--validation_prompts",
+        nargs="+",
+        help="Prompts of the images for validation/, and of the held-out images and the comparison at the end, instead of those that"
+        " are trained on.",
+    )
     add("--num_validation_images", type=whole_number(), default=4, help="Images per validation prompt.")
     add("--validation_steps", type=whole_number(), default=100, help="Validate every so many optimizer steps.")
     add(

@@ -155,6 +155,23 @@ def print_result(args, model, command):
     print(f"to evaluate it: {command}")
 
 
+def best_adapter(args, stopping, step):
+    """Which adapter of a run with a held-out reward is the best by it, in a sentence, or `None` without such a reward.
+
+    Args:
+        stopping: `EarlyStopping`.
+        step: the last one.
+    """
+    if args.heldout_reward is None:
+        return None
+    if stopping.best_step == 0:
+        return "by the held-out reward no adapter was better than the base model"
+    if stopping.best_step == step:
+        return "by the held-out reward the last adapter is the best"
+    best = os.path.join(args.output_dir, "best")
+    return f"by the held-out reward the best adapter is that of step {stopping.best_step}, in {best}, not the last one"
+
+
 def print_comparison(args, results):
     """Print the results of `compare_with_base`."""
     for reward, row in rows_of(results, args.reward, args.heldout_reward).items():

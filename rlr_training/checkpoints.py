@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parameters_to_vector
 
 from .errors import RunError, one_line, saving
+from .processes import lock
 
 
 logger = get_logger(__name__, log_level="INFO")
@@ -74,8 +75,10 @@ def find_start(args, accelerator):
     """(path, step) of the checkpoint to resume from, or (None, 0); --seed is set if it was not given.
 
     Raises:
-        ValueError: as `resume_point` does, and if the ranks disagree.
+        ValueError: as `resume_point` does, if the ranks disagree, and if another run writes into the folder.
     """
+    if accelerator.is_main_process:
+        lock(args.output_dir)
     path, step = resume_point(args)
     if len(set(gather_object([step]))) > 1:
         raise ValueError(
@@ -168,7 +171,11 @@ def check_same_run(config, resume_path):
         if name not in may_change and not _is_former(name, before) and before.get(name) != config.get(name)
     ]
     if differing:
-        raise ValueError(f"cannot resume from {resume_path!r} with another configuration: {'; '.join(differing)}")
+        raise ValueError(
+            f"cannot resume from {resume_path!r} with another configuration: {'; '.join(differing)};"
+            f" repeat the command of the run, or train its adapter further with --adapter_path {resume_path} and another"
+            " --output_dir"
+        )
 
 
 def _is_former(name, before):

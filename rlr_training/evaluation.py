@@ -160,7 +160,7 @@ class HeldOut:
         self.modules = (*rewards.modules, *heldout.modules, features)
         pool = args.validation_prompts or prompts
         self.prompts = heldout_prompts(pool, args.num_heldout_images)
-        self.base_embeds = None
+        self.base, self.base_embeds = {}, None
 
     @property
     def sums(self):
@@ -196,9 +196,10 @@ class HeldOut:
         return figures, embeds
 
     def measure_base(self, model, draw):
-        """Keep the embeddings of the base model's images, and log the rest; returns its held-out reward."""
+        """Keep the figures of the base model and the embeddings of its images, and log them; returns its held-out reward."""
         with lora_disabled(model):
             figures, self.base_embeds = self._measure(draw)
+        self.base = figures
         listed = ", ".join(f"{name} {shown(value)}" for name, value in figures.items())
         logger.info(f"base model on {len(self.prompts)} {kind_of(self.args)}s: {listed}")
         return figures["heldout_mean"]

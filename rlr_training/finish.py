@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from diffusers.training_utils import free_memory
 
 from .before_after import (
+    best_adapter,
     compare_with_base,
     drawn_and_scored,
     evaluation_prompts,
@@ -51,11 +52,12 @@ def save_result(args, run, step):
         os.path.join(args.output_dir, name) for name in (METRICS_FILE, "reward_curve.png", "README.md", "report.html")
     )
     with saving(curve):
-        plot_reward_curve(metrics_file, curve, list(run.rewards.members), run.rewards.floors)
+        base = {} if run.heldout is None else run.heldout.base
+        plot_reward_curve(metrics_file, curve, list(run.rewards.members), run.rewards.floors, base)
     with saving(card):
         run.save_card(run.command, step)
     with saving(report):
-        write_run_report(args, run.command, step)
+        write_run_report(args, run.command, step, best_adapter(args, run.stopping, step))
 
 
 def finish(args, run, step, end):
@@ -87,6 +89,8 @@ def finish(args, run, step, end):
     failures = compare_at_the_end(args, run, step)
     if accelerator.is_main_process:
         print_result(args, run.model, run.evaluation_command)
+        if args.heldout_reward is not None:
+            print(best_adapter(args, run.stopping, step))
         failures += push_at_the_end(args, run)
     accelerator.end_training()
     if failures:
@@ -124,7 +128,7 @@ def compare_at_the_end(args, run, step):
     try:
         results, failures = compare_with_base(args, share, [part for part, _ in parts], prompts)
         run.save_card(run.command, step, results)
-        write_run_report(args, run.command, step, results)
+        write_run_report(args, run.command, step, best_adapter(args, run.stopping, step), results)
     except (ValueError, OSError) as error:
         return [f"the comparison with the base model has failed: {one_line(error)}"]
     print_comparison(args, results)

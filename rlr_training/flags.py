@@ -14,10 +14,13 @@
 """The command-line parser of the scripts, and the types of their flags."""
 
 import argparse
+import difflib
 import math
 import re
 
 
+# {flag that only one script has: why}
+ELSEWHERE = {"--export_kohya": "only train_rlr_sd.py writes this layout, for SD 1.x, 2.x and XL"}
 # Ends the help of a flag whose default depends on the model.
 OF_FAMILY = " Default: that of the model's family, see docs/models.md."
 
@@ -34,6 +37,12 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument (--\w+): ", r"\1 ", message)
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        if unknown is not None and unknown[1] in ELSEWHERE:
+            message = f"{unknown[1]}: {ELSEWHERE[unknown[1]]}"
+        elif unknown is not None:
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"; did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

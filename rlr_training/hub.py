@@ -22,7 +22,7 @@ from accelerate.logging import get_logger
 from diffusion_models.adapters import files_of
 from diffusion_models.lora_files import SECOND
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from reward_models import parse_reward, parse_reward_options
+from reward_models import parse_reward
 from reward_models.loading import first_line
 
 from .chains import kind_of, sampling_options, size_of
@@ -139,16 +139,19 @@ def without_folders(text):
     return "".join(os.path.basename(os.path.normpath(part)) if os.path.isabs(part) else part for part in parts)
 
 
-def command_of(flags, accelerator, script):
+def command_of(args, flags, accelerator, script):
     """The command that starts the same run, without what is of this machine only.
 
     Args:
+        args: of the script.
         flags: from `typed_flags`.
     """
     words = ["accelerate", "launch", "--num_processes", str(accelerator.num_processes)]
     if accelerator.mixed_precision != "no" and "mixed_precision" not in flags:  # from accelerate's configuration
         words += ["--mixed_precision", accelerator.mixed_precision]
     words.append(script)
+    # These two say what a run is, also where they are the defaults.
+    flags = {"reward": args.reward, "gradient_estimator": args.gradient_estimator, **flags}
     for name, value in without_addresses(flags).items():
         if name not in NOT_SHOWN:
             shown = flag_words(name, value)
@@ -185,14 +188,13 @@ def evaluation_command_of(args, flags):
         flags: from `typed_flags`.
     """
     output_dir, flags = args.output_dir, {**flags, EVALUATION_FLAGS[0]: args.pretrained_model_name_or_path}
+    trained, held = parse_reward(args.reward), parse_reward(args.heldout_reward) if args.heldout_reward else {}
+    # The defaults of the two scripts differ. A held-out reward is scored beside the trained one.
+    others = [part for part, name in zip((args.heldout_reward or "").split(","), held) if name not in trained]
+    flags["reward"] = ",".join([args.reward, *others])
     words = ["python", "evaluate_rlr.py", "--adapters", output_dir]
     if hasattr(args, "noise"):  # a flow-matching model, which is drawn without noise
         flags.pop("eta", None)
-    if "reward_option" in flags:  # without those of the held-out reward
-        own = parse_reward_options(flags["reward_option"]).keys() & parse_reward(args.reward).keys()
-        flags["reward_option"] = [
-            entry for entry in flags["reward_option"] if entry.partition("=")[0].rpartition(".")[0] in own
-        ]
     for name in EVALUATION_FLAGS:
         words += flag_words(name, flags[name]) if name in flags else []
     return shlex.join([*words, "--output_dir", f"{os.path.normpath(output_dir)}-evaluation"])

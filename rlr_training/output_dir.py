@@ -39,7 +39,7 @@ RUN_FILES = (
         "before_after.gif",
     ),
     *(KOHYA_FILE, "README.md", "report.html"),
-    *(os.path.join(folder, name) for folder in ("", "best", "ema") for name in (LORA_FILE, SECOND_FILE)),
+    *(os.path.join(folder, name) for folder in ("", "best", "ema") for name in (LORA_FILE, SECOND_FILE, KOHYA_FILE)),
 )
 
 

@@ -52,13 +52,14 @@ def save(figure, path, dpi):
         figure.savefig(path, dpi=dpi)
 
 
-def plot_reward_curve(metrics_file, path, members, floors):
+def plot_reward_curve(metrics_file, path, members, floors, base):
     """Figures by optimizer step, from metrics.jsonl: the mean reward with its standard deviation, of a sum also those of its
     members, and where they were measured the held-out reward and diversity, without it.
 
     Args:
         members: names of the members of the sum.
         floors: {name: `Floor`} of some of them.
+        base: figures of the base model's held-out images, drawn as dashed lines; {} for none.
     """
     with open(metrics_file, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
@@ -73,6 +74,9 @@ def plot_reward_curve(metrics_file, path, members, floors):
             std = [line[f"{name}_std"] for line in own]
             low, high = ([m + side * s for m, s in zip(mean, std)] for side in (-1, 1))
             axes.fill_between(steps, low, high, alpha=0.2, lw=0)
+        if mean_key(name) in base:
+            axes.axhline(base[mean_key(name)], color="tab:gray", lw=1, ls="--", label="base model")
+            axes.legend(fontsize=8)
         if name in floors:
             axes.axhline(floors[name].value, color="tab:red", lw=1, ls="--")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -14,10 +14,13 @@
 """accelerate, the seeds of every process, and how a run is stopped."""
 
 import datetime
+import getpass
+import hashlib
 import logging
 import os
 import random
 import signal
+import tempfile
 import time
 from contextlib import contextmanager
 
@@ -32,6 +35,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from diffusion_models.decoders import recompute_blocks
+from filelock import FileLock, Timeout
 from torch._functorch import config as functorch_config
 
 import diffusers
@@ -50,6 +54,8 @@ ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "several kinds of parallelism",
 }
+# {output folder: the lock that this process holds until it ends}
+LOCKS = {}
 # The dtype of the frozen models under each --mixed_precision.
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -194,6 +200,28 @@ def generators_of(args, accelerator, step, index):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def lock(output_dir):
+    """Keep other processes of this machine from running in the same output folder.
+
+    A launcher may end at Ctrl-C while the run, which it leaves behind, finishes its step and writes a checkpoint.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+    folder = os.path.realpath(output_dir)
+    if folder in LOCKS:
+        return
+    name = hashlib.sha256(f"{getpass.getuser()}:{folder}".encode()).hexdigest()[:16]
+    held = FileLock(os.path.join(tempfile.gettempdir(), f"rlr-{name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"--output_dir {output_dir!r}: a run is still writing into it; after Ctrl-C it finishes a step and saves a checkpoint"
+        ) from None
+    LOCKS[folder] = held
+
+
 @contextmanager
 def stopping_after_a_step(accelerator):
     """Within it, the first Ctrl-C or SIGTERM, on whatever rank, sets accelerate's trigger; a later one stops at once."""
@@ -204,6 +232,10 @@ def stopping_after_a_step(accelerator):
         if asked is None:
             asked = time.monotonic()
             accelerator.set_trigger()
+            if accelerator.is_main_process:  # print() must not be called within a handler
+                os.write(
+                    2, b"\nstopping: this step is finished and a checkpoint saved; Ctrl-C again stops without one\n"
+                )
         # Within two seconds it is the same one: torchrun passes on what the terminal has already sent to the ranks.
         elif time.monotonic() - asked > 2:
             raise KeyboardInterrupt

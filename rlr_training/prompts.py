@@ -292,7 +292,7 @@ def unique_prompts(prompts):
     prompts = [prompt.strip() for prompt in prompts]
     kept = list(dict.fromkeys(filter(None, prompts)))
     if not kept:
-        raise ValueError("there is no prompt")
+        raise ValueError("there is no prompt: one a line is needed")
     empty = prompts.count("")
     if len(kept) < len(prompts):
         logger.info(f"{len(kept)} prompts; left out: {empty} empty, {len(prompts) - empty - len(kept)} repeated")

@@ -53,7 +53,8 @@ OF_EVALUATION = """Rewards are means over {num_images} {kind}s, with their stand
 base model's {kind}s of the same prompts and seeds, and the win rate the share of {kind}s that score higher than those. Diversity,
 drift and Frechet distances are measured in CLIP's embeddings. A fall of diversity and a rise of the distances are signs of
 reward hacking.{of_videos}"""
-OF_RUN = """A held-out reward or a diversity that falls while the reward rises is a sign of reward hacking. A reward that is
+OF_RUN = """"a +- b" is a mean and its standard error. Diversity is how different the images of one prompt are. A held-out reward,
+which is not trained on, or a diversity that falls while the reward rises is a sign of reward hacking. A reward that is
 still rising at the end asks for more steps, and one that never rose for a higher learning rate or more images a step."""
 
 
@@ -92,16 +93,19 @@ def settings_list(settings):
 # A run
 
 
-def write_run_report(args, command, step, results=None):
+def write_run_report(args, command, step, best, results=None):
     """Write report.html into the output folder: results, images before and after, curves, command and settings.
 
     Args:
         command: that starts the same run.
         step: how many optimizer steps were taken.
+        best: from `before_after.best_adapter`.
         results: from `before_after.compare_with_base`, or `None` where there are none.
     """
     reward, model = without_folders(args.reward), without_folders(args.pretrained_model_name_or_path)
     parts = [paragraph(f"A LoRA for {model}, trained with {args.gradient_estimator}; {step} optimizer steps.")]
+    if best is not None:
+        parts.append(paragraph(f"{best[0].upper()}{without_folders(best[1:])}."))
     if results is not None:
         parts += _results_of_run(args, reward, results)
     curves = "Mean reward of the training images by optimizer step; beside it the held-out reward and diversity, if measured"

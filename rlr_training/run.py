@@ -161,7 +161,7 @@ def prepare(args, script, tracker, families, defaults):
         stopping=stopping,
         rewards=rewards,
         units=units,
-        command=command_of(flags, accelerator, script),
+        command=command_of(args, flags, accelerator, script),
         save_card=partial(save_model_card, args, model, prompts[0], repo_id, base_license),
         evaluation_command=evaluation_command_of(args, flags),
         repo_id=repo_id,

@@ -209,6 +209,8 @@ class BatchScorer:
             self._halve()
         black_box = scores.pop("black_box")
         self.scores = scores if self.scores is None else self.scores
+        if self.rewards.differentiable:
+            return scores["total"], reward_grad
         return scores["total"], reward_grad, black_box
 
     def _score(self, x_0, with_gradient):

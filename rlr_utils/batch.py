@@ -64,6 +64,19 @@ class Batch:
         return self.trajectory.latents[0]
 
 
+def check_batches(batches, num_inner_epochs):
+    """Refuse what is no list of batches, and batches that an earlier optimizer step has swept.
+
+    Raises:
+        ValueError: one line that says what `RLRStep.backward` takes.
+    """
+    if isinstance(batches, Batch) or not batches:
+        raise ValueError("backward takes the list of all batches of an optimizer step, as in backward([batch])")
+    swept = sum(batch.advantages is not None for batch in batches)
+    if swept and (num_inner_epochs == 1 or swept < len(batches)):
+        raise ValueError(f"{swept} of {len(batches)} batches were swept by an earlier backward: roll out new ones")
+
+
 def prompt_numbers(prompts, device):
     """B strings -> (B,) int64 that are equal for equal strings, on every rank."""
     digests = [hashlib.sha256(prompt.encode()).digest() for prompt in prompts]

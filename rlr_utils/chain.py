@@ -63,9 +63,15 @@ def scheduler_steps(scheduler, eta):
         eta: for schedulers whose `step` takes it.
 
     Raises:
-        ValueError: for a scheduler whose steps are not of this form, and for a step that is not finite. Noise prediction
+        ValueError: for a scheduler without `set_timesteps`, or whose steps are not of this form, and for a step that is not finite. Noise prediction
             is not finite where the schedule starts in pure noise, since it divides by an alpha of zero.
     """
+    if getattr(scheduler, "num_inference_steps", 1) is None:
+        raise ValueError(f"{type(scheduler).__name__}: call its set_timesteps first")
+    if not hasattr(scheduler, "scale_model_input"):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot be used here: for flow matching take `ddim_steps` of its sigmas"
+        )
     asked = copy.deepcopy(scheduler)
     asked.set_timesteps(len(scheduler.timesteps))  # which forgets the steps taken so far
     options = {"eta": eta} if "eta" in inspect.signature(scheduler.step).parameters else {}
@@ -165,7 +171,7 @@ class DenoisingChain:
             memory, for another forward pass of one half in each swept step. Default: `False`.
 
     Raises:
-        ValueError: for a list of conditions or scales that are not T.
+        ValueError: for timesteps, or a list of conditions or scales, that are not T.
     """
 
     split_guidance = False
@@ -185,6 +191,8 @@ class DenoisingChain:
     ):
         self.call, self.steps, self.timesteps = call, steps, timesteps
         self.num_steps = len(steps)
+        if len(timesteps) != self.num_steps:
+            raise ValueError(f"{len(timesteps)} timesteps for a chain of {self.num_steps}")
         self.guidance_scales = self._by_step(guidance_scale, "guidance scales")
         self.guide, self.add_noise = guide, add_noise
         self.init_noise_sigma = init_noise_sigma

@@ -68,6 +68,9 @@ def rollout(chain, x_T, generator=None, predict=(), keep=()):
 
     Returns:
         Trajectory
+
+    Raises:
+        ValueError: for a list of generators that are not B, and for a mean of another shape than the latents.
     """
     num_steps = chain.num_steps
     latents, noises = [None] * num_steps + [x_T], [None] * (num_steps + 1)
@@ -80,6 +83,8 @@ def rollout(chain, x_T, generator=None, predict=(), keep=()):
         x = latents[k].detach().requires_grad_(k in keep)
         with torch.set_grad_enabled(k in keep):
             mean, *prediction = chain.predict(k, x) if k in predict else (chain.mean(k, x),)
+        if mean.shape != x.shape:
+            raise ValueError(f"the mean of step {k} has the shape {tuple(mean.shape)} for latents of {tuple(x.shape)}")
         if k in keep:
             trajectory.kept[k] = x, mean
         if k in predict:

@@ -39,13 +39,23 @@ class Scorer:
             ValueError: if `score` does not return what it should.
         """
         with torch.enable_grad():
-            rewards, reward_grad, *rest = score(x_0, with_gradient)
+            scored = score(x_0, with_gradient)
+        if not isinstance(scored, (tuple, list)) or len(scored) not in (2, 3):
+            raise ValueError(
+                "score must return (rewards, gradient or None), or these two and the rewards of the part without a gradient,"
+                f" not {f'{len(scored)} results' if isinstance(scored, (tuple, list)) else f'a {type(scored).__name__}'}"
+            )
+        rewards, reward_grad, *rest = scored
         rewards = self._rewards(rewards, "rewards", x_0)
-        if with_gradient and (reward_grad is None or reward_grad.shape != x_0.shape):
-            found = None if reward_grad is None else tuple(reward_grad.shape)
-            raise ValueError(f"score returned a gradient of shape {found} for latents of {tuple(x_0.shape)}")
+        if with_gradient:
+            self._check_gradient(reward_grad, x_0)
         if self.differentiable and self.black_box and not rest:
             raise ValueError("score returned no third result, the rewards of the part without a gradient")
+        if rest and not self.black_box:
+            raise ValueError(
+                "score returned a third result, the rewards of the part without a gradient: make"
+                " RLRStep(..., black_box=True)"
+            )
         if rest:
             black_box = self._rewards(rest[0], "a third result", x_0)
         else:
@@ -81,6 +91,19 @@ class Scorer:
         rewards = rewards.detach().to(x_0.device, torch.promote_types(rewards.dtype, torch.float32))
         self.unchecked.append((name, rewards))
         return rewards
+
+    def _check_gradient(self, reward_grad, x_0):
+        if reward_grad is None:
+            raise ValueError(
+                "score returned no gradient: return dR/dx_0 where it is asked for, or make"
+                " RLRStep(..., differentiable=False) for a black box"
+            )
+        if not isinstance(reward_grad, torch.Tensor):
+            raise ValueError(f"score returned a gradient that is a {type(reward_grad).__name__}, not a tensor")
+        if reward_grad.shape != x_0.shape:
+            raise ValueError(
+                f"score returned a gradient of shape {tuple(reward_grad.shape)} for latents of {tuple(x_0.shape)}"
+            )
 
     def check(self):
         """Check all rewards since the last time at once: each check makes the CPU wait for the device.

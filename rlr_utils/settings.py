@@ -14,7 +14,7 @@
 """The settings of an RLR step: which estimator, which baseline, and what each of them takes."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Callable, Optional, Sequence, Union
 
 
@@ -29,6 +29,7 @@ AT_LEAST = {
     "keep_graphs": 0,
     "subchain_length": 0,
     "kl_weight": 0,
+    "baseline_steps": 0,
 }
 NEED_GRADIENT = ("full_bp", "truncated_bp", "draft_lv", "alignprop")
 
@@ -47,23 +48,23 @@ class Settings:
         baseline_steps: predict at the last so many steps at most; `None` for all.
         sweep_fraction: p in (0, 1], the probability with which a step other than the last three is swept. "auto" is .5 for
             rlr where the whole reward has a gradient and the likelihood ratio a share of at most 5 %, else 1.
-        truncation_steps: K of truncated_bp.
-        lv_samples: re-noisings of each image for draft_lv.
+        truncation_steps: K of truncated_bp, from 1 to T.
+        lv_samples: re-noisings of each image for draft_lv, at least 1.
         subchain_length: h of rlr_paper, 0 for no sub-chain; `estimators.subchain_length` computes the paper's equation 8.
         subchain_range: (low, high), where the sub-chain may start, counted from the last step; `None` for anywhere.
         subchain_sampling: "uniform" or "grad_norm", see `estimators.SubchainSampler`.
         rest: one of `RESTS`, what rlr_paper takes at the other steps.
-        zo_scale: standard deviation of the weight perturbations of rest="zeroth_order".
+        zo_scale: above 0, the standard deviation of the weight perturbations of rest="zeroth_order".
         branches: for rlr with a black box, compare this many pairs of branches at one random step of each image instead of
             sweeping all steps; 0 for the sweep.
         num_inner_epochs: for ddpo, how often `backward` is called on the same batches, with an optimizer step after each.
-        ppo_clip_range: c of PPO's clipped ratio.
-        kl_weight: reward per nat that a step's divergence from the base model costs.
+        ppo_clip_range: c of PPO's clipped ratio, above 0.
+        kl_weight: at least 0, the reward per nat that a step's divergence from the base model costs.
         base_model: for kl_weight, a function that returns a context manager within which the chain's means are those of
             the base model, such as `partial(diffusion_models.adapters.lora_disabled, model)`.
         keep_graphs: keep the graphs of the last so many steps for the sweep: memory for time. "auto" for as many as memory
             holds that would lie idle, see `KeptGraphs`.
-        trained_steps: the steps whose network has parameters to train, such as those of one of two experts; `None` for all.
+        trained_steps: the steps, from 1 to T, whose network has parameters to train, such as those of one of two experts; `None` for all.
         parameters: the trainable parameters; needed for rest="zeroth_order" and subchain_sampling="grad_norm".
         gather: for several ranks, `gather(tensor) -> tensor`, the tensors of all ranks concatenated in rank order along
             dim 0, such as `accelerator.gather`. Every rank must have equally many batches and images.
@@ -95,6 +96,14 @@ class Settings:
     parameters: Sequence[Any] = ()
     gather: Callable[[Any], Any] = lambda tensor: tensor
     shared_seed: Optional[int] = None
+
+    @classmethod
+    def of(cls, values):
+        """The settings of {name: value}; raises TypeError that names an unknown one."""
+        known = [field.name for field in fields(cls)]
+        for name in values.keys() - set(known):
+            raise TypeError(f"RLRStep has no setting {name!r}; it has {', '.join(known)}")
+        return cls(**values)
 
     def __post_init__(self):
         self.parameters = list(self.parameters)
@@ -137,7 +146,7 @@ def check_settings(settings, num_steps, name=str):
             )
     for keyword, least in AT_LEAST.items():
         value = getattr(settings, keyword)
-        if (keyword, value) != ("keep_graphs", "auto") and value < least:
+        if value not in (None, "auto") and value < least:
             raise ValueError(f"{name(keyword)} {value} must be at least {least}")
     for keyword in ("zo_scale", "ppo_clip_range"):
         if getattr(settings, keyword) <= 0:
@@ -151,7 +160,7 @@ def check_settings(settings, num_steps, name=str):
             raise ValueError(f"{name(keyword)} {value!r} is neither auto nor a number in {interval}")
     if settings.estimator == "truncated_bp" and not 1 <= settings.truncation_steps <= num_steps:
         raise ValueError(
-            f"{name('truncation_steps')} {settings.truncation_steps} is more than {name('num_steps')} {num_steps}, or < 1"
+            f"{name('truncation_steps')} {settings.truncation_steps} must be from 1 to {name('num_steps')} {num_steps}"
         )
     _check_combinations(settings, name)
     if settings.trained_steps is not None:
@@ -188,6 +197,8 @@ def _check_combinations(settings, name):
 def _check_trained_steps(settings, num_steps, name):
     """Refuse estimators that leave out the steps that are trained, or draw theirs from others, too."""
     steps = settings.trained_steps
+    if steps and not all(1 <= k <= num_steps for k in steps):
+        raise ValueError(f"{name('trained_steps')} {list(steps)} are not all from 1 to {num_steps}")
     if not steps:
         raise ValueError(f"none of the {num_steps} steps is of the network that is trained: use more steps")
     if settings.estimator == "rlr_paper" or settings.branches:
@@ -217,7 +228,8 @@ def check_reward(settings, differentiable, black_box, name=str):
         ValueError: one line that names the setting and the remedy.
     """
     if black_box and settings.estimator in NEED_GRADIENT:
-        raise ValueError(f"the reward is not differentiable, which {settings.estimator} needs: use rlr or ddpo")
+        what = "a part of the reward" if differentiable else "the reward"
+        raise ValueError(f"{what} is not differentiable, which {settings.estimator} needs: use rlr or ddpo")
     if differentiable and settings.branches:
         raise ValueError(f"{name('branches')} {settings.branches} is for black boxes, and the reward has a gradient")
 

@@ -21,7 +21,7 @@ import torch
 
 from . import estimators
 from .advantages import Advantages
-from .batch import Batch, prompt_numbers
+from .batch import Batch, check_batches, prompt_numbers
 from .branching import branch
 from .kept_graphs import KeptGraphs
 from .kl import GaussianKL
@@ -31,7 +31,7 @@ from .rollout import renoise, rollout
 from .scores import Scorer
 from .settings import Settings, check_inputs, check_reward, check_settings
 from .shared_draws import SharedDraws
-from .sweep import SweepStatistics, backward_sweep, likelihood_ratio
+from .sweep import SweepStatistics, backward_sweep, likelihood_ratio, warn_of_another_network
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
 
@@ -53,7 +53,7 @@ class RLRStep:
     What "auto" stands for is decided by `draw_schedule` and `predicted_steps`, from statistics of earlier batches only.
 
     Args:
-        num_steps: T.
+        num_steps: T, an integer of at least 1.
         differentiable: whether the reward, or a part of it, has a gradient.
         black_box: whether a part of a reward with a gradient has none; always true of a reward without one.
         settings: see `Settings`.
@@ -63,7 +63,9 @@ class RLRStep:
     """
 
     def __init__(self, num_steps, differentiable=True, *, black_box=False, **settings):
-        self.settings = Settings(**settings)
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps {num_steps!r} is not a number of denoising steps: an integer of at least 1")
+        self.settings = Settings.of(settings)
         self.num_steps = num_steps
         self.differentiable, self.black_box = differentiable, black_box or not differentiable
         check_settings(self.settings, num_steps)
@@ -183,7 +185,8 @@ class RLRStep:
                 f"the chain adds no noise at step {k} from the end, where {settings.estimator} needs it for a reward"
                 f" {'with' if self.differentiable else 'without'} a gradient"
                 f"{' and a part without' if self.differentiable and self.black_box else ''}"
-                f"{' and the divergence from the base model' if settings.kl_weight > 0 else ''}"
+                f"{' and the divergence from the base model' if settings.kl_weight > 0 else ''}: use an eta above 0, a scheduler with"
+                " noise there, for a flow the final_noise of ddim_steps, or without a black box full_bp"
             )
 
     # prompt -> rollout -> reward
@@ -247,16 +250,19 @@ class RLRStep:
         batches after each optimizer step. The gradient is this rank's; average it over the ranks.
 
         Args:
-            batches: from `rollout`, since the last `backward`; they may differ in size.
+            batches: all from `rollout` since the last `backward`, a list; they may differ in size. One call for each batch would
+                add up gradients that are means, and compare each reward with fewer others.
             loss_scale: a factor of the gradient, for float16.
 
         Returns:
-            {"gamma_mean", "predicted_steps", "swept_steps"} of the schedule; with `kl_weight` also "kl", nats per image of
+            {"gamma_mean", "predicted_steps", "swept_steps"}: the mean share of the pathwise gradient over the swept steps, and
+            the numbers of steps per image that were predicted and swept; with `kl_weight` also "kl", nats per image of
             all swept steps, and with inner epochs "clip_fraction". The last two are means over all ranks.
 
         Raises:
-            ValueError: if a reward is not finite.
+            ValueError: if a reward is not finite, or the batches are not what they should be.
         """
+        check_batches(batches, self.settings.num_inner_epochs)
         self._schedule = None
         self.scored.check()
         if batches[0].advantages is None:
@@ -287,7 +293,7 @@ class RLRStep:
         return self._metrics(batches[0], kls, clipped)
 
     def _sweep(self, batch, scale, penalty):
-        """The sweep of the rollout's chain; returns the statistics (4, T + 1), free of the scale."""
+        """The sweep of the rollout's chain; returns the statistics (5, T + 1), free of the scale."""
         advantages, reward_grad = batch.advantages, batch.reward_grad
         if reward_grad is not None and self.black_box:
             reward_grad = reward_grad + likelihood_ratio(batch.chain, batch.trajectory, 1, advantages["black_box"])
@@ -301,8 +307,8 @@ class RLRStep:
             parameters=self.settings.parameters if self.subchain.by_gradient_norm else None,
         )
         batch.perturbation.add_gradient(scale * batch.mean_advantage)
-        pathwise, ratio, norm, gain = statistics
-        return torch.stack([pathwise / scale**2, ratio / scale**2, norm / scale, gain])
+        pathwise, ratio, norm, gain, deviation = statistics
+        return torch.stack([pathwise / scale**2, ratio / scale**2, norm / scale, gain, deviation])
 
     def _sweep_ratio(self, batch, scale, penalty):
         """The sweep with PPO's ratio; returns the fraction of the batch that was clipped at each step."""
@@ -349,6 +355,7 @@ class RLRStep:
             if gathered.isinf().any():  # float16 has overflowed, and the optimizer will skip the step
                 return
             statistics = SweepStatistics(*gathered.nanmean(0))
+            warn_of_another_network(statistics)
             for learner in (self.adaptive, self.subchain, self.transport):
                 learner.update(statistics)
 

@@ -14,6 +14,7 @@
 """THE backward sweep: every gradient estimator of this project is this one function with another schedule."""
 
 import random
+import warnings
 from typing import NamedTuple, Optional
 
 import torch
@@ -86,6 +87,10 @@ class Schedule(NamedTuple):
         return self._replace(weights=weights)
 
 
+# Of the mean of the last step, computed twice. What half precision does to it is smaller, what dropout does is larger.
+LARGEST_DEVIATION = 0.01
+
+
 class SweepStatistics(NamedTuple):
     """What a sweep saw at each step, (T + 1,) each; NaN where there was nothing to see.
 
@@ -94,12 +99,25 @@ class SweepStatistics(NamedTuple):
             by B - 1, since what all images share is signal and not noise. For a single image ||c||^2.
         gradient_norm: norm of what the step added to the gradients of `parameters`, without the step's weight.
         gain: <c_{k-1}, c^P_k> / <c_{k-1}, c_{k-1}>, the share of a cotangent that the step passes on unchanged.
+        deviation: of the last step's mean from that of the rollout, ||mu - mu'|| / ||mu||; 0 but for rounding, unless the
+            network is another one, as with dropout.
     """
 
     pathwise: torch.Tensor
     likelihood_ratio: torch.Tensor
     gradient_norm: torch.Tensor
     gain: torch.Tensor
+    deviation: torch.Tensor
+
+
+def warn_of_another_network(statistics):
+    """Warn if a sweep has computed another mean of the last step than the rollout."""
+    deviation = statistics.deviation[1].item()
+    if deviation > LARGEST_DEVIATION:
+        warnings.warn(
+            f"the last step has another mean in backward than in rollout (by {deviation:.2g}, in its own size), so the"
+            " gradient is wrong: turn off dropout and train(), and leave the weights as they are between the two"
+        )
 
 
 def likelihood_ratio(chain, trajectory, k, advantages):
@@ -179,7 +197,7 @@ def _sweep(chain, trajectory, schedule, reward_grad, advantages, cotangent, pena
     # x_k gets a gradient at every step or at none, though not every step passes one on: a compiled network then has one
     # graph for the sweep.
     with_input_grad = bool(trajectory.kept) or any(gammas[k] for k in range(2, schedule.stop_after + 1))
-    seen = torch.full((4, chain.num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
+    seen = torch.full((5, chain.num_steps + 1), float("nan"), dtype=latents[0].dtype, device=latents[0].device)
     pathwise = reward_grad
     for k in range(1, schedule.stop_after + 1):
         if gammas[k] is None:
@@ -202,6 +220,14 @@ def _sweep(chain, trajectory, schedule, reward_grad, advantages, cotangent, pena
             pathwise = gain * mixed if passes_on else None
             continue
         x, mean = _step_with_graph(chain, trajectory, k, with_input_grad)
+        if not mean.requires_grad:
+            raise ValueError(
+                f"the mean of step {k} from the end has no graph: the chain detaches it or computes it under no_grad, or no"
+                " parameter requires a gradient"
+            )
+        if k == 1:
+            before = latents[0] - chain.sigma(1) * trajectory.noises[1]
+            seen[4, 1] = (mean.detach() - before).norm() / before.norm()
         if cotangent is not None:
             mixed += (1 - gammas[k]) * cotangent(k, mean.detach())
         extra = None if penalty is None else penalty(k, mean.detach())

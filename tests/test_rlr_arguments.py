@@ -88,7 +88,7 @@ def test_the_command_of_the_card_starts_the_same_run():
     flags += ["--subchain_range", "2", "3", "--negative_prompt", "it's", "--mixing", "0.5", *BASE]
     args = parse_args([*flags, "--hub_token", "hf_x", "--overwrite_output_dir"])
     accelerator = SimpleNamespace(num_processes=3, mixed_precision="bf16")
-    words = shlex.split(command_of(typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py"))
+    words = shlex.split(command_of(args, typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py"))
     assert words[:5] == ["accelerate", "launch", "--num_processes", "3", "train_rlr_sd.py"]
     # Without the token, and without what would remove the run; of the folders of this machine the last part.
     folders = {name: os.path.basename(getattr(args, name)) for name in ("pretrained_model_name_or_path", "prompts")}
@@ -208,6 +208,8 @@ def test_flags_that_there_are_not_are_refused(capsys, flag):
         ),
         # Rewards
         (["--reward", "beauty:2"], "unknown reward 'beauty:2', known are: aesthetic, clip_score"),
+        (["--reward", "astetic"], "unknown reward 'astetic' (did you mean 'aesthetic'?), known are"),
+        (["--lora_rank", "8"], "unrecognized arguments: --lora_rank 8; did you mean --rank?"),
         (["--heldout_reward", "beauty"], "unknown reward 'beauty'"),
         (["--reward", "aesthetic:much"], "reward 'aesthetic:much': the weight 'much' is not a finite number"),
         (["--reward_path", "aesthetic"], "'aesthetic' is not of the form NAME=DIR"),
@@ -219,7 +221,10 @@ def test_flags_that_there_are_not_are_refused(capsys, flag):
         (["--kl_weight", "1", "--gradient_estimator", "draft_lv"], "--kl_weight 1.0 needs an estimator that sweeps"),
         (["--kl_weight", "1", "--gradient_estimator", "full_bp", "--eta", "0"], "which --kl_weight 1.0 needs"),
         (["--early_stop_patience", "2"], "--early_stop_patience 2 needs --heldout_reward"),
-        (["--gradient_estimator", "truncated_bp", "--truncation_steps", "4"], "--truncation_steps 4 is more than"),
+        (
+            ["--gradient_estimator", "truncated_bp", "--truncation_steps", "4"],
+            "--truncation_steps 4 must be from 1 to",
+        ),
         (["--eta", "0"], "--eta 0 leaves no noise in the chain, which rlr needs: use --eta 1"),
         (["--eta", "0", "--gradient_estimator", "ddpo"], "--eta 0 leaves no noise in the chain, which ddpo needs"),
         (["--eta", "0", "--gradient_estimator", "rlr_paper"], "--eta 0 leaves no noise in the chain, which rlr_paper"),

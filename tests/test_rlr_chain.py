@@ -167,7 +167,7 @@ def test_a_schedule_that_starts_in_pure_noise_needs_v_prediction():
         (PNDMScheduler(), "PNDMScheduler cannot be used here: .*generator"),
         (
             FlowMatchEulerDiscreteScheduler(),
-            "FlowMatchEulerDiscreteScheduler cannot be used here: .*scale_model_input",
+            "FlowMatchEulerDiscreteScheduler cannot be used here: .*ddim_steps",
         ),
         (DDPMWuerstchenScheduler(), "DDPMWuerstchenScheduler cannot be used here"),
     ],

@@ -240,6 +240,17 @@ def test_the_example_of_a_training_loop_trains(monkeypatch, capsys):
     assert second and all(p.isfinite().all() and p.abs().max() > 0 for p in second)
 
 
+def test_the_example_of_a_flow_matching_model_trains_and_saves(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
+    (code,) = [code for _, code in fenced_blocks(text) if "tiny-emoji-sd3" in code]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    code = code.replace("num_steps, size, prompts = 10,", "num_steps, size, prompts = 3,")
+    exec(code, {})
+    assert len(re.findall(r"mean reward -?\d", capsys.readouterr().out)) == 2
+    assert (tmp_path / "my-lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
 def test_the_example_of_an_own_chain_runs(capsys):
     """Its gradient is that of the mean of -(x_0 - 1)^2 with x_0 = 0.9^10 x_T + (1 - 0.9^10) / 0.1 shift + noise."""
     text = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")

@@ -108,7 +108,7 @@ def test_the_start_of_the_sub_chain():
     by_norm = SubchainSampler(6, 2, by_gradient_norm=True, decay=0.5)
     assert by_norm.probabilities() == [0.25] * 4
     nan = float("nan")
-    rows = torch.tensor([[nan] * 7, [nan] * 7, [nan, 9.0, 1.0, nan, 3.0, nan, float("inf")], [nan] * 7])
+    rows = torch.tensor([[nan] * 7, [nan] * 7, [nan, 9.0, 1.0, nan, 3.0, nan, float("inf")], [nan] * 7, [nan] * 7])
     by_norm.update(SweepStatistics(*rows))
     expected = torch.tensor([0.5, 1.0, 1.5, 1.0]).softmax(0).tolist()
     assert by_norm.probabilities() == pytest.approx(expected)

@@ -166,15 +166,16 @@ def test_the_command_has_the_flags_that_were_typed_whatever_they_look_like():
     flags = ["--negative_prompt=-x", "--validation_prompts", *texts, "--hub_token", "hf_x", "--cache_dir", "/tmp"]
     args = parse_args([*flags, "--eta", "0.5", "--mixing", "0.5", "--push_to_hub"])
     accelerator = SimpleNamespace(num_processes=2, mixed_precision="bf16")
-    words = shlex.split(command_of(typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py"))
+    words = shlex.split(command_of(args, typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py"))
     launcher = ["accelerate", "launch", "--num_processes", "2", "--mixed_precision", "bf16", "train_rlr_sd.py"]
     assert words[:7] == launcher
     assert parse_args(words[7:]) == parse_args(
         ["--negative_prompt=-x", "--validation_prompts", *texts, "--eta", "0.5", "--mixing", "0.5", "--push_to_hub"]
     )
     args = parse_args(["--mixed_precision", "no", "--validation_prompts=-y"])
-    words = command_of(typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py").split()
-    assert words[4:] == ["train_rlr_sd.py", "--validation_prompts=-y", "--mixed_precision", "no"]
+    words = command_of(args, typed_flags(args, parse_args([])), accelerator, "train_rlr_sd.py").split()
+    always = ["--reward", "aesthetic", "--gradient_estimator", "rlr"]  # what a run is
+    assert words[4:] == ["train_rlr_sd.py", *always, "--validation_prompts=-y", "--mixed_precision", "no"]
 
 
 def test_the_card_of_a_model_in_a_single_file_loads_it_with_from_single_file(tmp_path):

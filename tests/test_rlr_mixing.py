@@ -36,7 +36,7 @@ NAN = float("nan")
 def statistics(pathwise, likelihood_ratio):
     """The statistics of a sweep with these variances at k = 1..T."""
     unseen = [NAN] * (len(pathwise) + 1)
-    return SweepStatistics(*torch.tensor([[NAN, *pathwise], [NAN, *likelihood_ratio], unseen, unseen]))
+    return SweepStatistics(*torch.tensor([[NAN, *pathwise], [NAN, *likelihood_ratio], unseen, unseen, unseen]))
 
 
 def test_a_step_that_overflowed_is_not_a_step_without_noise():
@@ -153,7 +153,7 @@ def test_transport_is_a_running_mean_of_the_gains_that_were_seen():
     transport = Transport(3, decay=0.75)
     assert transport.gains == [1.0] * 4
     for gains in ([NAN, 0.2, NAN, math.inf], [NAN, 0.2, 2.0, NAN]):
-        transport.update(SweepStatistics(*torch.tensor([[NAN] * 4] * 3 + [gains])))
+        transport.update(SweepStatistics(*torch.tensor([[NAN] * 4] * 3 + [gains, [NAN] * 4])))
     assert transport.gains == pytest.approx([1.0, 0.2 + 0.8 * 0.75**2, 1.25, 1.0])
     again = Transport(3)
     again.load_state_dict(json.loads(json.dumps(transport.state_dict())))

@@ -13,12 +13,14 @@
 # limitations under the License.
 """The output folder: no run, and nobody's file, is overwritten by accident."""
 
+import os
 import resource
 import shutil
 
 import pytest
 from rlr_testing import BASE, DIGITS, LORA, train
 from rlr_training.output_dir import check_output_dir, check_writable
+from rlr_training.processes import LOCKS, lock
 from train_rlr_sd import main, parse_args
 
 
@@ -36,6 +38,17 @@ def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(tmp_path
     with pytest.raises(SystemExit, match="cannot be loaded"):
         train(tmp_path, "--pretrained_model_name_or_path", "/nowhere")
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_a_folder_that_another_process_runs_in_is_refused(tmp_path):
+    """The launcher may have ended, and the run that it has left behind not yet."""
+    lock(tmp_path)
+    lock(tmp_path)  # by the same process, as in a notebook
+    held = LOCKS.pop(os.path.realpath(tmp_path))
+    with pytest.raises(ValueError, match="a run is still writing into it; after Ctrl-C it finishes a step"):
+        lock(tmp_path)
+    held.release()
+    lock(tmp_path)
 
 
 def check(folder, *flags, resume_path=None):

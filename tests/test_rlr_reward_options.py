@@ -114,12 +114,14 @@ def test_options_of_rewards_that_are_not_in_use_are_refused(capsys):
 
 
 def test_the_command_of_an_evaluation_has_the_options_of_what_it_scores():
+    """The held-out reward is scored beside the trained one, and both are named where they are the default of training."""
     own, held = "vqa.question=Is it {prompt}?", "clip_score.dtype=bf16"
     args = parse_args(
-        ["--reward", "vqa", "--heldout_reward", "clip_score", "--reward_option", own, "--reward_option", held]
+        ["--reward", "vqa", "--heldout_reward", "vqa:2,clip_score:3", "--reward_option", own, "--reward_option", held]
     )
     command = evaluation_command_of(args, {"reward": args.reward, "reward_option": args.reward_option})
-    assert f"--reward vqa --reward_option '{own}'" in command and held not in command
+    assert f"--reward vqa,clip_score:3 --reward_option '{own}' --reward_option {held}" in command
+    assert " --reward aesthetic " in evaluation_command_of(parse_args([]), {})
 
 
 def test_every_option_is_in_the_help():
@@ -143,5 +145,5 @@ def test_where_servers_are_is_neither_in_checkpoints_nor_in_cards():
     args = parse_args(["--reward", "remote@v1.2,vqa", *flags])
     assert configuration(args, 1)["reward_option"] == own
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
-    command = command_of({"reward_option": args.reward_option}, accelerator, "train_rlr_sd.py")
+    command = command_of(args, {"reward_option": args.reward_option}, accelerator, "train_rlr_sd.py")
     assert "10.0.0.7" not in command and "remote@v1.2.url=..." in command and "format=raw" in command

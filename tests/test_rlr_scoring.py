@@ -172,7 +172,7 @@ def test_if_memory_runs_out_fewer_images_are_decoded_at_a_time(model, caplog):
         return model.decode(x_0, vae)
 
     scorer.decode = decode
-    total, gradient, _ = scorer(latents, True)
+    total, gradient = scorer(latents, True)
     assert sizes == [4, 2, 1, 1, 1, 1, 1] and scorer.args.decode_batch_size == smooth.batch_size == 1
     assert "out of memory: from now on --decode_batch_size 1" in caplog.text
     torch.testing.assert_close(gradient, expected[1], rtol=1e-3, atol=1e-6)

@@ -15,6 +15,7 @@
 
 import json
 import random
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -50,8 +51,8 @@ def arguments(size=3, num_steps=5, kind="smooth"):
         ({"mixing": "half"}, "mixing 'half' is neither"),
         ({"sweep_fraction": 0}, r"sweep_fraction 0 is neither auto nor a number in \(0, 1\]"),
         ({"sweep_fraction": 1.1}, "sweep_fraction 1.1 is neither"),
-        ({"estimator": "truncated_bp", "truncation_steps": 6}, "truncation_steps 6 is more than num_steps 5"),
-        ({"estimator": "truncated_bp", "truncation_steps": 0}, "truncation_steps 0 is .* or < 1"),
+        ({"estimator": "truncated_bp", "truncation_steps": 6}, "truncation_steps 6 must be from 1 to num_steps 5"),
+        ({"estimator": "truncated_bp", "truncation_steps": 0}, "truncation_steps 0 must be from 1 to"),
         ({"num_inner_epochs": 2}, "num_inner_epochs 2 needs estimator ddpo"),
         ({"num_inner_epochs": 0}, "num_inner_epochs 0 must be at least 1"),
         ({"lv_samples": 0, "estimator": "draft_lv"}, "lv_samples 0 must be at least 1"),
@@ -240,9 +241,18 @@ def scores(rewards=(3,), gradient=(3, 3, 2, 1), black_box=None):
         (scores(rewards=()), {}, r"score returned rewards of shape \(\) for a batch of 3"),
         (scores(rewards=(3, 1)), BLACK_BOX, r"score returned rewards of shape \(3, 1\)"),
         (scores(gradient=(1, 3, 2, 1)), {}, r"a gradient of shape \(1, 3, 2, 1\) for latents of \(3, 3, 2, 1\)"),
-        (scores(gradient=None), {}, r"score returned a gradient of shape None for latents of \(3, 3, 2, 1\)"),
+        (
+            scores(gradient=None),
+            {},
+            "score returned no gradient: return dR/dx_0 .* or make RLRStep\\(..., differentiable=False\\)",
+        ),
         (scores(), SUM, "no third result, the rewards of the part without a gradient"),
         (scores(black_box=(1,)), SUM, r"a third result of shape \(1,\) for a batch of 3"),
+        (scores(black_box=(3,)), {}, r"returned a third result, .*: make RLRStep\(..., black_box=True\)"),
+        (lambda x_0, with_gradient: torch.zeros(3), {}, "score must return .*, not a Tensor"),
+        (lambda x_0, with_gradient: None, {}, "score must return .*, not a NoneType"),
+        (lambda x_0, with_gradient: (torch.zeros(3),), {}, "score must return .*, not 1 results"),
+        (lambda x_0, with_gradient: (torch.zeros(3), [0.0]), {}, "score returned a gradient that is a list"),
     ],
 )
 def test_a_score_of_the_wrong_form_is_refused(score, reward, message):
@@ -251,12 +261,85 @@ def test_a_score_of_the_wrong_form_is_refused(score, reward, message):
         RLRStep(5, **reward).rollout(chain, x_T, score)
 
 
+@pytest.mark.parametrize("num_steps", [0, 5.0, True, "5"])
+def test_a_number_of_steps_that_is_none_is_refused(num_steps):
+    with pytest.raises(ValueError, match="is not a number of denoising steps"):
+        RLRStep(num_steps)
+
+
+def test_an_unknown_setting_is_named_with_those_that_there_are():
+    with pytest.raises(TypeError, match="RLRStep has no setting 'estimtor'; it has estimator, mixing, "):
+        RLRStep(5, estimtor="ddpo")
+
+
+def test_batches_are_swept_once_and_in_a_list():
+    chain, x_T, score = arguments()
+    rlr = RLRStep(5)
+    batch = rlr.rollout(chain, x_T, score)
+    for batches in (batch, []):
+        with pytest.raises(ValueError, match=r"backward takes the list .* backward\(\[batch\]\)"):
+            rlr.backward(batches)
+    rlr.backward([batch])
+    with pytest.raises(ValueError, match="1 of 2 batches were swept by an earlier backward"):
+        rlr.backward([batch, rlr.rollout(chain, x_T, score)])
+
+
+class Network(torch.nn.Module):
+    """A chain whose mean is a linear layer, with dropout on request."""
+
+    num_steps = 5
+
+    def __init__(self, dropout=0.0, out=4):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(4, out))
+        torch.nn.init.eye_(self.layers[1].weight)
+
+    def sigma(self, k):
+        return 0.1
+
+    def mean(self, k, x):
+        return self.layers(x)
+
+
+def smooth(x_0, with_gradient):
+    return x_0.sum(1), torch.ones_like(x_0)
+
+
+def test_dropout_and_changed_weights_are_noticed():
+    """The sweep computes the means again: those of another network are not the rollout's, and the gradient is none."""
+    x_T = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    for chain, changed in ((Network(0.1), False), (Network(), True)):
+        rlr = RLRStep(5)
+        batch = rlr.rollout(chain, x_T, smooth)
+        if changed:
+            with torch.no_grad():
+                chain.layers[1].bias += 0.1
+        with pytest.warns(UserWarning, match="another mean in backward than in rollout"):
+            rlr.backward([batch])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chain, rlr = Network(), RLRStep(5)
+        rlr.backward([rlr.rollout(chain, x_T, smooth)])
+        chain = Network(0.1).eval()
+        rlr.backward([rlr.rollout(chain, x_T, smooth)])
+
+
+def test_a_mean_of_another_shape_or_without_a_graph_is_refused():
+    x_T, rlr = torch.randn(8, 4), RLRStep(5)
+    with pytest.raises(ValueError, match=r"the mean of step 5 has the shape \(8, 3\) for latents of \(8, 4\)"):
+        rlr.rollout(Network(out=3), x_T, smooth)
+    chain = Network()
+    chain.mean = lambda k, x: x.detach()
+    with pytest.raises(ValueError, match="the mean of step 1 from the end has no graph"):
+        rlr.backward([rlr.rollout(chain, x_T, smooth)])
+
+
 def test_the_scores_of_draft_lv_are_checked_too():
     chain, x_T, score = arguments()
     rlr = RLRStep(5, estimator="draft_lv")
     batch = rlr.rollout(chain, x_T, score)
     batch.score = scores(gradient=None)
-    with pytest.raises(ValueError, match="score returned a gradient of shape None"):
+    with pytest.raises(ValueError, match="score returned no gradient"):
         rlr.backward([batch])
 
 

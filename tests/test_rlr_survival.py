@@ -223,7 +223,7 @@ def test_a_second_signal_stops_at_once_unless_it_follows_immediately(number, mon
 
     before = signal.signal(number, lambda number, frame: None)  # without one it would end the tests
     try:
-        with stopping_after_a_step(SimpleNamespace(set_trigger=lambda: triggers.append(now[0]))):
+        with stopping_after_a_step(SimpleNamespace(is_main_process=True, set_trigger=lambda: triggers.append(now[0]))):
             for seconds in (0, 1, 3):
                 now[0] = 100.0 + seconds
                 send()

@@ -51,6 +51,12 @@ def train_flow(folder, output_dir, *flags):
     return metrics_of(output_dir)
 
 
+def test_a_flag_of_another_script_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        train_rlr_flow.parse_args(["--export_kohya"])
+    assert "--export_kohya: only train_rlr_sd.py writes this layout" in capsys.readouterr().err
+
+
 @pytest.fixture
 def prompts(tmp_path):
     """The flag of a file of prompts that differ in length."""

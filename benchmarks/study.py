@@ -22,7 +22,8 @@ study_plan.py lists the comparisons, each of some estimators on a reward. Every 
 and the work of 24 optimizer steps of rlr, in floating-point operations that torch counts: of network, decoder and reward. Along
 the run, and at several scales of its adapter, images of fixed seeds get the reward that is trained on, and a classifier says how
 many show what their prompt asks for. A run's score is the highest reward at which that share is still 95 % of the base model's.
-The learning rate is the best of a grid on a seed of its own, which grows until the best is not at its end.
+Learning rates are tried on a seed of its own, on a grid that grows until the best is not at its end. The two best are run on all
+seeds, and each seed takes the one that is better on the others.
 
 Writes study_points.csv, some rows for each run, and from it study.csv and study.png.
 """
@@ -46,7 +47,7 @@ from bench_common import (
     write_csv,
 )
 from study_plan import ACCURACY, COMPARISONS, QUICK, Settings, arguments, judge_of, script_of, work_of
-from study_report import TUNING_SEED, Cell, best_rate, cell_of, plot, print_table, summarize
+from study_report import CANDIDATES, TUNING_SEED, Cell, best_rates, cell_of, plot, print_table, summarize
 from tqdm import tqdm
 
 
@@ -95,8 +96,9 @@ def run_comparison(name, seeds, path, header, settings, pool):
         cells = [Cell(name, estimator, rate, TUNING_SEED) for estimator in names for rate in rates[estimator]]
         run_missing(cells, path, header, settings, pool)
         rows, tried = read_csv(path), rates
-        rates = {estimator: wider(tried[estimator], best_rate(rows, name, estimator)) for estimator in names}
-    cells = [Cell(name, one, best_rate(rows, name, one), seed) for seed in range(seeds) for one in names]
+        rates = {estimator: wider(tried[estimator], best_rates(rows, name, estimator)[0]) for estimator in names}
+    candidates = {estimator: best_rates(rows, name, estimator)[:CANDIDATES] for estimator in names}
+    cells = [Cell(name, one, rate, seed) for seed in range(seeds) for one in names for rate in candidates[one]]
     run_missing(cells, path, header, settings, pool)
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 
 TUNING_SEED = 100
+CANDIDATES = 2  # the learning rates that all seeds are run with, the best on the tuning seed
 KEPT = 0.95  # of the base model's concept accuracy
 # Those of estimators that are in more than one comparison; others take matplotlib's next one.
 COLORS = {
@@ -85,24 +86,35 @@ def groups_of(rows):
     return groups
 
 
-def best_rate(rows, comparison, estimator):
-    """The learning rate with the best score on the tuning seed, or `None` if none was tried."""
+def best_rates(rows, comparison, estimator):
+    """The learning rates that were tried on the tuning seed, the best first."""
     scores = {
         cell.learning_rate: score_at(own, KEPT)
         for cell, own in groups_of(rows).items()
         if (cell.comparison, cell.estimator, cell.seed) == (comparison, estimator, TUNING_SEED)
     }
-    return max(scores, key=scores.get) if scores else None
+    return sorted(scores, key=lambda rate: -scores[rate])
 
 
 def runs_of(rows, comparison, estimator):
-    """The rows of each seed that nothing was chosen on, at the best learning rate."""
-    rate = best_rate(rows, comparison, estimator)
-    return [
-        own
+    """The rows of each seed but the tuning one, at the candidate that is best on all other seeds.
+
+    So no seed has a part in the choice of its own learning rate.
+    """
+    runs = {
+        (cell.learning_rate, cell.seed): own
         for cell, own in groups_of(rows).items()
-        if cell[:3] == (comparison, estimator, rate) and cell.seed != TUNING_SEED
-    ]
+        if (cell.comparison, cell.estimator) == (comparison, estimator)
+    }
+    candidates = best_rates(rows, comparison, estimator)[:CANDIDATES]
+    seeds = {seed for rate, seed in runs} - {TUNING_SEED}
+    # A seed whose runs have not all ended is left out.
+    seeds = sorted(seed for seed in seeds if all((rate, seed) in runs for rate in candidates))
+
+    def score_without(seed, rate):
+        return statistics.mean(score_at(runs[rate, s], KEPT) for s in (*seeds, TUNING_SEED) if s != seed)
+
+    return [runs[max(candidates, key=lambda rate: score_without(seed, rate)), seed] for seed in seeds]
 
 
 def work_to_reach(rows, score):
@@ -153,9 +165,10 @@ def summary(runs, best):
         else math.nan
         for rival in ("ddpo", "alignprop")
     }
-    cell = cell_of(runs[0][0])
+    cell, rates = cell_of(runs[0][0]), sorted({own[0]["learning_rate"] for own in runs})
     return {
-        **{"comparison": cell.comparison, "estimator": cell.estimator, "learning_rate": cell.learning_rate},
+        **{"comparison": cell.comparison, "estimator": cell.estimator},
+        **{"learning_rate": " or ".join(f"{rate:g}" for rate in rates)},
         **{"seeds": len(runs), "base": runs[0][0]["score"], "score_at_95": statistics.mean(scores), "error": error},
         **{"area": statistics.mean(map(area, runs)), "end": mean["score"], "end_accuracy": mean["accuracy"]},
         **{"work": mean["at"], **reached},
@@ -185,7 +198,7 @@ def print_table(table):
         for row in rows:
             shares = " | ".join(share(row[f"work_to_{rival}"], row["work"]) for rival in ("ddpo", "alignprop"))
             print(
-                f"| `{row['estimator']}` | {row['learning_rate']:g} | {with_error(row)} |"
+                f"| `{row['estimator']}` | {row['learning_rate']} | {with_error(row)} |"
                 f" {row['area']:.3f} | {row['end']:.3f} | {row['end_accuracy']:.2f} | {shares} |"
             )
     print("\n" + "\n".join(findings(table)))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from study import WIDEST, run, wider
 from study_plan import COMPARISONS, ESTIMATORS, QUICK, fast_sine, work_of_image
-from study_report import Cell, area, best_rate, findings, score_at, summarize, work_to_reach
+from study_report import Cell, area, best_rates, findings, runs_of, score_at, summarize, work_to_reach
 
 
 def rows_of(cell, run_points, scale_points=()):
@@ -68,16 +68,38 @@ def test_the_grid_grows_where_the_best_rate_is_at_its_end():
         assert wider([1e-3, end], end) == [1e-3, end]
 
 
-def test_the_table_is_of_seeds_that_nothing_was_chosen_on():
-    rows = []
-    for rate, seed, end in ((1e-3, 100, 2.0), (1e-2, 100, 4.0), (1e-2, 0, 3.0), (1e-2, 1, 5.0), (1e-3, 0, 9.0)):
-        rows += rows_of(Cell("smooth", "rlr", rate, seed), [(0, 1.0, 1.0), (8, end, 1.0)])
-    rows += rows_of(Cell("smooth", "ddpo", 1e-2, 100), [(0, 1.0, 1.0), (8, 2.0, 1.0)])
-    rows += rows_of(Cell("smooth", "ddpo", 1e-2, 0), [(0, 1.0, 1.0), (8, 2.0, 1.0)])
-    assert best_rate(rows, "smooth", "rlr") == 1e-2 and best_rate(rows, "text", "rlr") is None
+def runs(estimator, ends, comparison="smooth"):
+    """Rows of runs that end at these rewards {(rate, seed): reward}, with the accuracy kept."""
+    return [
+        row
+        for (rate, seed), end in ends.items()
+        for row in rows_of(Cell(comparison, estimator, rate, seed), [(0, 1.0, 1.0), (8, end, 1.0)])
+    ]
+
+
+def test_no_seed_has_a_part_in_the_choice_of_its_learning_rate():
+    """Of the two best rates on the tuning seed, each seed takes the one that is better on the others."""
+    ends = {(1e-3, 100): 1.5, (3e-3, 100): 3.0, (1e-2, 100): 4.0}
+    ends |= {(3e-3, 0): 3.0, (1e-2, 0): 9.0, (3e-3, 1): 3.0, (1e-2, 1): 1.0, (1e-3, 0): 99.0}
+    rows = runs("rlr", ends)
+    assert best_rates(rows, "smooth", "rlr") == [1e-2, 3e-3, 1e-3] and best_rates(rows, "text", "rlr") == []
+    # Without seed 0: 1e-2 has (4 + 1) / 2, 3e-3 has 3. Without seed 1: 1e-2 has (4 + 9) / 2.
+    assert [(own[0]["learning_rate"], own[-1]["score"]) for own in runs_of(rows, "smooth", "rlr")] == [
+        (3e-3, 3.0),
+        (1e-2, 1.0),
+    ]
+    rows += runs("rlr", {(1e-2, 2): 5.0})  # its other run has not ended
+    (line,) = summarize(rows, COMPARISONS)
+    assert (line["score_at_95"], line["seeds"], line["learning_rate"]) == (2.0, 2, "0.003 or 0.01")
+    assert line["error"] == pytest.approx(1.0)
+
+
+def test_the_work_to_reach_a_rival():
+    rows = runs("rlr", {(1e-2, 100): 4.0, (1e-2, 0): 3.0, (1e-2, 1): 5.0}) + runs(
+        "ddpo", {(1e-2, 100): 2.0, (1e-2, 0): 2.0}
+    )
     first, second = summarize(rows, COMPARISONS)
-    assert (first["estimator"], first["score_at_95"], first["seeds"]) == ("rlr", 4.0, 2)
-    assert first["error"] == pytest.approx(1.0) and second["estimator"] == "ddpo"
+    assert (first["estimator"], second["estimator"]) == ("rlr", "ddpo")
     assert first["work_to_ddpo"] == pytest.approx(3.0)  # the mean of 4 and 2 is of two runs
 
 

@@ -191,17 +191,25 @@ def findings(table):
 def print_table(table):
     """The tables in Markdown, and the findings."""
     for name in dict.fromkeys(row["comparison"] for row in table):
-        rows = [row for row in table if row["comparison"] == name]
-        print(f"\n**{name}**, base model {rows[0]['base']:.3f}, {rows[0]['work']:.3g} TFLOP a run\n")
-        print("| | rate | reward at 95 % | area | at the end | concepts | work to `ddpo`'s best | to `alignprop`'s |")
-        print("|---|---|---|---|---|---|---|---|")
-        for row in rows:
-            shares = " | ".join(share(row[f"work_to_{rival}"], row["work"]) for rival in ("ddpo", "alignprop"))
-            print(
-                f"| `{row['estimator']}` | {row['learning_rate']} | {with_error(row)} |"
-                f" {row['area']:.3f} | {row['end']:.3f} | {row['end_accuracy']:.2f} | {shares} |"
-            )
+        print("\n" + "\n".join(markdown([row for row in table if row["comparison"] == name])))
     print("\n" + "\n".join(findings(table)))
+
+
+def markdown(rows):
+    """The lines of the table of a comparison."""
+    lines = [
+        f"**{rows[0]['comparison']}**: base model {rows[0]['base']:.3f}, {rows[0]['work']:.3g} TFLOP a run, {int(rows[0]['seeds'])} seeds",
+        "",
+        "| | rate | reward at 95 % | area | at the end | concepts | work to `ddpo`'s best | to `alignprop`'s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shares = " | ".join(share(row[f"work_to_{rival}"], row["work"]) for rival in ("ddpo", "alignprop"))
+        lines.append(
+            f"| `{row['estimator']}` | {row['learning_rate']} | {with_error(row)} | {row['area']:.3f} | {row['end']:.3f} |"
+            f" {row['end_accuracy']:.2f} | {shares} |"
+        )
+    return lines
 
 
 def with_error(row):

@@ -54,7 +54,7 @@ def save(figure, path, dpi):
 
 def plot_reward_curve(metrics_file, path, members, floors, base):
     """Figures by optimizer step, from metrics.jsonl: the mean reward with its standard deviation, of a sum also those of its
-    members, and where they were measured the held-out reward and diversity, without it.
+    members, and where they were measured the held-out reward and diversity.
 
     Args:
         members: names of the members of the sum.

@@ -211,7 +211,7 @@ def lock(output_dir):
     folder = os.path.realpath(output_dir)
     if folder in LOCKS:
         return
-    name = hashlib.sha256(f"{getpass.getuser()}:{folder}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{getattr(os, 'getuid', getpass.getuser)()}:{folder}".encode()).hexdigest()[:16]
     held = FileLock(os.path.join(tempfile.gettempdir(), f"rlr-{name}.lock"))
     try:
         held.acquire(timeout=0)

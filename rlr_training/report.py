@@ -85,9 +85,9 @@ def image(title, file, alt=None):
 
 
 def settings_list(settings):
-    """A heading, and a list."""
+    """A list that is folded until it is asked for."""
     lines = [f"<li>{html.escape(f'{name}: {value}')}</li>" for name, value in settings.items()]
-    return f"<h2>Settings</h2>\n<ul>\n{chr(10).join(lines)}\n</ul>"
+    return f"<details>\n<summary>Settings</summary>\n<ul>\n{chr(10).join(lines)}\n</ul>\n</details>"
 
 
 # A run

@@ -63,8 +63,8 @@ def scheduler_steps(scheduler, eta):
         eta: for schedulers whose `step` takes it.
 
     Raises:
-        ValueError: for a scheduler without `set_timesteps`, or whose steps are not of this form, and for a step that is not finite. Noise prediction
-            is not finite where the schedule starts in pure noise, since it divides by an alpha of zero.
+        ValueError: for a scheduler without `set_timesteps`, or whose steps are not of this form, and for a step that is not
+            finite. Noise prediction is not finite where the schedule starts in pure noise, since it divides by an alpha of zero.
     """
     if getattr(scheduler, "num_inference_steps", 1) is None:
         raise ValueError(f"{type(scheduler).__name__}: call its set_timesteps first")

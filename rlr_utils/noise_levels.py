@@ -48,8 +48,8 @@ def ddim_steps(levels, prediction_type, eta=1.0, final_noise=0.0):
         final_noise: the least noise of a step at eta = 1; it remains in the image after a last level of sigma = 0.
 
     Raises:
-        ValueError: for an unknown prediction type, for levels between which noise does not fall, and where the prediction does not say x_0: noise
-            prediction at alpha = 0, prediction of x_0 at sigma = 0.
+        ValueError: for an unknown prediction type, for levels between which noise does not fall, and where the prediction does
+            not say x_0: noise prediction at alpha = 0, prediction of x_0 at sigma = 0.
     """
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"unknown prediction_type {prediction_type!r}, known are: {', '.join(PREDICTIONS)}")

@@ -64,7 +64,8 @@ class Settings:
             the base model, such as `partial(diffusion_models.adapters.lora_disabled, model)`.
         keep_graphs: keep the graphs of the last so many steps for the sweep: memory for time. "auto" for as many as memory
             holds that would lie idle, see `KeptGraphs`.
-        trained_steps: the steps, from 1 to T, whose network has parameters to train, such as those of one of two experts; `None` for all.
+        trained_steps: the steps, from 1 to T, whose network has parameters to train, such as those of one of two experts;
+            `None` for all.
         parameters: the trainable parameters; needed for rest="zeroth_order" and subchain_sampling="grad_norm".
         gather: for several ranks, `gather(tensor) -> tensor`, the tensors of all ranks concatenated in rank order along
             dim 0, such as `accelerator.gather`. Every rank must have equally many batches and images.

@@ -226,8 +226,8 @@ def _sweep(chain, trajectory, schedule, reward_grad, advantages, cotangent, pena
                 " parameter requires a gradient"
             )
         if k == 1:
-            before = latents[0] - chain.sigma(1) * trajectory.noises[1]
-            seen[4, 1] = (mean.detach() - before).norm() / before.norm()
+            rolled_out = latents[0] - chain.sigma(1) * trajectory.noises[1]
+            seen[4, 1] = (mean.detach() - rolled_out).norm() / rolled_out.norm()
         if cotangent is not None:
             mixed += (1 - gammas[k]) * cotangent(k, mean.detach())
         extra = None if penalty is None else penalty(k, mean.detach())

@@ -14,12 +14,14 @@
 """The study of frontiers: the reward that can be had while images stay what they are."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from bench_common import read_csv
 from study import WIDEST, run, wider
 from study_plan import COMPARISONS, ESTIMATORS, QUICK, fast_sine, work_of_image
-from study_report import Cell, area, best_rates, findings, runs_of, score_at, summarize, work_to_reach
+from study_report import Cell, area, best_rates, findings, markdown, runs_of, score_at, summarize, work_to_reach
 
 
 def rows_of(cell, run_points, scale_points=()):
@@ -161,6 +163,18 @@ def test_the_fast_sine_is_nearly_all_of_the_gradient_and_none_of_the_mean():
     values = fast_sine(images, None)
     values.sum().backward()
     assert values.mean().abs() < 0.3 and images.grad.flatten(1).norm(dim=1).mean() > 100
+
+
+def test_the_tables_of_the_documents_are_those_of_the_committed_figures():
+    root = Path(__file__).resolve().parent.parent
+    table = read_csv(root / "benchmarks" / "results" / "study.csv")
+    text = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    for name in dict.fromkeys(row["comparison"] for row in table):
+        assert "\n".join(markdown([row for row in table if row["comparison"] == name])) in text
+    rows = read_csv(root / "benchmarks" / "results" / "study_points.csv")
+    again = summarize(rows, COMPARISONS)
+    for row, made in zip(table, again, strict=True):
+        assert row["score_at_95"] == pytest.approx(made["score_at_95"]) and row["estimator"] == made["estimator"]
 
 
 def test_quick_study_writes_points_table_and_plot(tmp_path, capsys):

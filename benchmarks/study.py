@@ -12,6 +12,7 @@
 # distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
+# limitations under the License.
 """How far a reward can rise while images stay what they are: estimators at equal work on the embedded emoji models.
 
     python benchmarks/study.py              some 15 hours on two cores; it can be stopped, and continues when started again
@@ -68,14 +69,18 @@ def run_cell(cell, settings):
         flags = ["--heldout_reward", ACCURACY, "--output_dir", folder]
         args = arguments(cell.comparison, cell.estimator, settings, numbers, flags)
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
-            script_of(cell.comparison).main(args)
-            lines = [line for line in metrics_of(folder) if "heldout_mean" in line]
             judge = judge_of(cell.comparison, settings)
-            scaled = judge.scores_by_scale(folder, SCALES)
-    points = [("run", 0.0, *judge.base)]
-    points += [
-        ("run", line["step"] * work / 1e12, line["heldout_trained_mean"], line["heldout_mean"]) for line in lines
+            try:
+                script_of(cell.comparison).main(args)
+                lines = [line for line in metrics_of(folder) if "heldout_mean" in line]
+                scaled = judge.scores_by_scale(folder, (*SCALES, 1.0))
+            except SystemExit:  # a gradient that was not finite ten times: the base model is what is left
+                lines, scaled = [], {}
+    end = [(steps, *scaled.pop(1.0))] if scaled else []
+    along = [
+        (line["step"], line["heldout_trained_mean"], line["heldout_mean"]) for line in lines if line["step"] < steps
     ]
+    points = [("run", 0.0, *judge.base), *(("run", step * work / 1e12, *scores) for step, *scores in [*along, *end])]
     points += [("scale", scale, *scores) for scale, scores in scaled.items()]
     return [dict(zip(FIELDS, (*cell, *point))) for point in points]
 

@@ -1,5 +1,3 @@
-#!/usr/bin/env python
-# coding=utf-8
 # Copyright 2026 The RLR Team. All rights reserved.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
@@ -12,6 +10,7 @@
 # distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
+# limitations under the License.
 """The table and the plot of study.py, from its rows of points."""
 
 import math
@@ -120,9 +119,11 @@ def runs_of(rows, comparison, estimator):
 def work_to_reach(rows, score):
     """The work after which a run's reward is as high as a score for the first time, in TFLOP, or infinity."""
     along = along_run(rows)
+    if along[0]["score"] >= score:
+        return 0.0
     for before, after in zip(along, along[1:]):
         if after["score"] >= score:
-            share = max(0.0, (score - before["score"]) / (after["score"] - before["score"]))
+            share = (score - before["score"]) / (after["score"] - before["score"])
             return before["at"] + share * (after["at"] - before["at"])
     return math.inf
 

@@ -155,21 +155,20 @@ def print_result(args, model, command):
     print(f"to evaluate it: {command}")
 
 
-def best_adapter(args, stopping, step):
-    """Which adapter of a run with a held-out reward is the best by it, in a sentence, or `None` without such a reward.
+def best_adapter(stopping, step):
+    """Which adapter is the best by the held-out reward, in a sentence, or `None` where none was scored.
 
     Args:
         stopping: `EarlyStopping`.
         step: the last one.
     """
-    if args.heldout_reward is None:
-        return None
     if stopping.best_step == 0:
-        return "by the held-out reward no adapter was better than the base model"
+        never = "of the adapters that the held-out reward scored none was better than the base model"
+        return never if stopping.waited else None
     if stopping.best_step == step:
         return "by the held-out reward the last adapter is the best"
-    best = os.path.join(args.output_dir, "best")
-    return f"by the held-out reward the best adapter is that of step {stopping.best_step}, in {best}, not the last one"
+    scored = "of the adapters that the held-out reward scored"
+    return f"{scored} the one of step {stopping.best_step} is the best: it is in the folder best, and the last one beside it"
 
 
 def print_comparison(args, results):

@@ -77,8 +77,15 @@ def find_start(args, accelerator):
     Raises:
         ValueError: as `resume_point` does, if the ranks disagree, and if another run writes into the folder.
     """
+    problem = None
     if accelerator.is_main_process:
-        lock(args.output_dir)
+        try:
+            lock(args.output_dir)
+        except ValueError as error:
+            problem = str(error)
+    problem = next(filter(None, gather_object([problem])), None)
+    if problem is not None:
+        raise ValueError(problem)
     path, step = resume_point(args)
     if len(set(gather_object([step]))) > 1:
         raise ValueError(

@@ -34,7 +34,7 @@ from .hub import push
 from .optimizer import averaged
 from .output_dir import METRICS_FILE, place_adapter
 from .plots import plot_reward_curve
-from .processes import frozen_dtype
+from .processes import frozen_dtype, unlock
 from .report import write_run_report
 from .shares import Share
 
@@ -57,7 +57,7 @@ def save_result(args, run, step):
     with saving(card):
         run.save_card(run.command, step)
     with saving(report):
-        write_run_report(args, run.command, step, best_adapter(args, run.stopping, step))
+        write_run_report(args, run.command, step, best_adapter(run.stopping, step))
 
 
 def finish(args, run, step, end):
@@ -89,10 +89,12 @@ def finish(args, run, step, end):
     failures = compare_at_the_end(args, run, step)
     if accelerator.is_main_process:
         print_result(args, run.model, run.evaluation_command)
-        if args.heldout_reward is not None:
-            print(best_adapter(args, run.stopping, step))
+        best = best_adapter(run.stopping, step)
+        if best is not None:
+            print(best)
         failures += push_at_the_end(args, run)
     accelerator.end_training()
+    unlock(args.output_dir)
     if failures:
         raise RunError("; ".join(failures))
 
@@ -128,10 +130,13 @@ def compare_at_the_end(args, run, step):
     try:
         results, failures = compare_with_base(args, share, [part for part, _ in parts], prompts)
         run.save_card(run.command, step, results)
-        write_run_report(args, run.command, step, best_adapter(args, run.stopping, step), results)
     except (ValueError, OSError) as error:
         return [f"the comparison with the base model has failed: {one_line(error)}"]
     print_comparison(args, results)
+    try:
+        write_run_report(args, run.command, step, best_adapter(run.stopping, step), results)
+    except OSError as error:
+        failures.append(f"report.html cannot be written: {one_line(error)}")
     return failures
 
 

@@ -135,7 +135,7 @@ def flag_words(name, value):
 
 def without_folders(text):
     """A name, or names with commas or equals signs between them, in which absolute paths are cut to their last part."""
-    parts = re.split("([,=])", text)
+    parts = re.split(r"([,=]\s*)", text.strip())
     return "".join(os.path.basename(os.path.normpath(part)) if os.path.isabs(part) else part for part in parts)
 
 
@@ -160,17 +160,19 @@ def command_of(args, flags, accelerator, script):
 
 
 def without_addresses(values):
-    """{flag: value}, in which --reward_option says nothing of the machines of a network."""
-    options = values.get("reward_option") or []
-    options = [f"{one.partition('=')[0]}=..." if is_address(one) else one for one in options]
+    """{flag: value}, in which --reward_option says nothing of the machines of a network, nor what an own reward is told."""
+    options = []
+    for entry in values.get("reward_option") or []:
+        name = entry.partition("=")[0]
+        options.append(f"{name}=..." if is_address(entry) or ":" in name else entry)
     return {**values, "reward_option": options} if options else values
 
 
-def settings_shown(args):
-    """{name: text} of all settings of a run, without secrets and folders of this machine."""
+def settings_shown(settings):
+    """{name: text} of what is set, without secrets and folders of this machine, from {name: value}."""
     found = {}
-    for name, value in without_addresses(vars(args)).items():
-        if name not in NOT_SHOWN and value is not None and value is not False:
+    for name, value in without_addresses(settings).items():
+        if name not in NOT_SHOWN and value not in (None, False, []):
             texts = map(str, value if isinstance(value, (list, tuple)) else [value])
             found[name] = " ".join(texts if name in TEXTS else map(without_folders, texts))
     return found

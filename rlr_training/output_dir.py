@@ -38,7 +38,7 @@ RUN_FILES = (
         "before_after.png",
         "before_after.gif",
     ),
-    *(KOHYA_FILE, "README.md", "report.html"),
+    *("README.md", "report.html"),
     *(os.path.join(folder, name) for folder in ("", "best", "ema") for name in (LORA_FILE, SECOND_FILE, KOHYA_FILE)),
 )
 

@@ -83,7 +83,7 @@ def plot_reward_curve(metrics_file, path, members, floors, base):
         axes.set_ylabel(caption(without_files(names[name]), 40))
         axes.grid(alpha=0.3)
     axes.set_xlabel("optimizer step")
-    figure.suptitle("Rewards of the training images, mean and standard deviation")
+    figure.suptitle("Training images: mean and standard deviation" + ("; held-out images: mean" if base else ""))
     save(figure, path, dpi=120)
 
 

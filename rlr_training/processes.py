@@ -22,7 +22,7 @@ import random
 import signal
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import transformers
@@ -54,7 +54,7 @@ ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "several kinds of parallelism",
 }
-# {output folder: the lock that this process holds until it ends}
+# {output folder: the lock that this process holds until its run ends}
 LOCKS = {}
 # The dtype of the frozen models under each --mixed_precision.
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -222,6 +222,15 @@ def lock(output_dir):
     LOCKS[folder] = held
 
 
+def unlock(output_dir):
+    """Let other processes run in an output folder, after a run."""
+    held = LOCKS.pop(os.path.realpath(output_dir), None)
+    if held is not None:
+        with suppress(OSError):
+            os.remove(held.lock_file)
+        held.release()
+
+
 @contextmanager
 def stopping_after_a_step(accelerator):
     """Within it, the first Ctrl-C or SIGTERM, on whatever rank, sets accelerate's trigger; a later one stops at once."""
@@ -233,9 +242,11 @@ def stopping_after_a_step(accelerator):
             asked = time.monotonic()
             accelerator.set_trigger()
             if accelerator.is_main_process:  # print() must not be called within a handler
-                os.write(
-                    2, b"\nstopping: this step is finished and a checkpoint saved; Ctrl-C again stops without one\n"
-                )
+                with suppress(OSError):  # nobody may read it any more
+                    os.write(
+                        2,
+                        b"\nstopping: this step is finished and a checkpoint saved; Ctrl-C again stops without one\n",
+                    )
         # Within two seconds it is the same one: torchrun passes on what the terminal has already sent to the ranks.
         elif time.monotonic() - asked > 2:
             raise KeyboardInterrupt

@@ -105,13 +105,13 @@ def write_run_report(args, command, step, best, results=None):
     reward, model = without_folders(args.reward), without_folders(args.pretrained_model_name_or_path)
     parts = [paragraph(f"A LoRA for {model}, trained with {args.gradient_estimator}; {step} optimizer steps.")]
     if best is not None:
-        parts.append(paragraph(f"{best[0].upper()}{without_folders(best[1:])}."))
+        parts.append(paragraph(f"{best[0].upper()}{best[1:]}."))
     if results is not None:
         parts += _results_of_run(args, reward, results)
     curves = "Mean reward of the training images by optimizer step; beside it the held-out reward and diversity, if measured"
     parts += [image("Curves", os.path.join(args.output_dir, "reward_curve.png"), curves), paragraph(OF_RUN)]
     parts += [f"<h2>Command</h2>\n<pre>{html.escape(command)}</pre>", paragraph(f"{versions_shown()}.")]
-    parts.append(settings_list(settings_shown(args)))
+    parts.append(settings_list(settings_shown(vars(args))))
     write_page(os.path.join(args.output_dir, "report.html"), f"Trained to raise {without_files(reward)}", parts)
 
 
@@ -195,5 +195,5 @@ def write_report(results, images, path):
         of_videos=OF_VIDEOS if is_of_videos else "",
     )
     parts = [table(*table_of(results)), paragraph(text), *(image(title, file) for title, file in images.items())]
-    given = {name: value for name, value in results["settings"].items() if value is not None and value is not False}
-    write_page(path, f"Base model against {adapters}", [*parts, settings_list(given)])
+    parts.append(settings_list(settings_shown(results["settings"])))
+    write_page(path, f"Base model against {adapters}", parts)

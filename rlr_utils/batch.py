@@ -72,6 +72,8 @@ def check_batches(batches, num_inner_epochs):
     """
     if isinstance(batches, Batch) or not batches:
         raise ValueError("backward takes the list of all batches of an optimizer step, as in backward([batch])")
+    if len({id(batch) for batch in batches}) < len(batches):
+        raise ValueError("the same batch is in the list twice")
     swept = sum(batch.advantages is not None for batch in batches)
     if swept and (num_inner_epochs == 1 or swept < len(batches)):
         raise ValueError(f"{swept} of {len(batches)} batches were swept by an earlier backward: roll out new ones")

@@ -67,7 +67,7 @@ def scheduler_steps(scheduler, eta):
             finite. Noise prediction is not finite where the schedule starts in pure noise, since it divides by an alpha of zero.
     """
     if getattr(scheduler, "num_inference_steps", 1) is None:
-        raise ValueError(f"{type(scheduler).__name__}: call its set_timesteps first")
+        raise ValueError(f"{type(scheduler).__name__}: call its set_timesteps with a number of steps first")
     if not hasattr(scheduler, "scale_model_input"):
         raise ValueError(
             f"{type(scheduler).__name__} cannot be used here: for flow matching take `ddim_steps` of its sigmas"

@@ -147,7 +147,7 @@ def check_settings(settings, num_steps, name=str):
             )
     for keyword, least in AT_LEAST.items():
         value = getattr(settings, keyword)
-        if value not in (None, "auto") and value < least:
+        if (keyword, value) not in (("keep_graphs", "auto"), ("baseline_steps", None)) and value < least:
             raise ValueError(f"{name(keyword)} {value} must be at least {least}")
     for keyword in ("zo_scale", "ppo_clip_range"):
         if getattr(settings, keyword) <= 0:

@@ -14,7 +14,9 @@
 """The RLR step for any training loop: rollout, scores, advantages, sweep and statistics in one object."""
 
 import random
+import warnings
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ from .rollout import renoise, rollout
 from .scores import Scorer
 from .settings import Settings, check_inputs, check_reward, check_settings
 from .shared_draws import SharedDraws
-from .sweep import SweepStatistics, backward_sweep, likelihood_ratio, warn_of_another_network
+from .sweep import ANOTHER_NETWORK, SweepStatistics, backward_sweep, is_of_another_network, likelihood_ratio
 from .zeroth_order import PerturbedChain, WeightPerturbation
 
 
@@ -63,7 +65,7 @@ class RLRStep:
     """
 
     def __init__(self, num_steps, differentiable=True, *, black_box=False, **settings):
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
             raise ValueError(f"num_steps {num_steps!r} is not a number of denoising steps: an integer of at least 1")
         self.settings = Settings.of(settings)
         self.num_steps = num_steps
@@ -83,7 +85,7 @@ class RLRStep:
         self.advantages = Advantages(self.settings, num_steps)
         self.scored = Scorer(self.differentiable, self.black_box)
         self.kept = KeptGraphs(self.settings.keep_graphs if self.settings.can_keep_graphs else 0, num_steps)
-        self._schedule = None
+        self._schedule, self.warned = None, False
 
     # The schedule of an optimizer step
 
@@ -355,7 +357,9 @@ class RLRStep:
             if gathered.isinf().any():  # float16 has overflowed, and the optimizer will skip the step
                 return
             statistics = SweepStatistics(*gathered.nanmean(0))
-            warn_of_another_network(statistics)
+            if is_of_another_network(statistics) and not self.warned:
+                self.warned = True
+                warnings.warn(ANOTHER_NETWORK)
             for learner in (self.adaptive, self.subchain, self.transport):
                 learner.update(statistics)
 

@@ -154,6 +154,7 @@ def test_the_card_is_enough_to_use_the_adapter_and_to_repeat_the_run(tmp_path, m
         ("/home/me/models/sd/", "sd"),
         ("aesthetic=/home/me/rewards/aesthetic", "aesthetic=aesthetic"),
         ("/home/me/sharp.py:f:10,aesthetic:1,/home/me/other.py:g", "sharp.py:f:10,aesthetic:1,other.py:g"),
+        ("aesthetic, /home/me/sharp.py:f", "aesthetic, sharp.py:f"),
     ],
 )
 def test_of_absolute_paths_the_card_shows_the_last_part(text, shown):

@@ -20,7 +20,7 @@ import shutil
 import pytest
 from rlr_testing import BASE, DIGITS, LORA, train
 from rlr_training.output_dir import check_output_dir, check_writable
-from rlr_training.processes import LOCKS, lock
+from rlr_training.processes import LOCKS, lock, unlock
 from train_rlr_sd import main, parse_args
 
 
@@ -49,6 +49,8 @@ def test_a_folder_that_another_process_runs_in_is_refused(tmp_path):
         lock(tmp_path)
     held.release()
     lock(tmp_path)
+    unlock(tmp_path)  # as a run that ends
+    assert not os.path.exists(held.lock_file) and os.path.realpath(tmp_path) not in LOCKS
 
 
 def check(folder, *flags, resume_path=None):

@@ -102,7 +102,7 @@ def test_it_shows_command_and_settings_without_folders_of_this_machine(run):
         "train_rlr_sd.py --reward aesthetic,clip_score:5 --gradient_estimator rlr" in run.text
         and "learning_rate: " in run.text
     )
-    assert "By the held-out reward" in run.text
+    assert "y the held-out reward the last" in run.text or "the held-out reward scored" in run.text
     assert "--negative_prompt &#x27;&lt;b&gt;&#x27;" in run.text and "3 optimizer steps" in run.text
     assert ROOT not in run.text and ASSETS not in run.text and os.path.dirname(run.folder) not in run.text
 

@@ -139,11 +139,12 @@ def test_an_unknown_option_is_refused_before_anything_is_loaded():
 
 def test_where_servers_are_is_neither_in_checkpoints_nor_in_cards():
     """So that a run goes on with a server at another address; labels may have dots."""
-    own = ["remote@v1.2.format=raw", "vqa.question=Is it {prompt}?"]
+    own = ["remote@v1.2.format=raw", "vqa.question=Is it {prompt}?", "mine.py:Neon.api_key=secret"]
     places = ["remote@v1.2.url=http://10.0.0.7:8000/x", "remote@v1.2.timeout=5"]
     flags = [word for option in (*own, *places) for word in ("--reward_option", option)]
-    args = parse_args(["--reward", "remote@v1.2,vqa", *flags])
+    args = parse_args(["--reward", "remote@v1.2,vqa,mine.py:Neon", *flags])
     assert configuration(args, 1)["reward_option"] == own
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
     command = command_of(args, {"reward_option": args.reward_option}, accelerator, "train_rlr_sd.py")
     assert "10.0.0.7" not in command and "remote@v1.2.url=..." in command and "format=raw" in command
+    assert "secret" not in command and "mine.py:Neon.api_key=..." in command  # nobody knows what an own reward is told

@@ -21,8 +21,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rlr_chains import ImageChain, ImageReward, NonlinearChain
-from rlr_utils import BASELINES, ESTIMATORS, RESTS, RLRStep, Settings
+from rlr_utils import BASELINES, ESTIMATORS, RESTS, DenoisingChain, RLRStep, Settings, scheduler_steps
 from rlr_utils.settings import check_reward, check_settings
+
+from diffusers import DDIMScheduler
 
 
 BLACK_BOX, SUM = {"differentiable": False}, {"black_box": True}
@@ -279,6 +281,8 @@ def test_batches_are_swept_once_and_in_a_list():
     for batches in (batch, []):
         with pytest.raises(ValueError, match=r"backward takes the list .* backward\(\[batch\]\)"):
             rlr.backward(batches)
+    with pytest.raises(ValueError, match="the same batch is in the list twice"):
+        rlr.backward([batch, batch])
     rlr.backward([batch])
     with pytest.raises(ValueError, match="1 of 2 batches were swept by an earlier backward"):
         rlr.backward([batch, rlr.rollout(chain, x_T, score)])
@@ -314,10 +318,18 @@ def test_dropout_and_changed_weights_are_noticed():
         if changed:
             with torch.no_grad():
                 chain.layers[1].bias += 0.1
-        with pytest.warns(UserWarning, match="another mean in backward than in rollout"):
+        with pytest.warns(UserWarning, match="other means in backward than in rollout"):
             rlr.backward([batch])
+    call = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.SiLU(), torch.nn.Dropout(0.1), torch.nn.Linear(16, 4))
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(20)
+    steps = scheduler_steps(scheduler, eta=1.0)
+    chain, rlr = DenoisingChain(lambda x, t, conditions: call(x), steps, scheduler.timesteps, {}), RLRStep(20)
+    with pytest.warns(UserWarning, match="other means in backward than in rollout"):
+        rlr.backward([rlr.rollout(chain, x_T, smooth)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        rlr.backward([rlr.rollout(chain, x_T, smooth)])  # it has been said
         chain, rlr = Network(), RLRStep(5)
         rlr.backward([rlr.rollout(chain, x_T, smooth)])
         chain = Network(0.1).eval()

@@ -59,7 +59,9 @@ def test_the_area_is_the_mean_of_the_frontier():
 def test_the_work_to_reach_a_reward_is_interpolated():
     rows = rows_of(CELL, [(0, 1.0, 1.0), (10, 3.0, 1.0), (20, 2.0, 1.0)])
     assert work_to_reach(rows, 2.0) == pytest.approx(5.0)
-    assert work_to_reach(rows, 3.5) == math.inf
+    assert work_to_reach(rows, 3.5) == math.inf and work_to_reach(rows, 1.0) == 0.0
+    assert work_to_reach(rows_of(CELL, [(0, 1.0, 1.0), (10, 1.0, 1.0)]), 1.0) == 0.0
+    assert work_to_reach(rows_of(CELL, [(0, 1.0, 1.0), (10, 0.5, 1.0)]), 1.0) == 0.0
 
 
 def test_the_grid_grows_where_the_best_rate_is_at_its_end():

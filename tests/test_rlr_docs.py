@@ -222,8 +222,9 @@ def test_python_in_documents_is_valid_and_its_imports_exist(document):
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+@pytest.mark.parametrize("document, most", [("README.md", 200), ("docs/results.md", 150), ("CONTRIBUTING.md", 80)])
+def test_documents_are_short(document, most):
+    assert len((ROOT / document).read_text(encoding="utf-8").splitlines()) <= most
 
 
 def test_the_example_of_a_training_loop_trains(monkeypatch, capsys):

@@ -331,7 +331,7 @@ def test_a_checkpoint_of_a_version_without_the_flag_is_of_whole_networks(tmp_pat
     (tmp_path / STATE_FILE).write_text(json.dumps({"config": {"heldout_reward": None}}))
     config = {"heldout_reward": None, **NEW_FLAGS}
     check_same_run(config, str(tmp_path))
-    with pytest.raises(ValueError, match="shard was False and is True$"):
+    with pytest.raises(ValueError, match="shard was False and is True;"):
         check_same_run({**config, "shard": True}, str(tmp_path))
 
 

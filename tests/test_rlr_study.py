@@ -179,7 +179,8 @@ def test_the_tables_of_the_documents_are_those_of_the_committed_figures():
         assert row["score_at_95"] == pytest.approx(made["score_at_95"]) and row["estimator"] == made["estimator"]
 
 
-def test_quick_study_writes_points_table_and_plot(tmp_path, capsys):
+def test_quick_study_writes_points_table_and_plot(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(COMPARISONS, "decision", COMPARISONS["decision"]._replace(num_steps=3))
     table = run(["--quick", "--workers", "0", "--out", str(tmp_path)])
     assert [row["estimator"] for row in table] == ["rlr"]
     assert {path.name for path in tmp_path.iterdir()} == {"study_points.csv", "study.csv", "study.png"}

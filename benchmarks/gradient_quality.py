@@ -377,7 +377,7 @@ def main(input_args=None):
 
     toy = []
     for seed in range(1 if args.quick else 3):
-        batches, batch_size = (64, 64) if args.quick else (256, 128)
+        batches, batch_size = (8, 64) if args.quick else (256, 128)
         toy += [{"seed": seed, **row} for row in measure_toy(seed, batches, batch_size)]
     print_table("Linear-Gaussian chain, d = 4, T = 10: bias as max |z|, variance of the gradient of an image", toy)
     write_csv(toy, os.path.join(args.out, "gradient_quality_toy.csv"), header)

@@ -72,7 +72,7 @@ def run(parse, arguments, flags):
     if parse is not evaluate_rlr.parse_args:
         changes |= SHORT
     else:
-        changes |= {"num_inference_steps": 2, "batch_size": 2, "num_prompts": 4}
+        changes |= {"num_inference_steps": 2, "batch_size": 4, "num_prompts": 2, "images_per_prompt": 2}
     forget_accelerator()
     SCRIPTS[parse].main(parse([*arguments, *words(changes), *sizes]))
     return Path(args.output_dir)

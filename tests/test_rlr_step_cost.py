@@ -34,12 +34,12 @@ def rows_of(path):
 def test_quick_step_cost_counts_calls_and_measures_time_and_memory(tmp_path, capsys, monkeypatch):
     all_groups, kept = step_cost.groups_of, ("estimators", "steps T")
     monkeypatch.setattr(step_cost, "groups_of", lambda args: {title: all_groups(args)[title] for title in kept})
-    estimators = ["rlr", "full_bp", "truncated_bp", "draft_lv", "ddpo"]
+    estimators = ["rlr", "full_bp", "truncated_bp", "draft_lv"]
     groups = step_cost.main(["--quick", "--out", str(tmp_path), "--estimators", *estimators])
     rows = {row["estimator"]: row for row in groups["estimators"][1]}
     assert list(rows) == estimators
     assert {name: row["unet_vjps_per_image"] for name, row in rows.items()} == {
-        **{"rlr": 4, "full_bp": 4, "ddpo": 4},
+        **{"rlr": 4, "full_bp": 4},
         **{"truncated_bp": 1, "draft_lv": 2},
     }
     assert all(row["ratio"] > 0.5 and 0 < row["utilisation"] for row in rows.values())

@@ -357,7 +357,7 @@ class RLRStep:
             if gathered.isinf().any():  # float16 has overflowed, and the optimizer will skip the step
                 return
             statistics = SweepStatistics(*gathered.nanmean(0))
-            if is_of_another_network(statistics) and not self.warned:
+            if not self.warned and is_of_another_network(statistics):
                 self.warned = True
                 warnings.warn(ANOTHER_NETWORK)
             for learner in (self.adaptive, self.subchain, self.transport):

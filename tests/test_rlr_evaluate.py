@@ -21,12 +21,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import warnings
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import html5lib
 import numpy as np
 import pytest
 import torch
@@ -38,6 +35,7 @@ from PIL import Image
 from reward_models import load_reward
 from reward_models.features import frechet_distance, load_features
 from rlr_loras import in_kohya, matrices_of
+from rlr_reports import Page, pixels_of
 from rlr_testing import DIGITS, LORA, ROOT, TINY_AESTHETIC, TINY_CLIP, TINY_SD, tiny_model, tiny_pipeline
 from rlr_training.plots import caption, plot_before_after, plot_grid, plot_scales
 from rlr_training.report import print_table, write_csv
@@ -191,37 +189,17 @@ def test_the_table_to_be_filled_in_has_the_columns_of_an_evaluation(tmp_path, ev
     assert columns.strip() == expected.strip()
 
 
-class Report(HTMLParser):
-    """The cells of the table, and the addresses of all images and links."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.rows, self.addresses, self.tag = [], [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tag = tag
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        if tag == "tr":
-            self.rows.append([])
-
-    def handle_data(self, data):
-        if self.tag in ("td", "th"):
-            self.rows[-1].append(data)
-
-    def handle_endtag(self, tag):
-        self.tag = None
-
-
 def test_the_report_is_one_file_with_all_images(evaluation):
     text = (evaluation.folder / "report.html").read_text(encoding="utf-8")
-    html5lib.HTMLParser(strict=True).parse(text)
-    report = Report(text)
+    report = Page(text)
     assert [row[0] for row in report.rows] == ["model", "base", "strong", "weak"]
     assert {len(row) for row in report.rows} == {1 + 2 + 4} and "num_inference_steps: 3" in text
     assert "eta: 1.0" in text and "Rewards are means over 6 images" in text
     assert "negative_prompt" not in text and "overwrite_output_dir" not in text  # which are not set
-    images = [re.fullmatch("data:image/png;base64,(.+)", address)[1] for address in report.addresses]
+    images = [
+        re.fullmatch("data:image/png;base64,(.+)", address)[1]
+        for address in report.links + [image["src"] for image in report.images]
+    ]
     assert len(images) == 3
     for data, name in zip(images, ("grid.png", "gains.png", "scales.png")):
         image = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -230,15 +208,7 @@ def test_the_report_is_one_file_with_all_images(evaluation):
 
 
 def test_a_browser_shows_the_report(tmp_path, evaluation):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium to open the report with")
-    shot = tmp_path / "shot.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1600"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}"]
-    command += [(evaluation.folder / "report.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    pixels = pixels_of(evaluation.folder / "report.html", tmp_path, 1000)
     # The digits are drawn in colors on black; a page without its images has neither.
     assert (pixels.max(2) < 30).mean() > 0.02
     assert (np.ptp(pixels, axis=2) > 100).mean() > 0.005

@@ -26,6 +26,7 @@ import pytest
 import train_rlr_flow
 import train_rlr_sd
 import train_rlr_video
+from bench_common import as_flags
 from rlr_flow_models import tiny_flux, tiny_sd35
 from rlr_hub import LoopbackHub
 from rlr_models import tiny_sdxl
@@ -52,20 +53,20 @@ OTHERS = {"quantize": "int8"}  # nf4 needs a GPU
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Local folders of the rewards."""
+    """The flags that name local folders of the rewards."""
     paths = save_tiny_rewards(tmp_path_factory.mktemp("rewards"))
-    return {"feature_model": TINY_CLIP, **{f"reward_path {name}": f"{name}={path}" for name, path in paths.items()}}
-
-
-def words(values):
-    return [word for name, value in values.items() for word in (f"--{name.split()[0]}", str(value))]
+    return [
+        "--feature_model",
+        TINY_CLIP,
+        *(word for item in paths.items() for word in ("--reward_path", "=".join(item))),
+    ]
 
 
 def run(parse, arguments, flags):
     """Run a command of the documents with the flags that make it short and local; returns its output folder."""
     args = parse(arguments)
     folder, sizes = MODELS[args.pretrained_model_name_or_path]
-    changes = {"pretrained_model_name_or_path": folder(), **flags}
+    changes = {"pretrained_model_name_or_path": folder()}
     changes |= {name: value for name, value in OTHERS.items() if getattr(args, name, None) is not None}
     if getattr(args, "pretrained_vae_model_name_or_path", None) is not None:
         changes["pretrained_vae_model_name_or_path"] = os.path.join(folder(), "vae")
@@ -74,7 +75,7 @@ def run(parse, arguments, flags):
     else:
         changes |= {"num_inference_steps": 2, "batch_size": 4, "num_prompts": 2, "images_per_prompt": 2}
     forget_accelerator()
-    SCRIPTS[parse].main(parse([*arguments, *words(changes), *sizes]))
+    SCRIPTS[parse].main(parse([*arguments, *flags, *as_flags(changes), *sizes]))
     return Path(args.output_dir)
 
 
@@ -140,13 +141,13 @@ def test_the_lines_that_fill_the_papers_table_run(tmp_path, monkeypatch, flags):
     first = parsed[0]
     for args, words_of_run in zip(parsed, runs):
         if args.reward == first.reward:  # each estimator once; the evaluation has all rewards
-            run(train_rlr_sd.parse_args, words_of_run, {**flags, "prompts": DIGITS})
+            run(train_rlr_sd.parse_args, words_of_run, [*flags, "--prompts", DIGITS])
     evaluation = calls[16]
     start = evaluation.index("--adapters") + 1
     adapters = [str(path) for path in sorted(Path("sd14").iterdir()) if (path / LORA).is_file()]
     assert len(adapters) == 4
     evaluation[start : start + 1] = adapters
-    out = run(evaluate_rlr.parse_args, evaluation[1:], {**flags, "prompts": DIGITS})
+    out = run(evaluate_rlr.parse_args, evaluation[1:], [*flags, "--prompts", DIGITS])
     assert calls[17] == ["cp", str(out / "results.csv"), "docs/sd14_results.csv"]
     header, expected = (
         next(csv.reader(open(file, encoding="utf-8")))
